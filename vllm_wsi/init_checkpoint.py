@@ -1,0 +1,120 @@
+"""A small checkpoint from a seed: random weights, real contract. For demos, tests and benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFast
+
+from .config import SLIDE_TOKEN, SparseWSIConfig
+from .modeling import SparseWSIForConditionalGeneration
+
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = [TURN_END, TURN_START, SLIDE_TOKEN]
+
+# Content in parts, as vLLM passes it to a template that loops over `message.content`: slides stay where the
+# client put them.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<|slide|>
+{%- elif part.type == 'text' -%}{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}
+"""
+
+DECODERS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that needs no download: 256 bytes, the marks of a chat turn, and the slide token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=TURN_END,
+        additional_special_tokens=[TURN_START, SLIDE_TOKEN],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def init_checkpoint(
+    out: str | Path,
+    feature_dim: int,
+    *,
+    decoder: str = "qwen2",
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    max_position_embeddings: int = 8192,
+    scorer_hidden_size: int = 256,
+    num_slide_tokens: int = 32,
+    position_ids: str = "original",
+    max_slide_positions: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Writes a checkpoint directory with random weights that follow from the seed.
+
+    Args:
+        out: a directory that does not exist yet, or is empty.
+        feature_dim: d of the features that it takes.
+        decoder: one of `DECODERS`.
+        hidden_size: of the decoder, a multiple of 64 (heads of 32).
+
+    Raises:
+        ValueError: an unknown decoder, or a directory with content.
+    """
+    out = Path(out)
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder: found {decoder!r}, wanted one of {', '.join(DECODERS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: found a file or a directory with content, wanted a new directory")
+    tokenizer = byte_tokenizer()
+    eos = tokenizer.convert_tokens_to_ids(TURN_END)
+    text_config = CONFIG_MAPPING[decoder](
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 64,
+        head_dim=32,
+        max_position_embeddings=max_position_embeddings,
+        initializer_range=0.15,  # transformers' 0.02 makes a model this small repeat one token
+        tie_word_embeddings=False,
+        architectures=[DECODERS[decoder]],
+        bos_token_id=None,
+        eos_token_id=eos,
+    )
+    config = SparseWSIConfig(
+        text_config=text_config,
+        feature_dim=feature_dim,
+        num_slide_tokens=num_slide_tokens,
+        scorer={"kind": "patch", "hidden_size": scorer_hidden_size},
+        position_ids=position_ids,
+        max_slide_positions=max_slide_positions,
+        slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),
+        initializer_range=text_config.initializer_range,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SparseWSIForConditionalGeneration(config)
+    model.language_model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos)
+    model.generation_config = model.language_model.generation_config
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)

@@ -1,0 +1,134 @@
+"""SparseWSIForConditionalGeneration for transformers: training, and the oracle for serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .config import SparseWSIConfig
+from .sparsify.positions import SlideSpan, prompt_positions
+from .sparsify.scorer import build_scorer
+from .sparsify.selector import Selection, SlideSelector
+
+
+class SlideProjector(nn.Sequential):
+    """Linear(d, m), GELU, Linear(m, decoder): from patch features to the decoder's embeddings."""
+
+    def __init__(self, feature_dim: int, hidden_size: int, decoder_size: int) -> None:
+        super().__init__(nn.Linear(feature_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, decoder_size))
+
+    @classmethod
+    def from_config(cls, config: SparseWSIConfig) -> SlideProjector:
+        return cls(config.feature_dim, config.projector["hidden_size"], config.text_config.hidden_size)
+
+
+class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A causal decoder whose prompts hold the K best patches of slides.
+
+    Weights carry the prefixes `scorer.`, `projector.` and `language_model.`. Prompts hold one slide token for each
+    slide; `prepare` lays out the kept patches in its place. Selections come from `selector()`.
+    """
+
+    config_class = SparseWSIConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: SparseWSIConfig) -> None:
+        super().__init__(config)
+        self.scorer = build_scorer(config.scorer["kind"], config.feature_dim, config.scorer["hidden_size"])
+        self.projector = SlideProjector.from_config(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self._tied_weights_keys = {
+            f"language_model.{key}": f"language_model.{value}"
+            for key, value in (self.language_model._tied_weights_keys or {}).items()
+        }
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def selector(self) -> SlideSelector:
+        """The Hard Top-K of this model's scorer, as serving runs it."""
+        weights = self.scorer.weights()
+        detached = weights._make(x.detach() if isinstance(x, Tensor) else x for x in weights)
+        return SlideSelector(detached, self.config.num_slide_tokens, max_patches=self.config.max_patches)
+
+    def prepare(self, input_ids: Tensor, selections: Sequence[Selection]) -> tuple[Tensor, Tensor]:
+        """Lays out one prompt: slide tokens for each slide's placeholder, and RoPE positions.
+
+        Args:
+            input_ids: int64 [T] with one slide token for each slide.
+            selections: one for each slide, in the order of the prompt.
+
+        Returns:
+            (embeddings [1, T', hidden], positions int64 [1, T']); T' = T + sum(k - 1).
+
+        Raises:
+            ValueError: the prompt's slide tokens and the selections differ in number.
+        """
+        places = torch.nonzero(input_ids == self.config.slide_token_id)[:, 0].tolist()
+        if len(places) != len(selections):
+            raise ValueError(f"the prompt holds {len(places)} slide tokens, wanted one for each of {len(selections)}")
+        embed, parts, spans, end, length = self.get_input_embeddings(), [], [], 0, 0
+        for place, selection in zip(places, selections, strict=True):
+            parts += [
+                embed(input_ids[end:place]),
+                self.projector(selection.features.to(self.device, self.projector[0].weight.dtype)),
+            ]
+            length += place - end
+            spans.append(SlideSpan(length, selection.indices, selection.num_patches))
+            length, end = length + len(selection.indices), place + 1
+        parts.append(embed(input_ids[end:]))
+        embeddings = torch.cat(parts)
+        positions, _ = prompt_positions(embeddings.shape[0], spans, self.config.slide_position_budget)
+        return embeddings[None], positions[None].to(self.device)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """The decoder over a prepared prompt (or over text alone, by `input_ids`)."""
+        return self.language_model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, selections: Sequence[Selection] = (), **kwargs: Any) -> Any:
+        """Answers one prompt.
+
+        Args:
+            input_ids: int64 [T] or [1, T] with one slide token for each slide.
+            selections: one for each slide.
+            kwargs: as for transformers' `generate`.
+
+        Returns:
+            What the decoder's `generate` returns for embeddings: the new tokens alone.
+        """
+        embeddings, positions = self.prepare(input_ids.reshape(-1), selections)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        return self.language_model.generate(
+            inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, **kwargs
+        )
+
+
+AutoModelForCausalLM.register(SparseWSIConfig, SparseWSIForConditionalGeneration, exist_ok=True)

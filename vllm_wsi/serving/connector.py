@@ -1,0 +1,116 @@
+"""From the URL of a chat message to a selected slide, before vLLM's processor thread sees the request."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import aiohttp
+import requests
+import vllm.envs as envs
+from vllm.exceptions import VLLMUnprocessableEntityError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
+
+from vllm_wsi.slides import SlideError, SlideIdentity, open_features
+
+from .selection import SelectedSlide, SelectionService, SlideRequest, current_service
+
+CONNECTOR = "vllm_wsi"
+FETCH_SECONDS = 60  # vLLM's default of 5 is meant for photographs
+
+
+class SlideMediaIO(MediaIO[SlideRequest]):
+    """Turns what a URL leads to into a slide request; reads no features."""
+
+    def __init__(self, k: int | None, encoder: str | None) -> None:
+        self._k, self._encoder = k, encoder
+
+    def get_max_bytes(self) -> int | None:
+        return envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB << 20
+
+    def load_file(self, filepath: Path) -> SlideRequest:
+        return SlideRequest(path=filepath.resolve(), k=self._k, encoder=self._encoder)
+
+    def load_base64(self, media_type: str, data: str) -> SlideRequest:
+        try:
+            return self.load_bytes(base64.b64decode(data, validate=True))
+        except binascii.Error as error:
+            raise SlideError(f"data URL: found broken base64 ({error}), wanted a feature file") from error
+
+    def load_bytes(self, data: bytes) -> SlideRequest:
+        """Opens a slide that came by value, from a spool file that has no name while it is read."""
+        digest = hashlib.blake2b(data, digest_size=20).hexdigest()
+        suffix = ".csv" if b"," in data[:64] and data[:1].isascii() else ""
+        with tempfile.NamedTemporaryFile(prefix="vllm-wsi-", suffix=suffix) as spool:
+            spool.write(data)
+            spool.flush()
+            try:
+                slide = open_features(spool.name, self._encoder)
+            except SlideError as error:
+                raise SlideError(str(error).replace(spool.name, "slide sent by value")) from None
+        slide.name = "slide sent by value"
+        slide.identity = SlideIdentity(f"content:{digest}", len(data), 0, 0)
+        return SlideRequest(slide=slide, k=self._k, encoder=self._encoder)
+
+
+@MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
+class SlideConnector(MediaConnector):
+    """vLLM's connector, which keeps its rules for paths and domains; what it fetches are slides."""
+
+    def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> SelectedSlide:  # type: ignore[override]
+        service, url, media_io = self._prepare(image_url)
+        try:
+            request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
+        except FETCH_ERRORS as error:
+            raise _fetch_error(error) from error
+        return service.select(request)
+
+    async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> SelectedSlide:  # type: ignore[override]
+        service, url, media_io = self._prepare(image_url)
+        try:
+            request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
+        except FETCH_ERRORS as error:
+            raise _fetch_error(error) from error
+        return await service.select_async(request)
+
+    def _prepare(self, url: str) -> tuple[SelectionService, str, SlideMediaIO]:
+        service = current_service()
+        if service is None:
+            raise SlideError("no slide model is served here, so no slide can be selected")
+        url, _, fragment = url.partition("#")
+        if url[:5].lower() == "file:" and self.allowed_local_media_path is None:
+            raise SlideError("file URLs are refused by this server; it was started without --allowed-local-media-path")
+        if url[:5].lower() == "data:" and not url.partition(",")[0].endswith(";base64"):
+            raise SlideError(f"data URL: found {url[:32]!r}, wanted data:[media type];base64,...")
+        return service, url, SlideMediaIO(**parse_fragment(fragment))
+
+
+FETCH_ERRORS = (aiohttp.ClientError, requests.RequestException, TimeoutError, OSError)
+
+
+def _fetch_error(error: Exception) -> Exception:
+    return VLLMUnprocessableEntityError(f"The slide could not be fetched: {type(error).__name__}: {error}")
+
+
+def fetch_seconds() -> int:
+    """VLLM_IMAGE_FETCH_TIMEOUT where it is set."""
+    return envs.VLLM_IMAGE_FETCH_TIMEOUT if "VLLM_IMAGE_FETCH_TIMEOUT" in os.environ else FETCH_SECONDS
+
+
+def parse_fragment(fragment: str) -> dict:
+    """`k=64&encoder=NAME` of a slide's URL."""
+    options = {key: values[-1] for key, values in parse_qs(fragment, keep_blank_values=True).items()}
+    unknown = options.keys() - {"k", "encoder"}
+    if unknown or (fragment and not options):
+        raise SlideError(f"URL fragment: found {fragment!r}, wanted k=NUMBER or encoder=NAME")
+    k = options.get("k")
+    if k is not None and not (k.isascii() and k.isdigit() and len(k) < 10):
+        raise SlideError(f"URL fragment: k: found {k!r}, wanted a whole number")
+    return {"k": None if k is None else int(k), "encoder": options.get("encoder")}
+
+

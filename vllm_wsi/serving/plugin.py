@@ -1,0 +1,16 @@
+"""What the plugin adds to a vLLM process: the model, by name alone, and the flag `--plugin`."""
+
+from __future__ import annotations
+
+from vllm import ModelRegistry
+
+from vllm_wsi.config import ARCHITECTURE
+
+from .plugin_flag import add_plugin_flag
+
+
+def register_with_vllm() -> None:
+    """Idempotent; importing `vllm_wsi.config` makes the model type known to transformers."""
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, f"vllm_wsi.serving.model:{ARCHITECTURE}")
+    add_plugin_flag()

@@ -1,0 +1,233 @@
+"""The multimodal processor: from selected slides to placeholders and rows for the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import vllm.envs as envs
+from transformers import BatchFeature
+from vllm.config.multimodal import MultiModalDummyOptions
+from vllm.inputs import MultiModalDataDict, MultiModalInput
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, MultiModalDataParser, ProcessorBatchItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    InputProcessingContext,
+    ProcessorInputs,
+    PromptReplacement,
+    PromptUpdate,
+    TimingContext,
+)
+
+from vllm_wsi.checkpoint import load_scorer
+from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.kernels import ScorerWeights
+from vllm_wsi.slides import FeatureFile, features_in_memory
+from vllm_wsi.sparsify.selector import Selection, SlideSelector
+
+from .prompt_guard import check_slide_tokens, install_prompt_guard
+from .selection import SelectedSlide, SelectionService, SlideRequest, service_for, weights_digest
+
+MODALITY = "image"  # the part type that every OpenAI client can send
+MAX_SLIDE_TOKENS = 256
+"""Largest K that one request may ask for, unless the server's own K is larger."""
+
+SERVER_OPTIONS = ("num_slide_tokens", "device")
+
+
+class SlideItems(ProcessorBatchItems[SelectedSlide]):
+    """The selected slides of one prompt."""
+
+    def __init__(self, slides: list[SelectedSlide]) -> None:
+        super().__init__(slides, MODALITY)
+
+    def get_item_for_hash(self, index: int) -> str:  # type: ignore[override]
+        return self.data[index].digest
+
+
+class SlideParser(MultiModalDataParser):
+    """Accepts what a slide may come as, and selects what is not yet selected."""
+
+    def __init__(self, service: SelectionService) -> None:
+        super().__init__()
+        self._service = service
+
+    def _parse_image_data(self, data: Any) -> ModalityDataItems[Any, Any]:
+        single = isinstance(data, (SelectedSlide, FeatureFile, str, os.PathLike))
+        matrix = isinstance(data, (np.ndarray, torch.Tensor)) and data.ndim <= 2
+        return SlideItems([self._select(item) for item in ([data] if single or matrix else data)])
+
+    def _select(self, item: Any) -> SelectedSlide:
+        if isinstance(item, SelectedSlide):
+            if item.scorer == self._service.scorer:
+                return item
+            # Selected for another checkpoint that lives in this process.
+            if item.request is None:
+                raise ValueError("a slide sent by value was selected for another model of this process; send a path")
+            return self._service.select(item.request)
+        return self._service.select(self._request(item))
+
+    @staticmethod
+    def _request(item: Any) -> SlideRequest:
+        if isinstance(item, FeatureFile):
+            by_value = item.identity.inode == 0
+            return SlideRequest(slide=item) if by_value else SlideRequest(path=Path(item.identity.path))
+        if isinstance(item, (str, os.PathLike)):
+            return SlideRequest(path=Path(item))
+        if isinstance(item, torch.Tensor):
+            item = item.detach().cpu().contiguous()
+            if item.dtype == torch.bfloat16:
+                return SlideRequest(slide=features_in_memory(item.view(torch.uint16).numpy(), dtype="bfloat16"))
+            item = item.numpy()
+        if isinstance(item, np.ndarray):
+            return SlideRequest(slide=features_in_memory(item))
+        if item is None:
+            raise ValueError("found a uuid without a slide, wanted the slide's URL beside it; uuids alone name nothing")
+        raise ValueError(f"found a {type(item).__name__}, wanted a slide: a feature file, its path, or features (N, d)")
+
+
+class SparseWSIProcessingInfo(BaseProcessingInfo):
+    """Made once in each process that handles requests: hands the checkpoint's scorer to the selection service."""
+
+    def __init__(self, ctx: InputProcessingContext) -> None:
+        super().__init__(ctx)
+        if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
+            raise ValueError("VLLM_USE_RUST_FRONTEND=1 bypasses the plugins; unset it to serve slides")
+        install_connector()
+        install_prompt_guard()
+        config, model = self.get_hf_config(), ctx.model_config
+        options = dict(ctx.get_mm_config().mm_processor_kwargs or {})
+        if unknown := options.keys() - set(SERVER_OPTIONS):
+            found = ", ".join(sorted(unknown))
+            raise ValueError(f"--mm-processor-kwargs: found {found}, wanted some of {', '.join(SERVER_OPTIONS)}")
+        self.num_slide_tokens = int(options.get("num_slide_tokens", config.num_slide_tokens))
+        device = str(options.get("device", "cpu"))
+        room = model.max_model_len - 1
+        if not 1 <= self.num_slide_tokens <= room:
+            raise ValueError(f"num_slide_tokens: found {self.num_slide_tokens}, wanted 1 .. --max-model-len less 1 ({room})")
+        self.max_slide_tokens = max(self.num_slide_tokens, min(MAX_SLIDE_TOKENS, room))
+        weights = _scorer_weights(model.model, model.revision)
+        selector = SlideSelector(weights, self.num_slide_tokens, device, config.max_patches)
+        scorer = weights_digest(weights)
+        self.service = service_for(
+            (scorer, self.num_slide_tokens, self.max_slide_tokens, device, config.max_patches),
+            selector, scorer, self.max_slide_tokens,
+        )  # fmt: skip
+
+    def get_hf_config(self) -> SparseWSIConfig:
+        return self.ctx.get_hf_config(SparseWSIConfig)
+
+    def get_data_parser(self) -> SlideParser:
+        return SlideParser(self.service)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {MODALITY: None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {MODALITY: self.max_slide_tokens}
+
+    def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
+        return {}
+
+
+class SparseWSIDummyInputsBuilder(BaseDummyInputsBuilder[SparseWSIProcessingInfo]):
+    """Slides for the memory profile: already selected, so that no dummy matrix is ever made."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return SLIDE_TOKEN * mm_counts.get(MODALITY, 0)
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
+    ) -> MultiModalDataDict:
+        info = self.info
+        k, d = info.max_slide_tokens, info.get_hf_config().feature_dim
+        selection = Selection(torch.arange(k), torch.zeros(k), torch.zeros(k, d), k, 0, 0.0, 0.0)
+        slides = [
+            SelectedSlide(selection, f"dummy-{i}", info.service.scorer, None) for i in range(mm_counts.get(MODALITY, 0))
+        ]
+        return {MODALITY: slides}  # type: ignore[dict-item]
+
+
+class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingInfo]):
+    """Lays out the kept patches of each slide as its placeholders; nothing here reads or scores."""
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        if options := inputs.hf_processor_mm_kwargs:
+            raise ValueError(
+                f"mm_processor_kwargs: found {', '.join(options)} in a request, wanted them at the server's start; "
+                "one request chooses its K by the slide's URL (slide.h5#k=64)"
+            )
+        check_slide_tokens(inputs.prompt, self.info.get_hf_config(), inputs.mm_data_items.get_count(MODALITY, strict=False))
+        return super().apply(inputs, timing_ctx)
+
+    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        slides: list[SelectedSlide] = hf_data["images"]  # type: ignore[assignment]
+        return BatchFeature(
+            {
+                "rows": [slide.selection.features for slide in slides],
+                "kept": [slide.selection.indices for slide in slides],
+                "num_patches": torch.tensor([slide.selection.num_patches for slide in slides]),
+            }
+        )
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {
+            "rows": MultiModalFieldConfig.batched(MODALITY),
+            "kept": MultiModalFieldConfig.batched(MODALITY, keep_on_cpu=True),
+            "num_patches": MultiModalFieldConfig.batched(MODALITY, keep_on_cpu=True),
+            "image_embeds": MultiModalFieldConfig.batched(MODALITY),  # feature matrices that a client sends by value
+        }
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        slide_token = self.info.get_hf_config().slide_token_id
+
+        def slide_tokens(item_idx: int) -> list[int]:
+            kept = out_mm_kwargs[MODALITY][item_idx]["kept"].data
+            return [slide_token] * kept.shape[0]
+
+        return [PromptReplacement(modality=MODALITY, target=[slide_token], replacement=slide_tokens)]
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
+        """A slide's own identity, to which a client's uuid is added: it never takes the identity's place."""
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        hashes = {}
+        for modality, items in inputs.mm_data_items.items():
+            uuids = (inputs.mm_uuid_items or {}).get(modality) or [None] * len(items)
+            hashes[modality] = [
+                MultiModalHasher.hash_kwargs(algorithm, model_id=self.info.model_id, slide=digest, uuid=uuid)
+                for digest, uuid in zip(items.get_all_items_for_hash(), uuids, strict=True)
+            ]
+        return hashes
+
+
+def install_connector() -> None:
+    """Makes vLLM fetch media through `SlideConnector`, in this process and its children."""
+    from .connector import CONNECTOR
+
+    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", CONNECTOR)
+    if envs.VLLM_MEDIA_CONNECTOR != CONNECTOR:
+        raise ValueError(
+            f"VLLM_MEDIA_CONNECTOR: found {envs.VLLM_MEDIA_CONNECTOR!r}, wanted {CONNECTOR!r} to serve slides; "
+            "set it before vLLM starts"
+        )
+
+
+@lru_cache(maxsize=4)
+def _scorer_weights(model: str, revision: str | None) -> ScorerWeights:
+    return load_scorer(model, revision)

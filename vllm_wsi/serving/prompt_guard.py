@@ -1,0 +1,41 @@
+"""Refuses prompts whose slide tokens and slides differ in number.
+
+A slide token that a user types is a real token: without this check it would take a slide's place, or reach the
+decoder as an untrained embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
+
+
+def check_slide_tokens(prompt: Sequence[int], config: SparseWSIConfig, num_slides: int) -> None:
+    found = list(prompt).count(config.slide_token_id)
+    if found != num_slides:
+        raise VLLMValidationError(
+            f"the prompt holds {found} slide tokens ({SLIDE_TOKEN}), wanted {num_slides}, one for each slide; "
+            "the token may not be typed into the text"
+        )
+
+
+def install_prompt_guard() -> None:
+    """Wraps vLLM's check of prompts: text alone reaches no multimodal processor, so there is no other place."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor._validate_model_input
+    if getattr(original, "guards_slide_tokens", False):
+        return
+
+    def validate(self: InputProcessor, prompt_input: Any, *args: Any, **kwargs: Any) -> None:
+        config = self.model_config.hf_config
+        if isinstance(config, SparseWSIConfig) and prompt_input["type"] == "token":
+            check_slide_tokens(prompt_input["prompt_token_ids"], config, 0)
+        original(self, prompt_input, *args, **kwargs)
+
+    validate.guards_slide_tokens = True  # type: ignore[attr-defined]
+    InputProcessor._validate_model_input = validate  # type: ignore[method-assign]

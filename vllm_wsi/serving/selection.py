@@ -1,0 +1,173 @@
+"""The selection service of an API server: one pool, one flight for each slide, one bounded cache."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachetools import LRUCache
+from prometheus_client import Counter
+from torch import Tensor
+
+from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, open_features
+from vllm_wsi.sparsify.selector import Selection, SlideSelector
+
+THREADS = 8
+CACHE_BYTES = 256 << 20
+
+SELECTIONS = Counter("vllm_wsi:selections", "Slides that were read and scored.")
+PATCHES_READ = Counter("vllm_wsi:patches_read", "Patches that were read and scored.")
+CACHE_HITS = Counter("vllm_wsi:selection_cache_hits", "Requests that were answered from a finished selection.")
+JOINED = Counter("vllm_wsi:selections_joined", "Requests that waited for a selection already under way.")
+READ_SECONDS = Counter("vllm_wsi:read_seconds", "Seconds spent in reading features.")
+SCORE_SECONDS = Counter("vllm_wsi:score_seconds", "Seconds spent in scoring features and in Top-K.")
+
+
+@dataclass(frozen=True)
+class SlideRequest:
+    """One slide of one request: a path, or an open file (which the service then closes)."""
+
+    path: Path | None = None
+    slide: FeatureFile | None = None
+    k: int | None = None  # None: the server's K
+    encoder: str | None = None  # which features, where a file holds several
+
+    def identity(self) -> SlideIdentity:
+        """Costs one stat for a path. Raises SlideError where there is no file."""
+        if self.slide is not None:
+            return self.slide.identity
+        assert self.path is not None
+        return SlideIdentity.of_file(self.path)
+
+
+@dataclass(frozen=True)
+class SelectedSlide:
+    """A finished selection, and what it was made of."""
+
+    selection: Selection
+    digest: str  # of slide identity, K, encoder and scorer: equal digests mean equal selections
+    scorer: str  # digest of the scorer's weights
+    request: SlideRequest | None  # None where the slide came by value and is gone
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.selection.indices, self.selection.scores, self.selection.features)
+        return sum(t.nbytes for t in tensors) + 1024
+
+
+class SelectionService:
+    """Selects each slide once, however many requests ask for it.
+
+    Args:
+        selector: of the served checkpoint.
+        scorer: digest of its weights.
+        max_slide_tokens: largest K that one request may ask for.
+        threads: slides that are read and scored at once.
+        cache_bytes: bound of the finished selections that are remembered.
+    """
+
+    def __init__(
+        self,
+        selector: SlideSelector,
+        scorer: str,
+        max_slide_tokens: int,
+        threads: int = THREADS,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.selector, self.scorer, self.max_slide_tokens = selector, scorer, max_slide_tokens
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="wsi-selection")
+        self._lock = threading.Lock()
+        self._done: LRUCache[str, SelectedSlide] = LRUCache(cache_bytes, getsizeof=lambda done: done.num_bytes)
+        self._under_way: dict[str, Future[SelectedSlide]] = {}
+
+    def submit(self, request: SlideRequest) -> Future[SelectedSlide]:
+        """For a known slide a stat and a look-up. Raises SlideError where there is no such file or K."""
+        k = self.selector.num_slide_tokens if request.k is None else request.k
+        if not 1 <= k <= self.max_slide_tokens:
+            raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
+        identity = request.identity()
+        digest = hashlib.blake2b(repr((identity, k, request.encoder, self.scorer)).encode(), digest_size=20).hexdigest()
+        with self._lock:
+            done = self._done.get(digest)
+            if done is None and (under_way := self._under_way.get(digest)) is not None:
+                JOINED.inc()
+                future = under_way
+            elif done is None:
+                future = self._pool.submit(self._run, request, k, identity, digest)
+                self._under_way[digest] = future
+                return future
+            else:
+                CACHE_HITS.inc()
+                future = Future()
+                future.set_result(done)
+        if request.slide is not None:
+            request.slide.close()
+        return future
+
+    def select(self, request: SlideRequest) -> SelectedSlide:
+        return self.submit(request).result()
+
+    async def select_async(self, request: SlideRequest) -> SelectedSlide:
+        """Awaits the selection; a client that goes away cancels its own wait, not the others' selection."""
+        return await asyncio.shield(asyncio.wrap_future(self.submit(request)))
+
+    def _run(self, request: SlideRequest, k: int, identity: SlideIdentity, digest: str) -> SelectedSlide:
+        try:
+            slide = request.slide if request.slide is not None else self._open(request)
+            with slide:
+                if slide.identity != identity or request.identity() != identity:
+                    raise SlideError(f"{slide.name}: the file changed while it was opened; ask again")
+                selection = self.selector.select(slide, k)
+            if request.identity() != identity:
+                raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
+            done = SelectedSlide(selection, digest, self.scorer, request if request.slide is None else None)
+            SELECTIONS.inc()
+            PATCHES_READ.inc(selection.num_patches)
+            READ_SECONDS.inc(selection.read_seconds)
+            SCORE_SECONDS.inc(selection.score_seconds)
+            with self._lock:
+                if done.num_bytes <= self._done.maxsize:
+                    self._done[digest] = done
+            return done
+        except OSError as error:
+            name = request.slide.name if request.slide is not None else request.path
+            raise SlideError(f"{name}: found an unreadable file ({error}), wanted a feature file") from error
+        finally:
+            with self._lock:
+                self._under_way.pop(digest, None)
+
+    def _open(self, request: SlideRequest) -> FeatureFile:
+        assert request.path is not None
+        return open_features(request.path, request.encoder)
+
+
+_services: dict[tuple, SelectionService] = {}
+_current: SelectionService | None = None
+_services_lock = threading.Lock()
+
+
+def service_for(key: tuple, make: SlideSelector, scorer: str, max_slide_tokens: int) -> SelectionService:
+    """The process-wide service of one checkpoint and setting, which also becomes the current one."""
+    global _current
+    with _services_lock:
+        if key not in _services:
+            _services[key] = SelectionService(make, scorer, max_slide_tokens)
+        _current = _services[key]
+        return _current
+
+
+def current_service() -> SelectionService | None:
+    """The service of the checkpoint that was set up last in this process; None where none was."""
+    return _current
+
+
+def weights_digest(weights: tuple) -> str:
+    """Tells one scorer from another."""
+    digest = hashlib.blake2b(digest_size=16)
+    for value in weights:
+        digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+    return digest.hexdigest()

@@ -1,0 +1,196 @@
+"""A slide as data: a feature file with its header, its rows by range, its coordinates and its identity."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOAT_DTYPES = {
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),  # NumPy has no bfloat16: rows come as their raw 16 bits
+    "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
+}
+"""Feature dtypes by name, and the NumPy dtype in which rows of each are read."""
+
+CoordUnit = Literal["px", "um"]
+
+
+class SlideError(ValueError):
+    """A slide that cannot be used; the message is one sentence that names file, key, found and wanted."""
+
+
+class SlideIdentity(NamedTuple):
+    """Tells one state of one file from every other: a file replaced under its name has another identity."""
+
+    path: str  # resolved; for features in memory a digest of them
+    size: int  # bytes
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of_file(cls, path: Path) -> SlideIdentity:
+        """Costs one stat. Raises SlideError where there is no regular file."""
+        try:
+            path = path.resolve()
+            stat = path.stat()
+        except OSError as error:
+            raise SlideError(f"{path}: found no readable file ({error.strerror}), wanted a feature file") from None
+        except (ValueError, RuntimeError):  # a NUL in the name; a loop of links
+            raise SlideError(f"{str(path)!r}: found an impossible file name, wanted a feature file") from None
+        if S_ISDIR(stat.st_mode):
+            raise SlideError(f"{path}: found a directory, wanted a feature file")
+        if not S_ISREG(stat.st_mode):
+            raise SlideError(f"{path}: found a pipe, socket or device, wanted a feature file")
+        return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+class RowSource(Protocol):
+    """Where a feature file's rows come from."""
+
+    def read_into(self, start: int, out: NDArray) -> None:
+        """Fills out [n, d], of the file's storage dtype, with the rows start .. start+n-1."""
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class FeatureFile:
+    """An open feature file: N patches of d features each. Close it, or use it in a `with`.
+
+    Nothing of the matrix is read before `read_rows`. One reader at a time; open the file again for another.
+    """
+
+    name: str  # as errors name it
+    format: str  # "safetensors", "TRIDENT h5", ...
+    key: str  # of the features within the file, "" where the format has none
+    num_patches: int  # N
+    feature_dim: int  # d
+    dtype: str  # a key of FLOAT_DTYPES
+    rows: RowSource = field(repr=False)
+    identity: SlideIdentity
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    coord_unit: CoordUnit | None = None  # None: the file has no coordinates
+    coords: NDArray | None = field(default=None, repr=False)  # [N, 2] x, y of each patch's top-left corner
+    remarks: tuple[str, ...] = ()  # oddities that do not stop anybody, for `doctor`
+
+    @property
+    def storage_dtype(self) -> np.dtype:
+        return FLOAT_DTYPES[self.dtype]
+
+    @property
+    def coords_px(self) -> NDArray | None:
+        """int64 [N, 2], level-0 pixels, top-left corners; None where the file has none in pixels."""
+        return None if self.coords is None or self.coord_unit != "px" else self.coords.astype(np.int64)
+
+    def read_rows(self, start: int, stop: int, out: NDArray | None = None) -> NDArray:
+        """Rows start .. stop-1.
+
+        Args:
+            out: a buffer of `storage_dtype` with at least stop-start rows of d; without one it is made.
+
+        Returns:
+            [stop-start, d] of `storage_dtype` (bfloat16 as its raw bits), a view of `out` where given.
+        """
+        if not 0 <= start <= stop <= self.num_patches:
+            raise IndexError(f"{self.name}: rows {start}:{stop} asked of {self.num_patches}")
+        n = stop - start
+        if out is None:
+            out = np.empty((n, self.feature_dim), self.storage_dtype)
+        self.rows.read_into(start, out[:n])
+        return out[:n]
+
+    def close(self) -> None:
+        self.rows.close()
+
+    def __enter__(self) -> FeatureFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_matrix(path: str | Path, key: str, shape: tuple[int, ...], dtype: str) -> None:
+    """Raises SlideError unless this is a float matrix of at least one patch."""
+    where = f"{path}: {key}: found" if key else f"{path}: found"
+    if len(shape) >= 1 and shape[0] == 0:
+        raise SlideError(f"{where} no patches (shape {shape}), wanted at least one; the slide may hold no tissue")
+    if len(shape) == 1:
+        raise SlideError(f"{where} shape {shape}, one vector for a whole slide, wanted patch features (N, d)")
+    if len(shape) != 2 or shape[1] == 0:
+        raise SlideError(f"{where} shape {shape}, wanted patch features (N, d)")
+    if dtype not in FLOAT_DTYPES:
+        raise SlideError(f"{where} dtype {dtype}, wanted one of {', '.join(FLOAT_DTYPES)}")
+
+
+def write_features(
+    path: str | os.PathLike[str],
+    features: NDArray,
+    coords_px: NDArray | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes our own file: safetensors with `features`, `coords` and a string map of metadata.
+
+    The file appears under its name only when it is whole.
+
+    Args:
+        features: [N, d] float16, float32 or float64; N and d at least 1.
+        coords_px: [N, 2] whole numbers, x and y of the top-left corner in level-0 pixels.
+        metadata: slide_id, encoder (id@revision), mpp, patch_size_level0, width, height and the like.
+    """
+    from safetensors.numpy import save
+
+    path = Path(path)
+    if features.ndim != 2 or 0 in features.shape or features.dtype.kind != "f":
+        raise SlideError(
+            f"{path}: features: found {features.dtype} of shape {features.shape}, wanted float (N, d) with N, d > 0"
+        )
+    tensors = {"features": np.ascontiguousarray(features)}
+    if coords_px is not None:
+        coords = np.asarray(coords_px)
+        if coords.shape != (len(features), 2) or not np.array_equal(coords, coords.astype(np.int32)):
+            raise SlideError(
+                f"{path}: coords: found {coords.dtype} of shape {coords.shape}, "
+                f"wanted whole level-0 pixels of shape ({len(features)}, 2)"
+            )
+        tensors["coords"] = np.ascontiguousarray(coords, np.int32)
+    for key, value in (metadata or {}).items():
+        if not isinstance(value, str):
+            raise SlideError(f"{path}: metadata {key}: found {type(value).__name__}, wanted a string")
+    write_atomically(path, save(tensors, dict(metadata or {})))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file that appears under its name whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def metadata_strings(values: Mapping[str, object]) -> dict[str, str]:
+    """Attributes as a string map: what a number or a NumPy scalar says, and JSON for the rest."""
+    plain: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        if isinstance(value, np.generic):
+            value = value.item()
+        plain[key] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return plain

@@ -1,0 +1,234 @@
+"""Opens every feature format of the field; what a file is, is decided by its first bytes, not by its name."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .csv_features import open_csv
+from .features import FLOAT_DTYPES, CoordUnit, FeatureFile, SlideError, SlideIdentity, check_matrix
+from .hdf5_features import open_hdf5
+from .rows import ArrayRows, RawRows
+
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+NPY_MAGIC = b"\x93NUMPY"
+ZIP_MAGIC = b"PK\x03\x04"
+PICKLE_PROTOCOLS = tuple(bytes([0x80, n]) for n in range(2, 6))
+LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+MAX_SAFETENSORS_HEADER = 100 << 20  # bytes; the format's own limit
+SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+CONVERT = (
+    "convert it once, where you trust the file: "
+    'numpy.save("features.npy", numpy.asarray(torch.load(FILE, weights_only=False), "float32"))'
+)
+
+
+def open_features(path: str | os.PathLike[str], encoder: str | None = None) -> FeatureFile:
+    """Opens a feature file; reads its header alone.
+
+    Args:
+        path: safetensors (ours), h5 (TRIDENT, CLAM, UNI2, STAMP, Marugoto, AtlasPatch), npy, pt or SlideChat csv.
+        encoder: which encoder's features to take from a file that holds several (AtlasPatch).
+
+    Raises:
+        SlideError: in one sentence, what is wrong with the file and what was wanted.
+    """
+    path = Path(path)
+    identity = SlideIdentity.of_file(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+        if not head:
+            raise SlideError(f"{path}: found an empty file, wanted a feature file")
+        opened = _open_by_content(path, head, identity, encoder)
+    except OSError as error:
+        raise SlideError(f"{path}: found an unreadable file ({error}), wanted a feature file") from error
+    if encoder is not None and opened.format != "AtlasPatch h5":
+        opened.close()
+        raise SlideError(f"{path}: found one set of features ({opened.format}), wanted a choice for encoder={encoder}")
+    return opened
+
+
+def features_in_memory(array: NDArray, name: str = "features", dtype: str | None = None) -> FeatureFile:
+    """A feature file that is an array [N, d]; `dtype="bfloat16"` says that a uint16 array is raw bfloat16."""
+    dtype = dtype or str(array.dtype)
+    check_matrix(name, "", array.shape, dtype)
+    array = np.ascontiguousarray(array)
+    digest = hashlib.blake2b(f"{dtype}{array.shape}".encode() + memoryview(array).cast("B"), digest_size=20)
+    identity = SlideIdentity(f"memory:{digest.hexdigest()}", array.nbytes, 0, 0)
+    return FeatureFile(name, "array", "", *array.shape, dtype, ArrayRows(array), identity)
+
+
+def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
+    if head.startswith(HDF5_MAGIC):
+        return open_hdf5(path, identity, encoder)
+    if head.startswith(NPY_MAGIC):
+        return _open_npy(path, identity)
+    if head.startswith(ZIP_MAGIC):
+        return _open_zip(path, identity)
+    if head.startswith(LEGACY_TORCH_MAGIC):
+        return _open_legacy_torch(path, identity)
+    if head.startswith(PICKLE_PROTOCOLS):
+        raise SlideError(f"{path}: found a pickle, which can run code when it is loaded, wanted features; {CONVERT}")
+    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_SAFETENSORS_HEADER:
+        return _open_safetensors(path, identity)
+    if path.suffix.lower() == ".csv":
+        return open_csv(path, identity)
+    kind = "text" if _is_text(head) else "unknown content"
+    wanted = "safetensors, h5, npy, pt or csv"
+    raise SlideError(f"{path}: found {kind} that begins with {head[:12]!r}, wanted a feature file ({wanted})")
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        return head.decode("utf-8", "strict").isprintable() or b"\n" in head
+    except UnicodeDecodeError:
+        return False
+
+
+def _open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
+    # The header is parsed here because the library offers no byte offsets, and its own reader maps the file.
+    with open(path, "rb") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        raw = file.read(size)
+        if len(raw) < size:
+            raise SlideError(f"{path}: found {identity.size} bytes, wanted a header of {size}; the file is truncated")
+        try:
+            header = json.loads(raw)
+            metadata = header.pop("__metadata__", {})
+            entry = header.get("features")
+            if entry is None:
+                found = ", ".join(sorted(header)) or "no tensors"
+                raise SlideError(f"{path}: found the keys {found}, wanted a tensor named 'features'")
+            dtype = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])
+            shape = tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, SlideError):
+                raise
+            raise SlideError(f"{path}: found a broken safetensors header, wanted JSON with offsets") from error
+        check_matrix(path, "features", shape, dtype)
+        storage = FLOAT_DTYPES[dtype]
+        data = 8 + size
+        if begin < 0 or end - begin != shape[0] * shape[1] * storage.itemsize:
+            raise SlideError(f"{path}: features: found offsets {begin}:{end}, wanted the size of shape {shape}")
+        coords = _safetensors_coords(path, header.get("coords"), data, shape[0])
+    rows = RawRows(path, data + begin, storage, *shape)
+    unit: CoordUnit | None = None if coords is None else "px"
+    return FeatureFile(
+        str(path), "safetensors", "features", *shape, dtype, rows, identity, metadata, unit, coords
+    )  # fmt: skip
+
+
+def _safetensors_coords(path: Path, entry: Mapping | None, data: int, num_patches: int) -> NDArray | None:
+    if entry is None:
+        return None
+    dtypes = {"I32": "<i4", "I64": "<i8"}
+    shape = tuple(entry["shape"])
+    if shape != (num_patches, 2) or entry["dtype"] not in dtypes:
+        raise SlideError(
+            f"{path}: coords: found {entry['dtype']} of shape {shape}, wanted I32 of shape ({num_patches}, 2)"
+        )
+    count = num_patches * 2
+    coords = np.fromfile(path, dtypes[entry["dtype"]], count, offset=data + entry["data_offsets"][0])
+    if coords.size < count:
+        raise SlideError(f"{path}: coords: found {coords.size} numbers, wanted {count}; the file is truncated")
+    return coords.reshape(shape)
+
+
+def _open_npy(path: Path, identity: SlideIdentity) -> FeatureFile:
+    with open(path, "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+        except ValueError as error:
+            raise SlideError(f"{path}: found a broken npy header ({error}), wanted features (N, d)") from error
+        offset = file.tell()
+    if dtype.hasobject:
+        raise SlideError(f"{path}: found a pickled Python object, wanted a float array (N, d); {CONVERT}")
+    check_matrix(path, "", shape, dtype.name)
+    if fortran or dtype.byteorder == ">":
+        raise SlideError(f"{path}: found Fortran or big-endian order, wanted numpy.ascontiguousarray's little-endian")
+    return FeatureFile(
+        str(path), "npy", "", *shape, dtype.name, RawRows(path, offset, dtype, *shape), identity
+    )  # fmt: skip
+
+
+class _Stored(NamedTuple):
+    offset: int
+    size: int
+
+
+def _open_zip(path: Path, identity: SlideIdentity) -> FeatureFile:
+    """A `.pt` of torch >= 1.6 is a zip of uncompressed records."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            records = [r for r in archive.infolist() if "/data/" in r.filename and not r.is_dir()]
+            stored = [_Stored(_data_offset(path, r), r.file_size) for r in records if r.compress_type == 0]
+    except zipfile.BadZipFile as error:
+        raise SlideError(f"{path}: found a broken zip archive, wanted a .pt tensor; it may be truncated") from error
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise SlideError(f"{path}: found a zip archive of {', '.join(names[:3])}, wanted a .pt tensor; {CONVERT}")
+    tensor = _torch_load(path, map_location="meta", mmap=True)
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    check_matrix(path, "", shape, dtype)
+    storage = FLOAT_DTYPES[dtype]
+    if len(stored) != 1 or not tensor.is_contiguous():
+        raise SlideError(f"{path}: found {len(records)} records or a strided view, wanted one contiguous tensor")
+    if stored[0].size < (tensor.storage_offset() + tensor.numel()) * storage.itemsize:
+        raise SlideError(f"{path}: found a record of {stored[0].size} bytes, wanted the size of shape {shape}")
+    offset = stored[0].offset + tensor.storage_offset() * storage.itemsize
+    return FeatureFile(
+        str(path), "pt", "", *shape, dtype, RawRows(path, offset, storage, *shape), identity
+    )  # fmt: skip
+
+
+def _data_offset(path: Path, record: zipfile.ZipInfo) -> int:
+    """Where a zip record's bytes begin: behind its local header, whose length only the file itself tells."""
+    with open(path, "rb") as file:
+        file.seek(record.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+    return record.header_offset + 30 + name + extra
+
+
+def _open_legacy_torch(path: Path, identity: SlideIdentity) -> FeatureFile:
+    """A `.pt` of torch < 1.6 has no offsets: it is read whole, by the same restricted loader."""
+    tensor = _torch_load(path, map_location="cpu")
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    check_matrix(path, "", shape, dtype)
+    import torch
+
+    raw = tensor.contiguous().view(torch.uint16) if dtype == "bfloat16" else tensor.contiguous()
+    return FeatureFile(
+        str(path), "pt (before torch 1.6)", "", *shape, dtype, ArrayRows(raw.numpy()), identity
+    )  # fmt: skip
+
+
+def _torch_load(path: Path, **how: object):
+    import pickle
+
+    import torch
+
+    try:
+        tensor = torch.load(path, weights_only=True, **how)
+    except pickle.UnpicklingError as error:
+        found = "pickled Python objects (TRIDENT's .pt holds a NumPy array)"
+        raise SlideError(f"{path}: found {found}, wanted a plain tensor (N, d); {CONVERT}") from error
+    except (RuntimeError, EOFError, io.UnsupportedOperation) as error:
+        raise SlideError(f"{path}: found an unreadable .pt file, wanted a tensor (N, d); it may be truncated") from error
+    if not isinstance(tensor, torch.Tensor):
+        keys = f" with the keys {', '.join(map(str, list(tensor)[:5]))}" if isinstance(tensor, dict) else ""
+        raise SlideError(f"{path}: found a {type(tensor).__name__}{keys}, wanted one tensor (N, d)")
+    return tensor

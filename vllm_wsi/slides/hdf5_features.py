@@ -1,0 +1,159 @@
+"""HDF5 feature files: TRIDENT, CLAM, UNI2, STAMP, Marugoto/MoPaDi and AtlasPatch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from .features import CoordUnit, FeatureFile, RowSource, SlideError, SlideIdentity, check_matrix, metadata_strings
+from .rows import RawRows
+
+# Attribute names of the producers -> ours. TRIDENT's own names are ours already.
+RENAMED = {
+    "extractor": "encoder",
+    "name": "slide_id",
+    "level0_width": "width",
+    "level0_height": "height",
+    "patch_size_lv0": "patch_size_level0",
+}
+
+
+def open_hdf5(path: Path, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
+    """Opens any of the field's h5 layouts; `encoder` chooses within AtlasPatch's group of features."""
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise SlideError(
+            f"{path}: found an HDF5 signature but no readable file, wanted HDF5; it is truncated or damaged"
+        ) from error
+    try:
+        return _open(path, file, identity, encoder)
+    except BaseException:
+        file.close()
+        raise
+
+
+class Hdf5Rows:
+    """Rows of a chunked or compressed dataset, through the HDF5 library (which serves one thread at a time)."""
+
+    def __init__(self, file: h5py.File, dataset: h5py.Dataset, path: Path) -> None:
+        self._file, self._dataset, self._path = file, dataset, path
+        self._lead = (0,) if dataset.ndim == 3 else ()
+
+    def read_into(self, start: int, out: NDArray) -> None:
+        if not len(out):
+            return
+        try:
+            self._dataset.read_direct(out, np.s_[(*self._lead, slice(start, start + len(out)))])
+        except OSError as error:
+            raise SlideError(f"{self._path}: found unreadable rows from {start} on, wanted features; {error}") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
+    key, form = _find_features(path, file, encoder)
+    features = _local_dataset(path, file, key)
+    shape = features.shape
+    if len(shape) == 3 and shape[0] == 1:  # UNI2: a batch of one slide
+        shape = shape[1:]
+    check_matrix(path, key, shape, features.dtype.name)
+
+    remarks: list[str] = []
+    attributes = dict(file.attrs)
+    coords: NDArray | None = None
+    unit: CoordUnit | None = None
+    if "coords" in file:
+        dataset = _local_dataset(path, file, "coords")
+        attributes |= dict(dataset.attrs)
+        coords = _read_coords(path, dataset, shape[0])
+        if coords.shape[1] == 5:  # AtlasPatch: x, y, width, height, level
+            attributes.setdefault("patch_size_level0", coords[0, 2])
+            coords = coords[:, :2]
+        unit, remark = _coord_unit(coords, attributes)
+        remarks += [remark] if remark else []
+    else:
+        remarks.append("the file has no coords: kept patches have rows, but no place on the slide")
+    attributes |= dict(features.attrs)
+
+    rows: RowSource
+    offset = features.id.get_offset()
+    if offset is not None and file.userblock_size == 0 and features.dtype.byteorder != ">":
+        rows = RawRows(path, offset, features.dtype, *shape)
+        file.close()
+    else:
+        rows = Hdf5Rows(file, features, path)
+    metadata = metadata_strings({RENAMED.get(name, name): value for name, value in attributes.items()})
+    return FeatureFile(
+        name=str(path), format=f"{form} h5", key=key, num_patches=shape[0], feature_dim=shape[1],
+        dtype=features.dtype.name, rows=rows, identity=identity, metadata=metadata,
+        coord_unit=unit, coords=coords, remarks=tuple(remarks),
+    )  # fmt: skip
+
+
+
+
+
+def _find_features(path: Path, file: h5py.File, encoder: str | None) -> tuple[str, str]:
+    """(key of the features, name of the layout)."""
+    if isinstance(group := file.get("features"), h5py.Group):
+        names = sorted(group)
+        if encoder is None and len(names) == 1:
+            encoder = names[0]
+        if encoder not in names:
+            found = ", ".join(names) or "nothing"
+            asked = "one choice among them (#encoder=NAME)" if encoder is None else f"encoder {encoder!r}"
+            raise SlideError(f"{path}: features: found a group of {found}, wanted {asked}")
+        return f"features/{encoder}", "AtlasPatch"
+    if "features" in file:
+        shape = getattr(file["features"], "shape", ())
+        if len(shape) == 3:
+            return "features", "UNI2"
+        return "features", "TRIDENT" if "coords" in file and file["coords"].attrs else "CLAM"
+    if "feats" in file:
+        return "feats", "STAMP" if "stamp_version" in file.attrs or "unit" in file.attrs else "Marugoto"
+    found = ", ".join(sorted(file)) or "no datasets"
+    raise SlideError(f"{path}: found the keys {found}, wanted a dataset named 'features' or 'feats'")
+
+
+def _local_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
+    """The dataset, if it lies in this file: links and external storage could point at any file of the machine."""
+    parts = key.split("/")
+    for depth in range(1, len(parts) + 1):
+        if not isinstance(file.get("/".join(parts[:depth]), getlink=True), h5py.HardLink):
+            raise SlideError(f"{path}: {key}: found a link to elsewhere, wanted a dataset in this file")
+    dataset = file[key]
+    if not isinstance(dataset, h5py.Dataset):
+        raise SlideError(f"{path}: {key}: found a {type(dataset).__name__.lower()}, wanted a dataset")
+    if dataset.external or dataset.is_virtual:
+        raise SlideError(f"{path}: {key}: found data stored in other files, wanted it in this file")
+    return dataset
+
+
+def _read_coords(path: Path, dataset: h5py.Dataset, num_patches: int) -> NDArray:
+    shape = dataset.shape[1:] if dataset.ndim == 3 and dataset.shape[0] == 1 else dataset.shape
+    if len(shape) != 2 or shape[0] != num_patches or shape[1] not in (2, 5) or dataset.dtype.kind not in "iuf":
+        raise SlideError(
+            f"{path}: coords: found {dataset.dtype} of shape {dataset.shape}, wanted one x, y for each of "
+            f"{num_patches} patches"
+        )
+    try:
+        return np.asarray(dataset[()]).reshape(shape)
+    except OSError as error:
+        raise SlideError(f"{path}: coords: found unreadable data, wanted coordinates; {error}") from error
+
+
+def _coord_unit(coords: NDArray, attributes: dict[str, object]) -> tuple[CoordUnit, str | None]:
+    """STAMP says «um»; without a word, whole numbers are level-0 pixels and fractions are microns."""
+    unit = attributes.get("unit")
+    if unit in ("um", b"um", "µm", "microns"):
+        return "um", None
+    if unit is not None or "patch_size_level0" in attributes or "level0_width" in attributes:
+        return "px", None
+    if np.array_equal(coords, np.floor(coords)):
+        return "px", "coords: no attribute says their unit; taken as level-0 pixels because they are whole numbers"
+    return "um", "coords: no attribute says their unit; taken as microns because they are fractions"

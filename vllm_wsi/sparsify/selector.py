@@ -1,0 +1,133 @@
+"""SlideSelector: streams a feature file through the scorer and keeps the best K patches."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_wsi.kernels import ScorerWeights, score_patches
+from vllm_wsi.kernels.keys import ABSENT, pack_keys
+from vllm_wsi.kernels.reference import finish_topk
+from vllm_wsi.slides import FeatureFile, SlideError
+
+CHUNK_ROWS = 2048
+"""Rows in memory at once. With d = 2560 in fp32 a chunk is 21 MB."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The patches of one slide that the decoder sees, in ascending order of their rows. On the CPU."""
+
+    indices: Tensor  # int64 [k], k = min(K, patches with a finite score)
+    scores: Tensor  # fp32 [k]
+    features: Tensor  # [k, d], the file's dtype
+    num_patches: int  # N
+    num_nonfinite: int  # patches whose score was NaN or infinite: never kept
+    read_seconds: float
+    score_seconds: float  # upload, scoring and Top-K
+
+
+class SlideSelector:
+    """Hard Top-K over a whole slide, chunk by chunk (SparseLearn, inference path).
+
+    Deterministic: the same file and weights give the same bits on every run and for every chunk size. Peak memory
+    is two chunks and the scorer's, whatever N is. One selector serves many threads.
+
+    Args:
+        weights: of the scorer.
+        num_slide_tokens: K.
+        device: "cpu", "cuda", or "auto" for a GPU where there is one; CUDA starts at the first slide.
+        max_patches: longer slides are refused.
+        chunk_rows: rows read at once.
+    """
+
+    def __init__(
+        self,
+        weights: ScorerWeights,
+        num_slide_tokens: int,
+        device: str = "cpu",
+        max_patches: int | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> None:
+        if device not in ("cpu", "cuda", "auto"):
+            raise ValueError(f"device: found {device!r}, wanted 'cpu', 'cuda' or 'auto'")
+        self.num_slide_tokens = num_slide_tokens
+        self.feature_dim = weights.feature_dim
+        self._weights, self._device_name = weights, device
+        self._device: torch.device | None = None
+        self._max_patches, self._chunk_rows = max_patches, chunk_rows
+
+    @torch.inference_mode()
+    def select(self, slide: FeatureFile, k: int | None = None) -> Selection:
+        """Keeps the best k (default K) patches of an open feature file.
+
+        Raises:
+            SlideError: the slide's d or N does not fit, or no patch has a finite score.
+        """
+        k = self.num_slide_tokens if k is None else k
+        self._check(slide)
+        device, weights = self._start_device()
+        dtype = getattr(torch, slide.dtype)
+        chunk = np.empty((min(self._chunk_rows, slide.num_patches), slide.feature_dim), slide.storage_dtype)
+        keys = torch.empty(0, dtype=torch.int64, device=device)
+        kept = torch.empty((0, slide.feature_dim), dtype=dtype, device=device)
+        num_nonfinite = 0
+        read_seconds, score_seconds = 0.0, 0.0
+        for start in range(0, slide.num_patches, self._chunk_rows):
+            began = time.perf_counter()
+            rows = slide.read_rows(start, min(start + self._chunk_rows, slide.num_patches), chunk)
+            read = time.perf_counter()
+            features = torch.from_numpy(rows).view(dtype).to(device)
+            new = pack_keys(score_patches(features, weights, start), start)
+            num_nonfinite += int((new == ABSENT).sum())
+            keys, order = torch.topk(torch.cat((keys, new)), min(k, keys.shape[0] + new.shape[0]))
+            # Gathered from the two parts by themselves: joining them first would copy the chunk.
+            old = order < kept.shape[0]
+            gathered = kept.new_empty((order.shape[0], slide.feature_dim))
+            gathered[old] = kept[order[old]]
+            gathered[~old] = features[order[~old] - kept.shape[0]]
+            kept = gathered
+            read_seconds += read - began
+            score_seconds += time.perf_counter() - read
+        best = finish_topk(keys, num_nonfinite)
+        if best.indices.shape[0] == 0:
+            raise SlideError(
+                f"{slide.name}: {slide.key or 'features'}: found no patch with a finite score among "
+                f"{slide.num_patches}, wanted at least one; the features hold NaN or infinities"
+            )
+        return Selection(
+            indices=best.indices.cpu(),
+            scores=best.scores.cpu(),
+            features=self._in_row_order(keys, kept).cpu(),
+            num_patches=slide.num_patches,
+            num_nonfinite=num_nonfinite,
+            read_seconds=read_seconds,
+            score_seconds=score_seconds,
+        )
+
+    @staticmethod
+    def _in_row_order(keys: Tensor, kept: Tensor) -> Tensor:
+        from vllm_wsi.kernels.keys import unpack_keys
+
+        finite = keys != ABSENT
+        return kept[finite][torch.argsort(unpack_keys(keys[finite])[0])]
+
+    def _check(self, slide: FeatureFile) -> None:
+        where = f"{slide.name}: {slide.key or 'features'}: found"
+        if slide.feature_dim != self.feature_dim:
+            raise SlideError(f"{where} d = {slide.feature_dim}, wanted {self.feature_dim}, as the checkpoint has it")
+        if self._max_patches is not None and slide.num_patches > self._max_patches:
+            raise SlideError(f"{where} {slide.num_patches} patches, wanted at most {self._max_patches} (max_patches)")
+
+    def _start_device(self) -> tuple[torch.device, ScorerWeights]:
+        if self._device is None:
+            name = self._device_name
+            if name == "auto":
+                name = "cuda" if torch.cuda.is_available() else "cpu"
+            self._weights = self._weights.to(name)
+            self._device = torch.device(name)
+        return self._device, self._weights
