@@ -81,8 +81,9 @@ def install_cpu(work: Path) -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
-        sys.exit(f"setup: Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try `make PYTHON=python3.11`")
+    if sys.version_info < (3, 11):  # noqa: UP036
+        found = sys.version.split()[0]
+        sys.exit(f"setup: found Python {found}, wanted 3.11 or newer; try `make PYTHON=python3.11`")
     want = fingerprint()
     if STAMP.exists() and STAMP.read_text() == want:
         return

@@ -47,9 +47,7 @@ class TopK(NamedTuple):
 
 def apply_scorer(features: Tensor, weights: ScorerWeights) -> Tensor:
     """Scores fp32 [n] of features [n, d] in one matrix product, computed in fp32."""
-    x = F.layer_norm(
-        features.float(), (weights.feature_dim,), weights.norm_weight, weights.norm_bias, weights.norm_eps
-    )
+    x = F.layer_norm(features.float(), (weights.feature_dim,), weights.norm_weight, weights.norm_bias, weights.norm_eps)
     if weights.hidden_weight is not None:
         x = F.gelu(F.linear(x, weights.hidden_weight, weights.hidden_bias))
     return F.linear(x, weights.out_weight[None], weights.out_bias[None])[:, 0]

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 from safetensors import safe_open
+from torch import Tensor
 from transformers.utils import cached_file
 
 from .config import SparseWSIConfig
 from .kernels import ScorerWeights
 from .sparsify.scorer import build_scorer
+from .sparsify.selector import SlideSelector
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "scorer."
@@ -32,10 +34,11 @@ def load_scorer(model: str, revision: str | None = None) -> ScorerWeights:
         files = {Path(cached_file(model, shard, revision=revision)) for shard in shards}
     else:
         raise ValueError(f"{model}: found neither {SINGLE} nor {INDEX}, wanted a checkpoint in safetensors")
-    state = {}
+    state: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            state |= {key.removeprefix(PREFIX): tensors.get_tensor(key) for key in tensors.keys() if key.startswith(PREFIX)}
+            keys = [key for key in tensors.keys() if key.startswith(PREFIX)]  # noqa: SIM118
+            state |= {key.removeprefix(PREFIX): tensors.get_tensor(key) for key in keys}
     scorer = build_scorer(config.scorer["kind"], config.feature_dim, config.scorer["hidden_size"])
     try:
         scorer.load_state_dict(state)
@@ -43,3 +46,9 @@ def load_scorer(model: str, revision: str | None = None) -> ScorerWeights:
         reason = " ".join(str(error).split())
         raise ValueError(f"{model}: {PREFIX}*: found other weights than config.json describes: {reason}") from error
     return scorer.requires_grad_(False).weights()
+
+
+def load_selector(model: str, device: str = "cpu", revision: str | None = None) -> SlideSelector:
+    """The selector of a checkpoint directory or hub repository, as serving builds it."""
+    config = SparseWSIConfig.from_pretrained(model, revision=revision)
+    return SlideSelector(load_scorer(model, revision), config.num_slide_tokens, device, config.max_patches)

@@ -66,13 +66,13 @@ class SparseWSIConfig(PreTrainedConfig):
             max_slide_positions = table - TEXT_POSITIONS if table >= 2 * TEXT_POSITIONS else table // 2
         if not 0 < max_slide_positions < table:
             raise ValueError(f"max_slide_positions: found {max_slide_positions}, wanted 1 .. {table - 1}")
-        self.text_config = text_config
+        self.text_config: PreTrainedConfig = text_config
         self.feature_dim = feature_dim
         self.encoder = encoder
         self.num_slide_tokens = num_slide_tokens
         self.max_patches = max_patches
-        self.scorer = {"kind": "patch", "hidden_size": 256} | (scorer or {})
-        self.projector = {"hidden_size": text_config.hidden_size} | (projector or {})
+        self.scorer: dict[str, Any] = {"kind": "patch", "hidden_size": 256} | (scorer or {})
+        self.projector: dict[str, Any] = {"hidden_size": self.text_config.hidden_size} | (projector or {})
         self.position_ids = position_ids
         self.max_slide_positions = max_slide_positions
         self.slide_token_id = slide_token_id

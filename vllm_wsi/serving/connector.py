@@ -112,5 +112,3 @@ def parse_fragment(fragment: str) -> dict:
     if k is not None and not (k.isascii() and k.isdigit() and len(k) < 10):
         raise SlideError(f"URL fragment: k: found {k!r}, wanted a whole number")
     return {"k": None if k is None else int(k), "encoder": options.get("encoder")}
-
-

@@ -113,7 +113,9 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         device = str(options.get("device", "cpu"))
         room = model.max_model_len - 1
         if not 1 <= self.num_slide_tokens <= room:
-            raise ValueError(f"num_slide_tokens: found {self.num_slide_tokens}, wanted 1 .. --max-model-len less 1 ({room})")
+            raise ValueError(
+                f"num_slide_tokens: found {self.num_slide_tokens}, wanted 1 .. --max-model-len less 1 ({room})"
+            )
         self.max_slide_tokens = max(self.num_slide_tokens, min(MAX_SLIDE_TOKENS, room))
         weights = _scorer_weights(model.model, model.revision)
         selector = SlideSelector(weights, self.num_slide_tokens, device, config.max_patches)
@@ -150,7 +152,7 @@ class SparseWSIDummyInputsBuilder(BaseDummyInputsBuilder[SparseWSIProcessingInfo
     ) -> MultiModalDataDict:
         info = self.info
         k, d = info.max_slide_tokens, info.get_hf_config().feature_dim
-        selection = Selection(torch.arange(k), torch.zeros(k), torch.zeros(k, d), k, 0, 0.0, 0.0)
+        selection = Selection(torch.arange(k), torch.zeros(k), torch.zeros(k, d), num_patches=k, num_nonfinite=0)
         slides = [
             SelectedSlide(selection, f"dummy-{i}", info.service.scorer, None) for i in range(mm_counts.get(MODALITY, 0))
         ]
@@ -166,7 +168,9 @@ class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingIn
                 f"mm_processor_kwargs: found {', '.join(options)} in a request, wanted them at the server's start; "
                 "one request chooses its K by the slide's URL (slide.h5#k=64)"
             )
-        check_slide_tokens(inputs.prompt, self.info.get_hf_config(), inputs.mm_data_items.get_count(MODALITY, strict=False))
+        check_slide_tokens(
+            inputs.prompt, self.info.get_hf_config(), inputs.mm_data_items.get_count(MODALITY, strict=False)
+        )
         return super().apply(inputs, timing_ctx)
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:

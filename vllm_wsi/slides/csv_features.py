@@ -45,9 +45,8 @@ def open_csv(path: Path, identity: SlideIdentity) -> FeatureFile:
         header = file.readline(1 << 20).decode("utf-8-sig", "replace").strip().split(",")
     feature_dim = next((i for i, cell in enumerate(header) if cell.strip('"') != str(i)), len(header))
     if feature_dim < 2:
-        raise SlideError(
-            f"{path}: found a header row that begins with {','.join(header[:3])!r}, wanted SlideChat's 0,1,2,..,patch_name"
-        )
+        found = ",".join(header[:3])
+        raise SlideError(f"{path}: found a header row that begins with {found!r}, wanted SlideChat's 0,1,..,patch_name")
     starts = _line_starts(path)
     if len(starts) < 2:
         raise SlideError(f"{path}: found no patches below the header row, wanted at least one")

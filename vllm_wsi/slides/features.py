@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-FLOAT_DTYPES = {
+FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),  # NumPy has no bfloat16: rows come as their raw 16 bits
     "float32": np.dtype("<f4"),
@@ -67,7 +67,7 @@ class RowSource(Protocol):
 class FeatureFile:
     """An open feature file: N patches of d features each. Close it, or use it in a `with`.
 
-    Nothing of the matrix is read before `read_rows`. One reader at a time; open the file again for another.
+    Neither features nor coordinates are read before they are asked for.
     """
 
     name: str  # as errors name it
@@ -80,17 +80,16 @@ class FeatureFile:
     identity: SlideIdentity
     metadata: Mapping[str, str] = field(default_factory=dict)
     coord_unit: CoordUnit | None = None  # None: the file has no coordinates
-    coords: NDArray | None = field(default=None, repr=False)  # [N, 2] x, y of each patch's top-left corner
+    load_coords: Callable[[], NDArray] | None = field(default=None, repr=False)
     remarks: tuple[str, ...] = ()  # oddities that do not stop anybody, for `doctor`
 
     @property
     def storage_dtype(self) -> np.dtype:
         return FLOAT_DTYPES[self.dtype]
 
-    @property
-    def coords_px(self) -> NDArray | None:
-        """int64 [N, 2], level-0 pixels, top-left corners; None where the file has none in pixels."""
-        return None if self.coords is None or self.coord_unit != "px" else self.coords.astype(np.int64)
+    def read_coords(self) -> NDArray | None:
+        """[N, 2] x, y of each patch's top-left corner in `coord_unit` (px: level-0 pixels), or None."""
+        return None if self.load_coords is None else self.load_coords()
 
     def read_rows(self, start: int, stop: int, out: NDArray | None = None) -> NDArray:
         """Rows start .. stop-1.
@@ -119,8 +118,8 @@ class FeatureFile:
         self.close()
 
 
-def check_matrix(path: str | Path, key: str, shape: tuple[int, ...], dtype: str) -> None:
-    """Raises SlideError unless this is a float matrix of at least one patch."""
+def check_matrix(path: str | Path, key: str, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+    """(N, d); raises SlideError unless this is a float matrix of at least one patch."""
     where = f"{path}: {key}: found" if key else f"{path}: found"
     if len(shape) >= 1 and shape[0] == 0:
         raise SlideError(f"{where} no patches (shape {shape}), wanted at least one; the slide may hold no tissue")
@@ -130,6 +129,7 @@ def check_matrix(path: str | Path, key: str, shape: tuple[int, ...], dtype: str)
         raise SlideError(f"{where} shape {shape}, wanted patch features (N, d)")
     if dtype not in FLOAT_DTYPES:
         raise SlideError(f"{where} dtype {dtype}, wanted one of {', '.join(FLOAT_DTYPES)}")
+    return shape[0], shape[1]
 
 
 def write_features(

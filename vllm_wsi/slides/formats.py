@@ -8,7 +8,7 @@ import json
 import os
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,11 +62,12 @@ def open_features(path: str | os.PathLike[str], encoder: str | None = None) -> F
 def features_in_memory(array: NDArray, name: str = "features", dtype: str | None = None) -> FeatureFile:
     """A feature file that is an array [N, d]; `dtype="bfloat16"` says that a uint16 array is raw bfloat16."""
     dtype = dtype or str(array.dtype)
-    check_matrix(name, "", array.shape, dtype)
+    n, d = check_matrix(name, "", array.shape, dtype)
     array = np.ascontiguousarray(array)
-    digest = hashlib.blake2b(f"{dtype}{array.shape}".encode() + memoryview(array).cast("B"), digest_size=20)
+    digest = hashlib.blake2b(f"{dtype}{array.shape}".encode(), digest_size=20)
+    digest.update(array.view(np.uint8).data)
     identity = SlideIdentity(f"memory:{digest.hexdigest()}", array.nbytes, 0, 0)
-    return FeatureFile(name, "array", "", *array.shape, dtype, ArrayRows(array), identity)
+    return FeatureFile(name, "array", "", n, d, dtype, ArrayRows(array), identity)
 
 
 def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
@@ -117,20 +118,18 @@ def _open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
             if isinstance(error, SlideError):
                 raise
             raise SlideError(f"{path}: found a broken safetensors header, wanted JSON with offsets") from error
-        check_matrix(path, "features", shape, dtype)
+        n, d = check_matrix(path, "features", shape, dtype)
         storage = FLOAT_DTYPES[dtype]
         data = 8 + size
-        if begin < 0 or end - begin != shape[0] * shape[1] * storage.itemsize:
+        if begin < 0 or end - begin != n * d * storage.itemsize:
             raise SlideError(f"{path}: features: found offsets {begin}:{end}, wanted the size of shape {shape}")
-        coords = _safetensors_coords(path, header.get("coords"), data, shape[0])
-    rows = RawRows(path, data + begin, storage, *shape)
-    unit: CoordUnit | None = None if coords is None else "px"
-    return FeatureFile(
-        str(path), "safetensors", "features", *shape, dtype, rows, identity, metadata, unit, coords
-    )  # fmt: skip
+        load_coords = _safetensors_coords(path, header.get("coords"), data, n)
+    rows = RawRows(path, data + begin, storage, n, d)
+    unit: CoordUnit | None = None if load_coords is None else "px"
+    return FeatureFile(str(path), "safetensors", "features", n, d, dtype, rows, identity, metadata, unit, load_coords)
 
 
-def _safetensors_coords(path: Path, entry: Mapping | None, data: int, num_patches: int) -> NDArray | None:
+def _safetensors_coords(path: Path, entry: Mapping | None, data: int, num_patches: int) -> Callable[[], NDArray] | None:
     if entry is None:
         return None
     dtypes = {"I32": "<i4", "I64": "<i8"}
@@ -139,11 +138,15 @@ def _safetensors_coords(path: Path, entry: Mapping | None, data: int, num_patche
         raise SlideError(
             f"{path}: coords: found {entry['dtype']} of shape {shape}, wanted I32 of shape ({num_patches}, 2)"
         )
-    count = num_patches * 2
-    coords = np.fromfile(path, dtypes[entry["dtype"]], count, offset=data + entry["data_offsets"][0])
-    if coords.size < count:
-        raise SlideError(f"{path}: coords: found {coords.size} numbers, wanted {count}; the file is truncated")
-    return coords.reshape(shape)
+    dtype, count, offset = dtypes[entry["dtype"]], num_patches * 2, data + entry["data_offsets"][0]
+
+    def load() -> NDArray:
+        coords = np.fromfile(path, dtype, count, offset=offset)
+        if coords.size < count:
+            raise SlideError(f"{path}: coords: found {coords.size} numbers, wanted {count}; the file is truncated")
+        return coords.reshape(shape)
+
+    return load
 
 
 def _open_npy(path: Path, identity: SlideIdentity) -> FeatureFile:
@@ -157,12 +160,11 @@ def _open_npy(path: Path, identity: SlideIdentity) -> FeatureFile:
         offset = file.tell()
     if dtype.hasobject:
         raise SlideError(f"{path}: found a pickled Python object, wanted a float array (N, d); {CONVERT}")
-    check_matrix(path, "", shape, dtype.name)
+    n, d = check_matrix(path, "", shape, dtype.name)
     if fortran or dtype.byteorder == ">":
         raise SlideError(f"{path}: found Fortran or big-endian order, wanted numpy.ascontiguousarray's little-endian")
-    return FeatureFile(
-        str(path), "npy", "", *shape, dtype.name, RawRows(path, offset, dtype, *shape), identity
-    )  # fmt: skip
+    rows = RawRows(path, offset, dtype, n, d)
+    return FeatureFile(str(path), "npy", "", n, d, dtype.name, rows, identity)
 
 
 class _Stored(NamedTuple):
@@ -183,16 +185,14 @@ def _open_zip(path: Path, identity: SlideIdentity) -> FeatureFile:
         raise SlideError(f"{path}: found a zip archive of {', '.join(names[:3])}, wanted a .pt tensor; {CONVERT}")
     tensor = _torch_load(path, map_location="meta", mmap=True)
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    check_matrix(path, "", shape, dtype)
+    n, d = check_matrix(path, "", shape, dtype)
     storage = FLOAT_DTYPES[dtype]
     if len(stored) != 1 or not tensor.is_contiguous():
         raise SlideError(f"{path}: found {len(records)} records or a strided view, wanted one contiguous tensor")
     if stored[0].size < (tensor.storage_offset() + tensor.numel()) * storage.itemsize:
         raise SlideError(f"{path}: found a record of {stored[0].size} bytes, wanted the size of shape {shape}")
     offset = stored[0].offset + tensor.storage_offset() * storage.itemsize
-    return FeatureFile(
-        str(path), "pt", "", *shape, dtype, RawRows(path, offset, storage, *shape), identity
-    )  # fmt: skip
+    return FeatureFile(str(path), "pt", "", n, d, dtype, RawRows(path, offset, storage, n, d), identity)
 
 
 def _data_offset(path: Path, record: zipfile.ZipInfo) -> int:
@@ -207,13 +207,12 @@ def _open_legacy_torch(path: Path, identity: SlideIdentity) -> FeatureFile:
     """A `.pt` of torch < 1.6 has no offsets: it is read whole, by the same restricted loader."""
     tensor = _torch_load(path, map_location="cpu")
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    check_matrix(path, "", shape, dtype)
+    n, d = check_matrix(path, "", shape, dtype)
     import torch
 
     raw = tensor.contiguous().view(torch.uint16) if dtype == "bfloat16" else tensor.contiguous()
-    return FeatureFile(
-        str(path), "pt (before torch 1.6)", "", *shape, dtype, ArrayRows(raw.numpy()), identity
-    )  # fmt: skip
+    rows = ArrayRows(raw.numpy())
+    return FeatureFile(str(path), "pt (before torch 1.6)", "", n, d, dtype, rows, identity)
 
 
 def _torch_load(path: Path, **how: object):
@@ -227,7 +226,9 @@ def _torch_load(path: Path, **how: object):
         found = "pickled Python objects (TRIDENT's .pt holds a NumPy array)"
         raise SlideError(f"{path}: found {found}, wanted a plain tensor (N, d); {CONVERT}") from error
     except (RuntimeError, EOFError, io.UnsupportedOperation) as error:
-        raise SlideError(f"{path}: found an unreadable .pt file, wanted a tensor (N, d); it may be truncated") from error
+        raise SlideError(
+            f"{path}: found an unreadable .pt file, wanted a tensor (N, d); it may be truncated"
+        ) from error
     if not isinstance(tensor, torch.Tensor):
         keys = f" with the keys {', '.join(map(str, list(tensor)[:5]))}" if isinstance(tensor, dict) else ""
         raise SlideError(f"{path}: found a {type(tensor).__name__}{keys}, wanted one tensor (N, d)")

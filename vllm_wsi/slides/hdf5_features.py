@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -49,7 +50,9 @@ class Hdf5Rows:
         try:
             self._dataset.read_direct(out, np.s_[(*self._lead, slice(start, start + len(out)))])
         except OSError as error:
-            raise SlideError(f"{self._path}: found unreadable rows from {start} on, wanted features; {error}") from error
+            raise SlideError(
+                f"{self._path}: found unreadable rows from {start} on, wanted features; {error}"
+            ) from error
 
     def close(self) -> None:
         self._file.close()
@@ -61,20 +64,19 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
     shape = features.shape
     if len(shape) == 3 and shape[0] == 1:  # UNI2: a batch of one slide
         shape = shape[1:]
-    check_matrix(path, key, shape, features.dtype.name)
+    n, d = check_matrix(path, key, shape, features.dtype.name)
 
     remarks: list[str] = []
-    attributes = dict(file.attrs)
-    coords: NDArray | None = None
+    attributes: dict[str, object] = dict(file.attrs)
     unit: CoordUnit | None = None
+    load_coords: Callable[[], NDArray] | None = None
     if "coords" in file:
         dataset = _local_dataset(path, file, "coords")
         attributes |= dict(dataset.attrs)
-        coords = _read_coords(path, dataset, shape[0])
-        if coords.shape[1] == 5:  # AtlasPatch: x, y, width, height, level
-            attributes.setdefault("patch_size_level0", coords[0, 2])
-            coords = coords[:, :2]
-        unit, remark = _coord_unit(coords, attributes)
+        load_coords = _coords_loader(path, dataset, n)
+        if dataset.shape[-1] == 5:  # AtlasPatch: x, y, width, height, level
+            attributes.setdefault("patch_size_level0", dataset[0, 2])
+        unit, remark = _coord_unit(dataset, attributes)
         remarks += [remark] if remark else []
     else:
         remarks.append("the file has no coords: kept patches have rows, but no place on the slide")
@@ -83,19 +85,16 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
     rows: RowSource
     offset = features.id.get_offset()
     if offset is not None and file.userblock_size == 0 and features.dtype.byteorder != ">":
-        rows = RawRows(path, offset, features.dtype, *shape)
+        rows = RawRows(path, offset, features.dtype, n, d)
         file.close()
     else:
         rows = Hdf5Rows(file, features, path)
     metadata = metadata_strings({RENAMED.get(name, name): value for name, value in attributes.items()})
     return FeatureFile(
-        name=str(path), format=f"{form} h5", key=key, num_patches=shape[0], feature_dim=shape[1],
+        name=str(path), format=f"{form} h5", key=key, num_patches=n, feature_dim=d,
         dtype=features.dtype.name, rows=rows, identity=identity, metadata=metadata,
-        coord_unit=unit, coords=coords, remarks=tuple(remarks),
+        coord_unit=unit, load_coords=load_coords, remarks=tuple(remarks),
     )  # fmt: skip
-
-
-
 
 
 def _find_features(path: Path, file: h5py.File, encoder: str | None) -> tuple[str, str]:
@@ -134,26 +133,32 @@ def _local_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
     return dataset
 
 
-def _read_coords(path: Path, dataset: h5py.Dataset, num_patches: int) -> NDArray:
+def _coords_loader(path: Path, dataset: h5py.Dataset, num_patches: int) -> Callable[[], NDArray]:
     shape = dataset.shape[1:] if dataset.ndim == 3 and dataset.shape[0] == 1 else dataset.shape
     if len(shape) != 2 or shape[0] != num_patches or shape[1] not in (2, 5) or dataset.dtype.kind not in "iuf":
         raise SlideError(
             f"{path}: coords: found {dataset.dtype} of shape {dataset.shape}, wanted one x, y for each of "
             f"{num_patches} patches"
         )
-    try:
-        return np.asarray(dataset[()]).reshape(shape)
-    except OSError as error:
-        raise SlideError(f"{path}: coords: found unreadable data, wanted coordinates; {error}") from error
+
+    def load() -> NDArray:
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                return np.asarray(file["coords"][()]).reshape(shape)[:, :2]
+        except (OSError, KeyError, ValueError) as error:
+            raise SlideError(f"{path}: coords: found unreadable data, wanted coordinates; {error}") from error
+
+    return load
 
 
-def _coord_unit(coords: NDArray, attributes: dict[str, object]) -> tuple[CoordUnit, str | None]:
+def _coord_unit(coords: h5py.Dataset, attributes: dict[str, object]) -> tuple[CoordUnit, str | None]:
     """STAMP says «um»; without a word, whole numbers are level-0 pixels and fractions are microns."""
     unit = attributes.get("unit")
     if unit in ("um", b"um", "µm", "microns"):
         return "um", None
     if unit is not None or "patch_size_level0" in attributes or "level0_width" in attributes:
         return "px", None
-    if np.array_equal(coords, np.floor(coords)):
+    some = coords[..., :1000, :2]
+    if np.array_equal(some, np.floor(some)):
         return "px", "coords: no attribute says their unit; taken as level-0 pixels because they are whole numbers"
     return "um", "coords: no attribute says their unit; taken as microns because they are fractions"

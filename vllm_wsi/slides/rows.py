@@ -31,7 +31,7 @@ class RawRows:
     def read_into(self, start: int, out: NDArray) -> None:
         if not out.flags.c_contiguous:
             raise ValueError(f"{self._path}: the buffer's rows are not contiguous")
-        view = memoryview(out).cast("B") if out.size else memoryview(b"")
+        view = memoryview(out.view(np.uint8).reshape(-1).data) if out.size else memoryview(b"")
         offset = self._offset + start * self._row_bytes
         while view:
             got = os.preadv(self._fd, [view], offset)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_wsi.kernels import ScorerWeights, score_patches
-from vllm_wsi.kernels.keys import ABSENT, pack_keys
+from vllm_wsi.kernels.keys import ABSENT, pack_keys, unpack_keys
 from vllm_wsi.kernels.reference import finish_topk
 from vllm_wsi.slides import FeatureFile, SlideError
+from vllm_wsi.slides.features import CoordUnit
 
 CHUNK_ROWS = 2048
 """Rows in memory at once. With d = 2560 in fp32 a chunk is 21 MB."""
@@ -27,8 +31,24 @@ class Selection:
     features: Tensor  # [k, d], the file's dtype
     num_patches: int  # N
     num_nonfinite: int  # patches whose score was NaN or infinite: never kept
-    read_seconds: float
-    score_seconds: float  # upload, scoring and Top-K
+    read_seconds: float = 0.0
+    score_seconds: float = 0.0  # upload, scoring and Top-K
+    coords: NDArray | None = None  # [k, 2] top-left corners in coord_unit
+    coord_unit: CoordUnit | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
+
+    def record(self) -> dict[str, Any]:
+        """The evidence as plain JSON values."""
+        return {
+            "num_patches": self.num_patches,
+            "num_kept": len(self.indices),
+            "num_nonfinite": self.num_nonfinite,
+            "indices": self.indices.tolist(),
+            "scores": self.scores.tolist(),
+            "coords": None if self.coords is None else self.coords.tolist(),
+            "coord_unit": self.coord_unit,
+            "metadata": dict(self.metadata),
+        }
 
 
 class SlideSelector:
@@ -99,20 +119,22 @@ class SlideSelector:
                 f"{slide.name}: {slide.key or 'features'}: found no patch with a finite score among "
                 f"{slide.num_patches}, wanted at least one; the features hold NaN or infinities"
             )
+        indices, coords = best.indices.cpu(), slide.read_coords()
         return Selection(
-            indices=best.indices.cpu(),
+            indices=indices,
             scores=best.scores.cpu(),
             features=self._in_row_order(keys, kept).cpu(),
             num_patches=slide.num_patches,
             num_nonfinite=num_nonfinite,
             read_seconds=read_seconds,
             score_seconds=score_seconds,
+            coords=None if coords is None else coords[indices.numpy()],
+            coord_unit=slide.coord_unit,
+            metadata=slide.metadata,
         )
 
     @staticmethod
     def _in_row_order(keys: Tensor, kept: Tensor) -> Tensor:
-        from vllm_wsi.kernels.keys import unpack_keys
-
         finite = keys != ABSENT
         return kept[finite][torch.argsort(unpack_keys(keys[finite])[0])]
 

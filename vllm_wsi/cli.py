@@ -1,0 +1,113 @@
+"""`vllm-wsi`: doctor, select, demo, init-checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+
+# Imports of torch, transformers and vLLM stay inside the commands: `--help` and errors answer at once.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vllm-wsi", description="Slide language models on vLLM.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="what is in a feature file, and what is wrong with it")
+    doctor.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    doctor.add_argument("--encoder", help="which features, where a file holds several")
+    doctor.add_argument("--json", action="store_true", help="one JSON object for each file")
+    doctor.set_defaults(run=_doctor)
+
+    select = commands.add_parser("select", help="the patches that a checkpoint keeps of a slide, as JSON")
+    select.add_argument("file", type=Path, metavar="FILE")
+    select.add_argument("--checkpoint", required=True, help="directory or hub name")
+    select.add_argument("-k", type=int, metavar="K", help="patches to keep (default: the checkpoint's)")
+    select.add_argument("--encoder", help="which features, where a file holds several")
+    select.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    select.set_defaults(run=_select)
+
+    demo = commands.add_parser("demo", help="a slide, a real server, an answer with its evidence")
+    demo.add_argument("--slide", type=Path, metavar="FILE", help="feature file (default: 100,000 synthetic patches)")
+    demo.add_argument("--question", default="What does this slide show?", metavar="TEXT")
+    demo.add_argument("--checkpoint", type=Path, metavar="DIR", help="(default: a small one with random weights)")
+    demo.set_defaults(run=_demo)
+
+    init = commands.add_parser("init-checkpoint", help="write a small checkpoint with random weights")
+    init.add_argument("out", type=Path, metavar="DIR")
+    init.add_argument("--feature-dim", type=int, required=True, metavar="D", help="size of a patch feature")
+    init.add_argument("--decoder", default="qwen2", choices=["qwen2", "qwen3", "llama"])
+    init.add_argument("--hidden-size", type=int, default=128, help="of the decoder (default 128)")
+    init.add_argument("--layers", type=int, default=2, help="of the decoder (default 2)")
+    init.add_argument("--max-positions", type=int, default=8192, help="of the decoder (default 8192)")
+    init.add_argument("--scorer-hidden-size", type=int, default=256, metavar="H", help="0: the plain linear scorer")
+    init.add_argument("--num-slide-tokens", type=int, default=32, metavar="K")
+    init.add_argument("--position-ids", default="original", choices=["original", "packed"])
+    init.add_argument("--seed", type=int, default=0)
+    init.set_defaults(run=_init_checkpoint)
+
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"vllm-wsi {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from .slides.doctor import examine
+
+    failed = 0
+    for file in args.files:
+        report = examine(file, args.encoder)
+        print(json.dumps(asdict(report)) if args.json else report.text())
+        failed += report.error is not None
+    return 1 if failed else 0
+
+
+def _select(args: argparse.Namespace) -> int:
+    from .slides import open_features
+
+    with open_features(args.file, args.encoder) as slide:
+        from .checkpoint import load_selector
+
+        selection = load_selector(args.checkpoint, args.device).select(slide, args.k)
+    print(json.dumps({"file": str(args.file), "checkpoint": args.checkpoint, **selection.record()}))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    return run_demo(args.slide, args.question, args.checkpoint)
+
+
+def _init_checkpoint(args: argparse.Namespace) -> int:
+    from .init_checkpoint import init_checkpoint
+
+    init_checkpoint(
+        args.out,
+        args.feature_dim,
+        decoder=args.decoder,
+        hidden_size=args.hidden_size,
+        num_layers=args.layers,
+        max_position_embeddings=args.max_positions,
+        scorer_hidden_size=args.scorer_hidden_size,
+        num_slide_tokens=args.num_slide_tokens,
+        position_ids=args.position_ids,
+        seed=args.seed,
+    )
+    print(f"{args.out}: random weights from seed {args.seed}; its answers mean nothing. Serve it with\n"
+          f"  vllm serve {args.out} --plugin vllm_wsi --allowed-local-media-path DIR")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What is in a feature file, and what is wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .features import FeatureFile, SlideError
+from .formats import open_features
+
+CHUNK_ROWS = 4096
+
+
+@dataclass
+class Report:
+    """Facts and findings of one file; `error` where it cannot be used at all."""
+
+    path: str
+    error: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        lines = [self.path]
+        if self.error:
+            lines.append(f"  error: {self.error}")
+        lines += [f"  {name + ':':12} {value}" for name, value in self.facts.items()]
+        lines += [f"  note: {finding}" for finding in self.findings]
+        if not self.error:
+            lines.append("  usable")
+        return "\n".join(lines)
+
+
+def examine(path: str | Path, encoder: str | None = None) -> Report:
+    """Opens the file and reads all of it once, in chunks."""
+    report = Report(str(path))
+    try:
+        with open_features(path, encoder) as slide:
+            size = f"{slide.num_patches} patches x {slide.feature_dim}, {slide.dtype}"
+            report.facts = {
+                "format": slide.format,
+                "features": f"{slide.key}: {size}" if slide.key else size,
+                "encoder": slide.metadata.get("encoder", "not recorded"),
+            }
+            report.findings += slide.remarks
+            coords = slide.read_coords()
+            if coords is None:
+                report.facts["coords"] = "none"
+            else:
+                low, high = coords.min(axis=0).tolist(), coords.max(axis=0).tolist()
+                unit = "level-0 pixels" if slide.coord_unit == "px" else "microns"
+                report.facts["coords"] = f"x {low[0]} .. {high[0]}, y {low[1]} .. {high[1]} ({unit})"
+                if slide.coord_unit == "um" and "mpp" not in slide.metadata:
+                    report.findings.append("coords: microns without mpp cannot be placed on the slide's pixels")
+                if len(np.unique(coords, axis=0)) < len(coords):
+                    report.findings.append("coords: some patches share one place")
+            others = {k: v for k, v in slide.metadata.items() if k != "encoder"}
+            if others:
+                report.facts["metadata"] = ", ".join(f"{key}={value}" for key, value in others.items())
+            _read_all(slide, report)
+    except SlideError as error:
+        report.error = str(error)
+    return report
+
+
+def _read_all(slide: FeatureFile, report: Report) -> None:
+    nonfinite = zero = 0
+    norms = 0.0
+    for start in range(0, slide.num_patches, CHUNK_ROWS):
+        rows = slide.read_rows(start, min(start + CHUNK_ROWS, slide.num_patches))
+        if slide.dtype == "bfloat16":
+            rows = (rows.astype(np.uint32) << 16).view(np.float32)
+        values = rows.astype(np.float64)
+        finite = np.isfinite(values).all(axis=1)
+        length = np.sqrt((values[finite] ** 2).sum(axis=1))
+        nonfinite += int((~finite).sum())
+        zero += int((length == 0).sum())
+        norms += float(length.sum())
+    usable = slide.num_patches - nonfinite
+    if usable:
+        report.facts["mean norm"] = f"{norms / usable:.3g}"
+    if nonfinite:
+        report.findings.append(f"{nonfinite} patches hold NaN or infinities: they are never kept")
+    if usable == 0:
+        report.error = f"{slide.name}: {slide.key or 'features'}: found no finite patch, wanted at least one"
+    if zero:
+        report.findings.append(f"{zero} patches are all zero")
