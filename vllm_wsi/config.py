@@ -20,7 +20,7 @@ class SparseWSIConfig(PreTrainedConfig):
     """Configuration of a slide language model whose decoder sees the K best patches of each slide.
 
     Args:
-        text_config: the decoder's own configuration; any causal decoder that the runtime knows.
+        text_config: the decoder's own configuration, or a dict of it; any causal decoder that the runtime knows.
         feature_dim: d, the size of a patch feature.
         encoder: id@revision of the patch encoder that the model was trained on; None: not recorded.
         num_slide_tokens: K, patches kept of each slide.
@@ -40,7 +40,7 @@ class SparseWSIConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        text_config: Any = None,
         feature_dim: int = 512,
         encoder: str | None = None,
         num_slide_tokens: int = 32,
@@ -66,13 +66,13 @@ class SparseWSIConfig(PreTrainedConfig):
             max_slide_positions = table - TEXT_POSITIONS if table >= 2 * TEXT_POSITIONS else table // 2
         if not 0 < max_slide_positions < table:
             raise ValueError(f"max_slide_positions: found {max_slide_positions}, wanted 1 .. {table - 1}")
-        self.text_config: PreTrainedConfig = text_config
+        self.text_config = text_config
         self.feature_dim = feature_dim
         self.encoder = encoder
         self.num_slide_tokens = num_slide_tokens
         self.max_patches = max_patches
         self.scorer: dict[str, Any] = {"kind": "patch", "hidden_size": 256} | (scorer or {})
-        self.projector: dict[str, Any] = {"hidden_size": self.text_config.hidden_size} | (projector or {})
+        self.projector: dict[str, Any] = {"hidden_size": text_config.hidden_size} | (projector or {})
         self.position_ids = position_ids
         self.max_slide_positions = max_slide_positions
         self.slide_token_id = slide_token_id

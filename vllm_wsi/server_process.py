@@ -37,7 +37,7 @@ class VllmServer:
         checkpoint: directory.
         media_path: `--allowed-local-media-path`; None: file URLs are refused.
         args: further arguments of `vllm serve`.
-        env: further environment.
+        env: further environment; None takes a variable away.
         log_path: where the server's output goes.
         on_wait: called about once a second with the seconds waited so far.
     """
@@ -48,7 +48,7 @@ class VllmServer:
         media_path: str | Path | None,
         log_path: str | Path,
         args: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         on_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.model = str(checkpoint)
@@ -58,7 +58,8 @@ class VllmServer:
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         if media_path is not None:
             command += ["--allowed-local-media-path", str(media_path)]
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, **(env or {})}
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, **(env or {})}
+        environment = {name: value for name, value in settings.items() if value is not None}
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
                 [*command, *args], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

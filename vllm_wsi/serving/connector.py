@@ -7,6 +7,8 @@ import binascii
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -21,6 +23,7 @@ from vllm_wsi.slides import SlideError, SlideIdentity, open_features
 from .selection import SelectedSlide, SelectionService, SlideRequest, current_service
 
 CONNECTOR = "vllm_wsi"
+BY_VALUE = "slide sent by value"
 FETCH_SECONDS = 60  # vLLM's default of 5 is meant for photographs
 
 
@@ -51,9 +54,11 @@ class SlideMediaIO(MediaIO[SlideRequest]):
             spool.flush()
             try:
                 slide = open_features(spool.name, self._encoder)
+                coords = slide.read_coords()  # while the spool still has a name
             except SlideError as error:
-                raise SlideError(str(error).replace(spool.name, "slide sent by value")) from None
-        slide.name = "slide sent by value"
+                raise SlideError(str(error).replace(spool.name, BY_VALUE)) from None
+        slide.load_coords = None if coords is None else lambda: coords
+        slide.name = BY_VALUE
         slide.identity = SlideIdentity(f"content:{digest}", len(data), 0, 0)
         return SlideRequest(slide=slide, k=self._k, encoder=self._encoder)
 
@@ -68,7 +73,8 @@ class SlideConnector(MediaConnector):
             request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
         except FETCH_ERRORS as error:
             raise _fetch_error(error) from error
-        return service.select(request)
+        with naming_the_file_alone(request):
+            return service.select(request)
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> SelectedSlide:  # type: ignore[override]
         service, url, media_io = self._prepare(image_url)
@@ -76,7 +82,8 @@ class SlideConnector(MediaConnector):
             request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
         except FETCH_ERRORS as error:
             raise _fetch_error(error) from error
-        return await service.select_async(request)
+        with naming_the_file_alone(request):
+            return await service.select_async(request)
 
     def _prepare(self, url: str) -> tuple[SelectionService, str, SlideMediaIO]:
         service = current_service()
@@ -91,6 +98,17 @@ class SlideConnector(MediaConnector):
 
 
 FETCH_ERRORS = (aiohttp.ClientError, requests.RequestException, TimeoutError, OSError)
+
+
+@contextmanager
+def naming_the_file_alone(request: SlideRequest) -> Iterator[None]:
+    """Errors that leave the server name the file, not its folder (vLLM would blot out the whole path)."""
+    try:
+        yield
+    except SlideError as error:
+        if request.path is None:
+            raise
+        raise SlideError(str(error).replace(str(request.path), request.path.name)) from error
 
 
 def _fetch_error(error: Exception) -> Exception:

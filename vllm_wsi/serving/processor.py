@@ -100,30 +100,32 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
 
     def __init__(self, ctx: InputProcessingContext) -> None:
         super().__init__(ctx)
+        try:
+            self._set_up()
+        except ValueError as error:
+            # vLLM takes a ValueError here for «has no processor» and would serve text alone.
+            raise RuntimeError(str(error)) from error
+
+    def _set_up(self) -> None:
         if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
             raise ValueError("VLLM_USE_RUST_FRONTEND=1 bypasses the plugins; unset it to serve slides")
         install_connector()
         install_prompt_guard()
-        config, model = self.get_hf_config(), ctx.model_config
-        options = dict(ctx.get_mm_config().mm_processor_kwargs or {})
+        config, model = self.get_hf_config(), self.ctx.model_config
+        options = dict(self.ctx.get_mm_config().mm_processor_kwargs or {})
         if unknown := options.keys() - set(SERVER_OPTIONS):
             found = ", ".join(sorted(unknown))
             raise ValueError(f"--mm-processor-kwargs: found {found}, wanted some of {', '.join(SERVER_OPTIONS)}")
-        self.num_slide_tokens = int(options.get("num_slide_tokens", config.num_slide_tokens))
+        k = int(options.get("num_slide_tokens", config.num_slide_tokens))
         device = str(options.get("device", "cpu"))
         room = model.max_model_len - 1
-        if not 1 <= self.num_slide_tokens <= room:
-            raise ValueError(
-                f"num_slide_tokens: found {self.num_slide_tokens}, wanted 1 .. --max-model-len less 1 ({room})"
-            )
-        self.max_slide_tokens = max(self.num_slide_tokens, min(MAX_SLIDE_TOKENS, room))
+        if not 1 <= k <= room:
+            raise ValueError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
+        self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
         weights = _scorer_weights(model.model, model.revision)
-        selector = SlideSelector(weights, self.num_slide_tokens, device, config.max_patches)
-        scorer = weights_digest(weights)
         self.service = service_for(
-            (scorer, self.num_slide_tokens, self.max_slide_tokens, device, config.max_patches),
-            selector, scorer, self.max_slide_tokens,
-        )  # fmt: skip
+            SlideSelector(weights, k, device, config.max_patches), weights_digest(weights), self.max_slide_tokens
+        )
 
     def get_hf_config(self) -> SparseWSIConfig:
         return self.ctx.get_hf_config(SparseWSIConfig)

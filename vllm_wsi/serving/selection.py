@@ -150,12 +150,16 @@ _current: SelectionService | None = None
 _services_lock = threading.Lock()
 
 
-def service_for(key: tuple, make: SlideSelector, scorer: str, max_slide_tokens: int) -> SelectionService:
-    """The process-wide service of one checkpoint and setting, which also becomes the current one."""
+def service_for(selector: SlideSelector, scorer: str, max_slide_tokens: int) -> SelectionService:
+    """The process-wide service of one checkpoint and setting, which also becomes the current one.
+
+    vLLM makes processors anew all the time; the service, its cache and its pool stay.
+    """
     global _current
+    key = (scorer, selector.num_slide_tokens, selector.device_name, selector.max_patches, max_slide_tokens)
     with _services_lock:
         if key not in _services:
-            _services[key] = SelectionService(make, scorer, max_slide_tokens)
+            _services[key] = SelectionService(selector, scorer, max_slide_tokens)
         _current = _services[key]
         return _current
 

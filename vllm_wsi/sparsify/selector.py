@@ -77,11 +77,11 @@ class SlideSelector:
             raise ValueError(f"device: found {device!r}, wanted 'cpu', 'cuda' or 'auto'")
         self.num_slide_tokens = num_slide_tokens
         self.feature_dim = weights.feature_dim
-        self._weights, self._device_name = weights, device
+        self._weights, self.device_name = weights, device
         self._device: torch.device | None = None
-        self._max_patches, self._chunk_rows = max_patches, chunk_rows
+        self.max_patches, self._chunk_rows = max_patches, chunk_rows
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def select(self, slide: FeatureFile, k: int | None = None) -> Selection:
         """Keeps the best k (default K) patches of an open feature file.
 
@@ -142,12 +142,12 @@ class SlideSelector:
         where = f"{slide.name}: {slide.key or 'features'}: found"
         if slide.feature_dim != self.feature_dim:
             raise SlideError(f"{where} d = {slide.feature_dim}, wanted {self.feature_dim}, as the checkpoint has it")
-        if self._max_patches is not None and slide.num_patches > self._max_patches:
-            raise SlideError(f"{where} {slide.num_patches} patches, wanted at most {self._max_patches} (max_patches)")
+        if self.max_patches is not None and slide.num_patches > self.max_patches:
+            raise SlideError(f"{where} {slide.num_patches} patches, wanted at most {self.max_patches} (max_patches)")
 
     def _start_device(self) -> tuple[torch.device, ScorerWeights]:
         if self._device is None:
-            name = self._device_name
+            name = self.device_name
             if name == "auto":
                 name = "cuda" if torch.cuda.is_available() else "cpu"
             self._weights = self._weights.to(name)

@@ -1,0 +1,16 @@
+"""Fixtures that more than one room needs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real slides, features and tiles, which are not part of the project."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("VLLM_WSI_SHARED", default))
+    if not folder.is_dir():
+        pytest.skip("the real test data (../shared/data) are not on this machine")
+    return folder

@@ -1,0 +1,39 @@
+"""Real vLLM for the serving tests: checkpoints, slides, engines in this process, a server."""
+
+import os
+
+# In-process engines on a small machine; read when vLLM is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+# vLLM compiles its log-probability sampler on first use, which takes half a minute and changes nothing here.
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+import numpy as np
+import pytest
+
+from vllm_wsi.init_checkpoint import init_checkpoint
+from vllm_wsi.slides import write_features
+
+D = 48
+
+
+def make_slide(path, n, seed=0, d=D, dtype="float32"):
+    """A feature file of n random patches; returns its path."""
+    features = np.random.default_rng(seed).standard_normal((n, d)).astype(dtype)
+    coords = np.stack([np.arange(n) * 256, np.arange(n) // 7], axis=1)
+    write_features(path, features, coords, {"slide_id": path.stem, "encoder": "test@1"})
+    return path
+
+
+def slide_message(*urls, question="What is it?"):
+    """One user turn: the slides first, the question after them."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A small qwen2 checkpoint with original positions."""
+    path = tmp_path_factory.mktemp("checkpoint") / "qwen2"
+    init_checkpoint(path, D, hidden_size=64, scorer_hidden_size=32)
+    return path

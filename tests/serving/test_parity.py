@@ -1,0 +1,150 @@
+"""vLLM answers as the transformers model does: same tokens, same log-probabilities."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from vllm_wsi.init_checkpoint import init_checkpoint
+from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.slides import open_features
+
+from .conftest import D, make_slide, slide_message
+
+pytestmark = pytest.mark.engine
+NEW_TOKENS = 12
+
+
+def start_engine(checkpoint, media_path, **options):
+    from vllm import LLM
+
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4, "seed": 0}
+    settings |= {"limit_mm_per_prompt": {"image": 3}, "allowed_local_media_path": str(media_path)} | options
+    return LLM(str(checkpoint), **settings)
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slides")
+    return [make_slide(folder / f"{n}.safetensors", n, seed=n) for n in (5, 32, 33, 700, 9000)]
+
+
+def reference(checkpoint):
+    return SparseWSIForConditionalGeneration.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(
+        checkpoint
+    )
+
+
+def ask_transformers(model, tokenizer, paths, question):
+    """(tokens, log-probabilities of the first token over the vocabulary)."""
+    selections = []
+    for path in paths:
+        with open_features(path) as slide:
+            selections.append(model.selector().select(slide))
+    content = [{"type": "image"}] * len(paths) + [{"type": "text", "text": question}]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    answer = model.generate(
+        prompt, selections, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    return answer.sequences[0].tolist(), answer.logits[0][0].log_softmax(-1)
+
+
+def ask_vllm(llm, paths, question):
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, logprobs=5)
+    message = slide_message(*(path.as_uri() for path in paths), question=question)
+    output = llm.chat(message, params, use_tqdm=False)[0].outputs[0]
+    return list(output.token_ids), {token: entry.logprob for token, entry in output.logprobs[0].items()}
+
+
+@pytest.mark.parametrize("position_ids", ["original", "packed"])
+@pytest.mark.parametrize("decoder", ["qwen2", "qwen3", "llama"])
+def test_greedy_tokens_and_first_logprobs_equal_transformers(decoder, position_ids, slides, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    init_checkpoint(
+        checkpoint, D, decoder=decoder, hidden_size=64, scorer_hidden_size=32,
+        max_position_embeddings=2048, position_ids=position_ids, seed=3,
+    )  # fmt: skip
+    model, tokenizer = reference(checkpoint)
+    llm = start_engine(checkpoint, slides[0].parent)
+    # The budget of 1024 positions scales the slides of 9000 patches; the last prompts hold several slides.
+    prompts = [[path] for path in slides] + [slides[2:4], [slides[4], slides[3], slides[0]]]
+    for paths in prompts:
+        wanted, logprobs = ask_transformers(model, tokenizer, paths, "Which tissue?")
+        found, top = ask_vllm(llm, paths, "Which tissue?")
+        names = [path.name for path in paths]
+        assert found == wanted, names
+        assert all(abs(value - logprobs[token].item()) < 1e-3 for token, value in top.items()), names
+
+
+def test_the_position_mode_changes_the_answer(slides, tmp_path):
+    answers = []
+    for mode in ("original", "packed"):
+        init_checkpoint(tmp_path / mode, D, hidden_size=64, scorer_hidden_size=32, position_ids=mode)
+        answers.append(ask_transformers(*reference(tmp_path / mode), [slides[3]], "Which tissue?")[0])
+    assert answers[0] != answers[1]
+
+
+def test_the_kept_patches_change_the_answer(slides, checkpoint):
+    model, tokenizer = reference(checkpoint)
+    answers = [tuple(ask_transformers(model, tokenizer, [path], "Which tissue?")[0]) for path in slides]
+    assert len(set(answers)) == len(answers)
+
+
+def test_the_real_slide_is_answered_as_by_transformers(shared_data, tmp_path):
+    features = shared_data / "features/mopadi_TCGA-AD-6964/features.h5"
+    init_checkpoint(tmp_path / "checkpoint", 512, hidden_size=64)
+    model, tokenizer = reference(tmp_path / "checkpoint")
+    llm = start_engine(tmp_path / "checkpoint", features.parent)
+    wanted, _ = ask_transformers(model, tokenizer, [features], "Which tissue?")
+    assert ask_vllm(llm, [features], "Which tissue?")[0] == wanted
+
+
+def test_generate_takes_paths_files_arrays_and_tensors_and_agrees_with_chat(checkpoint, slides):
+    import numpy as np
+    from vllm import SamplingParams
+
+    llm = start_engine(checkpoint, slides[0].parent)
+    params = SamplingParams(temperature=0, max_tokens=6)
+    path = slides[3]
+    with open_features(path) as slide:
+        array = slide.read_rows(0, slide.num_patches)
+        answers = []
+        for item in (path, str(path), slide, array, np.asfortranarray(array), torch.from_numpy(array), [path]):
+            prompt = {"prompt": "<|slide|>Which tissue?", "multi_modal_data": {"image": item}}
+            answers.append(tuple(llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids))
+    assert len(set(answers)) == 1
+
+
+def test_two_models_in_one_process_each_use_their_own_scorer(slides, tmp_path):
+    engines = []
+    for seed in (1, 2):
+        init_checkpoint(tmp_path / str(seed), D, hidden_size=64, scorer_hidden_size=32, seed=seed)
+        engines.append((start_engine(tmp_path / str(seed), slides[0].parent), reference(tmp_path / str(seed))))
+    for llm, (model, tokenizer) in engines:
+        wanted, _ = ask_transformers(model, tokenizer, [slides[4]], "Which tissue?")
+        assert ask_vllm(llm, [slides[4]], "Which tissue?")[0] == wanted
+
+
+def test_another_k_of_the_server_keeps_that_many(checkpoint, slides):
+    llm = start_engine(checkpoint, slides[0].parent, mm_processor_kwargs={"num_slide_tokens": 7})
+    output = llm.chat(slide_message(slides[3].as_uri()), use_tqdm=False)[0]
+    token = AutoTokenizer.from_pretrained(checkpoint).convert_tokens_to_ids("<|slide|>")
+    assert list(output.prompt_token_ids).count(token) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_slide_tokens": 0}, "num_slide_tokens: found 0"),
+        ({"num_slide_tokens": 512}, "num_slide_tokens: found 512"),
+        ({"slide_tokens": 3}, "found slide_tokens, wanted some of num_slide_tokens, device"),
+        ({"device": "tpu"}, "device: found 'tpu'"),
+    ],
+)
+def test_wrong_server_options_end_the_start_with_one_sentence(checkpoint, slides, options, message):
+    with pytest.raises(Exception, match=message):
+        start_engine(checkpoint, slides[0].parent, mm_processor_kwargs=options)

@@ -1,0 +1,190 @@
+"""The selection service: one flight for each slide, a bounded cache, and nobody waits for another's slide."""
+
+import asyncio
+import os
+import threading
+import time
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+
+from vllm_wsi.serving.selection import SelectionService, SlideRequest
+from vllm_wsi.slides import SlideError, features_in_memory
+from vllm_wsi.slides.rows import RawRows
+from vllm_wsi.sparsify.scorer import seeded_scorer
+from vllm_wsi.sparsify.selector import SlideSelector
+
+from .conftest import D, make_slide
+
+WAIT = 30  # seconds; only a failing test waits that long
+
+
+class CountingSelector(SlideSelector):
+    """The real selector, which also counts its runs and can be held."""
+
+    runs = 0
+    hold: threading.Event | None = None
+
+    def select(self, slide, k=None):
+        self.runs += 1
+        if self.hold is not None:
+            assert self.hold.wait(WAIT)
+        return super().select(slide, k)
+
+
+@pytest.fixture
+def selector():
+    weights = seeded_scorer("patch", D, 16, seed=0).requires_grad_(False).weights()
+    return CountingSelector(weights, 8)
+
+
+@pytest.fixture
+def service(selector):
+    return SelectionService(selector, "scorer", max_slide_tokens=16)
+
+
+def test_the_second_request_runs_no_selection(service, selector, tmp_path):
+    path = make_slide(tmp_path / "a.safetensors", 100)
+    first, second = (service.select(SlideRequest(path)) for _ in range(2))
+    assert selector.runs == 1
+    assert second is first
+
+
+def test_sixty_four_requests_at_once_run_one_selection(service, selector, tmp_path):
+    selector.hold = threading.Event()
+    path = make_slide(tmp_path / "a.safetensors", 100)
+    futures = [service.submit(SlideRequest(path)) for _ in range(64)]
+    selector.hold.set()
+    assert len({id(future.result(WAIT)) for future in futures}) == 1
+    assert selector.runs == 1
+
+
+def test_a_held_slide_delays_neither_a_known_nor_another_new_slide(service, tmp_path, monkeypatch):
+    known, blocked, new = (make_slide(tmp_path / f"{name}.safetensors", 50) for name in ("known", "blocked", "new"))
+    service.select(SlideRequest(known))
+    release, read = threading.Event(), RawRows.read_into
+
+    def read_into(self, start, out):
+        if self._path == blocked:
+            assert release.wait(WAIT)
+        read(self, start, out)
+
+    monkeypatch.setattr(RawRows, "read_into", read_into)
+    held: Future = service.submit(SlideRequest(blocked))
+    assert service.submit(SlideRequest(known)).result(WAIT).selection.num_patches == 50
+    assert service.submit(SlideRequest(new)).result(WAIT).selection.num_patches == 50
+    assert not held.done()
+    release.set()
+    assert held.result(WAIT).selection.num_patches == 50
+
+
+def test_a_file_replaced_under_its_name_is_read_anew(service, selector, tmp_path):
+    path = make_slide(tmp_path / "a.safetensors", 100, seed=1)
+    before = service.select(SlideRequest(path))
+    make_slide(path, 100, seed=2)
+    after = service.select(SlideRequest(path))
+    assert selector.runs == 2
+    assert before.digest != after.digest
+
+
+def test_two_names_of_one_file_are_one_slide(service, selector, tmp_path):
+    path = make_slide(tmp_path / "a.safetensors", 100)
+    (tmp_path / "link.safetensors").symlink_to(path)
+    assert service.select(SlideRequest(tmp_path / "link.safetensors")) is service.select(SlideRequest(path))
+    assert selector.runs == 1
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused_and_not_remembered(service, selector, tmp_path, monkeypatch):
+    path = make_slide(tmp_path / "a.safetensors", 100)
+    select = CountingSelector.select
+
+    def and_touch(self, slide, k=None):
+        selection = select(self, slide, k)
+        os.utime(path, ns=(time.time_ns(), time.time_ns()))
+        return selection
+
+    monkeypatch.setattr(CountingSelector, "select", and_touch)
+    with pytest.raises(SlideError, match="changed while it was read"):
+        service.select(SlideRequest(path))
+    monkeypatch.setattr(CountingSelector, "select", select)
+    assert service.select(SlideRequest(path)).selection.num_patches == 100
+
+
+def test_an_error_is_given_to_all_who_wait_and_not_remembered(service, selector, tmp_path):
+    selector.hold = threading.Event()
+    path = make_slide(tmp_path / "a.safetensors", 10, d=D + 1)
+    futures = [service.submit(SlideRequest(path)) for _ in range(3)]
+    selector.hold.set()
+    for future in futures:
+        with pytest.raises(SlideError, match=f"found d = {D + 1}, wanted {D}"):
+            future.result(WAIT)
+    make_slide(path, 10)
+    assert service.select(SlideRequest(path)).selection.num_patches == 10
+
+
+@pytest.mark.parametrize("k", [1, 16])
+def test_k_of_a_request_makes_another_selection(service, selector, tmp_path, k):
+    path = make_slide(tmp_path / "a.safetensors", 100)
+    assert len(service.select(SlideRequest(path)).selection.indices) == 8
+    assert len(service.select(SlideRequest(path, k=k)).selection.indices) == k
+    assert selector.runs == 2
+
+
+@pytest.mark.parametrize("k", [0, -1, 17])
+def test_k_outside_the_bound_is_refused(service, tmp_path, k):
+    with pytest.raises(SlideError, match=f"k: found {k}, wanted 1 .. 16"):
+        service.submit(SlideRequest(make_slide(tmp_path / "a.safetensors", 100), k=k))
+
+
+def test_the_cache_forgets_the_least_used_slide_at_its_bound(selector, tmp_path):
+    one = SelectionService(selector, "scorer", 16).select(SlideRequest(make_slide(tmp_path / "0.safetensors", 20)))
+    service = SelectionService(selector, "scorer", 16, cache_bytes=2 * one.num_bytes)
+    paths = [make_slide(tmp_path / f"{i}.safetensors", 20, seed=i) for i in range(3)]
+    selector.runs = 0
+    for path in (*paths[:2], paths[0], paths[2], paths[0]):  # the third takes the place of the second
+        service.select(SlideRequest(path))
+    assert selector.runs == 3
+    service.select(SlideRequest(paths[1]))
+    assert selector.runs == 4
+
+
+def test_a_slide_larger_than_the_cache_is_answered(selector, tmp_path):
+    service = SelectionService(selector, "scorer", 16, cache_bytes=1)
+    path = make_slide(tmp_path / "a.safetensors", 20)
+    assert service.select(SlideRequest(path)).digest == service.select(SlideRequest(path)).digest
+    assert selector.runs == 2
+
+
+def test_equal_arrays_are_one_slide_and_other_arrays_another(service, selector):
+    x = np.random.default_rng(0).standard_normal((30, D)).astype(np.float32)
+    first = service.select(SlideRequest(slide=features_in_memory(x)))
+    assert service.select(SlideRequest(slide=features_in_memory(x.copy()))) is first
+    assert service.select(SlideRequest(slide=features_in_memory(x + 1))) is not first
+    assert selector.runs == 2
+
+
+async def test_a_client_that_goes_away_does_not_cancel_the_others(service, selector, tmp_path):
+    selector.hold = threading.Event()
+    request = SlideRequest(make_slide(tmp_path / "a.safetensors", 100))
+    gone, stays = (asyncio.create_task(service.select_async(request)) for _ in range(2))
+    await asyncio.sleep(0.05)
+    gone.cancel()
+    selector.hold.set()
+    assert (await stays).selection.num_patches == 100
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+
+
+def test_files_are_closed_after_success_and_failure(service, tmp_path):
+    def open_files():
+        return len(os.listdir("/proc/self/fd"))
+
+    paths = [make_slide(tmp_path / f"{i}.safetensors", 20, d=D + i % 2, seed=i) for i in range(20)]
+    before = open_files()
+    for path in paths:
+        try:
+            service.select(SlideRequest(path))
+        except SlideError:
+            assert int(path.stem) % 2
+    assert open_files() == before

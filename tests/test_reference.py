@@ -1,0 +1,118 @@
+"""Scoring and Hard Top-K in torch: exact indices, and bits that do not depend on how a slide is cut."""
+
+import pytest
+import torch
+from vllm_wsi.kernels import score_patches, score_topk
+from vllm_wsi.kernels.reference import BLOCK_ROWS
+
+from vllm_wsi.sparsify.scorer import PatchScorer, build_scorer, seeded_scorer
+
+D = 64
+
+
+def scorer(hidden: int = 32, d: int = D):
+    return seeded_scorer("patch", d, hidden, seed=1).requires_grad_(False)
+
+
+def features(n: int, d: int = D, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def oracle(scores: torch.Tensor, k: int) -> list[int]:
+    """Ascending rows of the k best: a stable sort of the finite scores in plain Python."""
+    finite = [i for i, s in enumerate(scores.tolist()) if s == s and abs(s) != float("inf")]
+    return sorted(sorted(finite, key=lambda i: (-scores[i].item(), i))[:k])
+
+
+@pytest.mark.parametrize("hidden", [0, 32])
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 256])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 5000])
+def test_indices_equal_a_stable_sort_of_the_scores(n, k, hidden):
+    x, weights = features(n), scorer(hidden).weights()
+    top = score_topk(x, weights, k)
+    assert top.indices.tolist() == oracle(score_patches(x, weights), k)
+    assert torch.equal(top.scores, score_patches(x, weights)[top.indices])
+
+
+def test_ties_go_to_the_lower_row_where_all_rows_are_equal():
+    x = features(1).expand(3000, D)
+    assert score_topk(x, scorer().weights(), 32).indices.tolist() == list(range(32))
+
+
+def test_ties_go_to_the_lower_row_among_a_few_distinct_rows():
+    x = features(5).repeat(700, 1)
+    weights = scorer().weights()
+    assert score_topk(x, weights, 33).indices.tolist() == oracle(score_patches(x, weights), 33)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_is_never_kept_and_is_counted(value):
+    x = features(200)
+    x[10:190, 3] = value
+    top = score_topk(x, scorer().weights(), 32)
+    assert top.indices.tolist() == [*range(10), *range(190, 200)]
+    assert top.num_nonfinite == 180
+
+
+def test_no_patches_keep_none():
+    assert score_topk(features(0), scorer().weights(), 32).indices.shape == (0,)
+
+
+@pytest.mark.parametrize("hidden", [0, 32, 256])
+def test_scores_have_the_same_bits_for_every_cut_of_the_slide(hidden):
+    x, weights = features(3 * BLOCK_ROWS + 77, 512), scorer(hidden, 512).weights()
+    whole = score_patches(x, weights)
+    for size in (1000, 1024, 1500, 2048):
+        parts = [score_patches(x[i : i + size], weights, first_row=i) for i in range(0, len(x), size)]
+        assert torch.equal(torch.cat(parts).view(torch.int32), whole.view(torch.int32)), size
+
+
+def test_scores_have_the_same_bits_on_a_hundred_repeats_and_any_number_of_threads():
+    x, weights = features(1500, 512), scorer(256, 512).weights()
+    first = score_patches(x, weights)
+    threads = torch.get_num_threads()
+    try:
+        for i in range(100):
+            torch.set_num_threads(1 + i % 2)
+            assert torch.equal(score_patches(x, weights).view(torch.int32), first.view(torch.int32))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scores_agree_with_float64_arithmetic(dtype):
+    x = features(700, 512).to(dtype)
+    module = scorer(256, 512)
+    exact = module.double()
+    y = torch.nn.functional.layer_norm(x.double(), (512,), exact.norm.weight, exact.norm.bias)
+    wanted = exact.out(torch.nn.functional.gelu(exact.hidden(y)))[:, 0]
+    assert (score_patches(x, module.float().weights()) - wanted).abs().max() < 2e-6
+
+
+def test_a_strided_view_scores_as_its_copy():
+    wide = features(1200, 2 * D)
+    weights = scorer().weights()
+    assert torch.equal(score_patches(wide[:, :D], weights), score_patches(wide[:, :D].clone(), weights))
+
+
+def test_the_module_and_the_reference_give_the_same_scores():
+    x, module = features(300), scorer()
+    assert torch.allclose(module(x[None])[0], score_patches(x, module.weights()), atol=1e-6)
+
+
+def test_a_slide_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="features have size 65, wanted 64"):
+        score_patches(features(3, 65), scorer().weights())
+
+
+def test_an_unknown_scorer_kind_is_refused():
+    with pytest.raises(ValueError, match="found 'magic', wanted 'patch'"):
+        build_scorer("magic", D, 8)
+
+
+def test_a_linear_scorer_has_no_hidden_layer_and_gradients_reach_every_parameter():
+    for hidden in (0, 16):
+        module = PatchScorer(D, hidden)
+        module(features(9)).sum().backward()
+        assert all(p.grad is not None for p in module.parameters())
+        assert (module.hidden is None) == (hidden == 0)
