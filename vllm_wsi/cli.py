@@ -84,12 +84,14 @@ def _select(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    _hide_transformers_progress()
     from .demo import run_demo
 
     return run_demo(args.slide, args.question, args.checkpoint)
 
 
 def _init_checkpoint(args: argparse.Namespace) -> int:
+    _hide_transformers_progress()
     from .init_checkpoint import init_checkpoint
 
     init_checkpoint(
@@ -107,6 +109,13 @@ def _init_checkpoint(args: argparse.Namespace) -> int:
     print(f"{args.out}: random weights from seed {args.seed}; its answers mean nothing. Serve it with\n"
           f"  vllm serve {args.out} --plugin vllm_wsi --allowed-local-media-path DIR")  # fmt: skip
     return 0
+
+
+def _hide_transformers_progress() -> None:
+    """Its bars are of milliseconds here."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 if __name__ == "__main__":

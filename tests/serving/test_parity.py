@@ -136,6 +136,15 @@ def test_another_k_of_the_server_keeps_that_many(checkpoint, slides):
     assert list(output.prompt_token_ids).count(token) == 7
 
 
+def test_a_tokenizer_without_the_slide_token_ends_the_start_with_one_sentence(checkpoint, slides, tmp_path):
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"slide_token_id": 258', '"slide_token_id": 259'))
+    with pytest.raises(RuntimeError, match=r"tokenizer: found <\|slide\|> as \[258\], wanted \[259\]"):
+        start_engine(tmp_path, slides[0].parent)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -146,5 +155,5 @@ def test_another_k_of_the_server_keeps_that_many(checkpoint, slides):
     ],
 )
 def test_wrong_server_options_end_the_start_with_one_sentence(checkpoint, slides, options, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(RuntimeError, match=message):
         start_engine(checkpoint, slides[0].parent, mm_processor_kwargs=options)

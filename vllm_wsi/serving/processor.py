@@ -112,6 +112,7 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         install_connector()
         install_prompt_guard()
         config, model = self.get_hf_config(), self.ctx.model_config
+        self._check_tokenizer(config)
         options = dict(self.ctx.get_mm_config().mm_processor_kwargs or {})
         if unknown := options.keys() - set(SERVER_OPTIONS):
             found = ", ".join(sorted(unknown))
@@ -126,6 +127,14 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         self.service = service_for(
             SlideSelector(weights, k, device, config.max_patches), weights_digest(weights), self.max_slide_tokens
         )
+
+    def _check_tokenizer(self, config: SparseWSIConfig) -> None:
+        tokenizer = self.ctx.tokenizer
+        ids = None if tokenizer is None else tokenizer.encode(SLIDE_TOKEN, add_special_tokens=False)
+        if ids is not None and ids != [config.slide_token_id]:
+            raise ValueError(
+                f"tokenizer: found {SLIDE_TOKEN} as {ids}, wanted [{config.slide_token_id}] (slide_token_id)"
+            )
 
     def get_hf_config(self) -> SparseWSIConfig:
         return self.ctx.get_hf_config(SparseWSIConfig)

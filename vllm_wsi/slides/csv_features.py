@@ -25,6 +25,8 @@ class CsvRows:
             self._file.seek(begin)
             cells = self._file.read(end - begin).rstrip(b"\r\n").split(b",")
             try:
+                if len(cells) <= self._d:
+                    raise ValueError("the line is cut short")
                 out[i] = [float(cell) for cell in cells[: self._d]]
             except ValueError as error:
                 raise SlideError(

@@ -105,6 +105,10 @@ class FeatureFile:
         n = stop - start
         if out is None:
             out = np.empty((n, self.feature_dim), self.storage_dtype)
+        elif out.dtype != self.storage_dtype or out.shape[1:] != (self.feature_dim,) or len(out) < n:
+            raise ValueError(
+                f"{self.name}: found a buffer {out.dtype} {out.shape}, wanted {self.storage_dtype} of {n} rows"
+            )
         self.rows.read_into(start, out[:n])
         return out[:n]
 
@@ -125,7 +129,7 @@ def check_matrix(path: str | Path, key: str, shape: tuple[int, ...], dtype: str)
         raise SlideError(f"{where} no patches (shape {shape}), wanted at least one; the slide may hold no tissue")
     if len(shape) == 1:
         raise SlideError(f"{where} shape {shape}, one vector for a whole slide, wanted patch features (N, d)")
-    if len(shape) != 2 or shape[1] == 0:
+    if len(shape) != 2 or min(shape) < 1:
         raise SlideError(f"{where} shape {shape}, wanted patch features (N, d)")
     if dtype not in FLOAT_DTYPES:
         raise SlideError(f"{where} dtype {dtype}, wanted one of {', '.join(FLOAT_DTYPES)}")
@@ -150,7 +154,7 @@ def write_features(
     from safetensors.numpy import save
 
     path = Path(path)
-    if features.ndim != 2 or 0 in features.shape or features.dtype.kind != "f":
+    if features.ndim != 2 or 0 in features.shape or features.dtype.name not in ("float16", "float32", "float64"):
         raise SlideError(
             f"{path}: features: found {features.dtype} of shape {features.shape}, wanted float (N, d) with N, d > 0"
         )
@@ -164,8 +168,9 @@ def write_features(
             )
         tensors["coords"] = np.ascontiguousarray(coords, np.int32)
     for key, value in (metadata or {}).items():
-        if not isinstance(value, str):
-            raise SlideError(f"{path}: metadata {key}: found {type(value).__name__}, wanted a string")
+        if not (isinstance(key, str) and isinstance(value, str)):
+            found = f"{type(key).__name__} -> {type(value).__name__}"
+            raise SlideError(f"{path}: metadata {key}: found {found}, wanted a string map")
     write_atomically(path, save(tensors, dict(metadata or {})))
 
 

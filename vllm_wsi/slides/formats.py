@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import struct
+import tokenize
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .csv_features import open_csv
-from .features import FLOAT_DTYPES, CoordUnit, FeatureFile, SlideError, SlideIdentity, check_matrix
+from .features import FLOAT_DTYPES, CoordUnit, FeatureFile, SlideError, SlideIdentity, check_matrix, metadata_strings
 from .hdf5_features import open_hdf5
 from .rows import ArrayRows, RawRows
 
@@ -27,10 +27,12 @@ PICKLE_PROTOCOLS = tuple(bytes([0x80, n]) for n in range(2, 6))
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 MAX_SAFETENSORS_HEADER = 100 << 20  # bytes; the format's own limit
 SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-CONVERT = (
-    "convert it once, where you trust the file: "
-    'numpy.save("features.npy", numpy.asarray(torch.load(FILE, weights_only=False), "float32"))'
-)
+CONVERT = 'convert it once, where you trust the file: numpy.save("features.npy", numpy.asarray({}, "float32"))'
+CONVERT_TORCH = CONVERT.format("torch.load(FILE, weights_only=False)")
+CONVERT_PICKLE = CONVERT.format('pickle.load(open(FILE, "rb"))')
+CONVERT_NPY = CONVERT.format("numpy.load(FILE, allow_pickle=True)")
+CONVERT_NPY_DICT = CONVERT.format('numpy.load(FILE, allow_pickle=True).item()["KEY"]')
+CONVERT_NPZ = CONVERT.format('numpy.load(FILE)["KEY"]')
 
 
 def open_features(path: str | os.PathLike[str], encoder: str | None = None) -> FeatureFile:
@@ -80,7 +82,9 @@ def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: 
     if head.startswith(LEGACY_TORCH_MAGIC):
         return _open_legacy_torch(path, identity)
     if head.startswith(PICKLE_PROTOCOLS):
-        raise SlideError(f"{path}: found a pickle, which can run code when it is loaded, wanted features; {CONVERT}")
+        raise SlideError(
+            f"{path}: found a pickle, which can run code when it is loaded, wanted features; {CONVERT_PICKLE}"
+        )
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_SAFETENSORS_HEADER:
         return _open_safetensors(path, identity)
     if path.suffix.lower() == ".csv":
@@ -106,7 +110,7 @@ def _open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
             raise SlideError(f"{path}: found {identity.size} bytes, wanted a header of {size}; the file is truncated")
         try:
             header = json.loads(raw)
-            metadata = header.pop("__metadata__", {})
+            metadata = metadata_strings(header.pop("__metadata__", {}))
             entry = header.get("features")
             if entry is None:
                 found = ", ".join(sorted(header)) or "no tensors"
@@ -114,16 +118,16 @@ def _open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
             dtype = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])
             shape = tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, SlideError):
-                raise
+            n, d = check_matrix(path, "features", shape, dtype)
+            storage = FLOAT_DTYPES[dtype]
+            data = 8 + size
+            if begin < 0 or end - begin != n * d * storage.itemsize:
+                raise SlideError(f"{path}: features: found offsets {begin}:{end}, wanted the size of shape {shape}")
+            load_coords = _safetensors_coords(path, header.get("coords"), data, n)
+        except SlideError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SlideError(f"{path}: found a broken safetensors header, wanted JSON with offsets") from error
-        n, d = check_matrix(path, "features", shape, dtype)
-        storage = FLOAT_DTYPES[dtype]
-        data = 8 + size
-        if begin < 0 or end - begin != n * d * storage.itemsize:
-            raise SlideError(f"{path}: features: found offsets {begin}:{end}, wanted the size of shape {shape}")
-        load_coords = _safetensors_coords(path, header.get("coords"), data, n)
     rows = RawRows(path, data + begin, storage, n, d)
     unit: CoordUnit | None = None if load_coords is None else "px"
     return FeatureFile(str(path), "safetensors", "features", n, d, dtype, rows, identity, metadata, unit, load_coords)
@@ -138,10 +142,13 @@ def _safetensors_coords(path: Path, entry: Mapping | None, data: int, num_patche
         raise SlideError(
             f"{path}: coords: found {entry['dtype']} of shape {shape}, wanted I32 of shape ({num_patches}, 2)"
         )
-    dtype, count, offset = dtypes[entry["dtype"]], num_patches * 2, data + entry["data_offsets"][0]
+    dtype, count = np.dtype(dtypes[entry["dtype"]]), num_patches * 2
+    begin, end = entry["data_offsets"]
+    if begin < 0 or end - begin != count * dtype.itemsize:
+        raise SlideError(f"{path}: coords: found offsets {begin}:{end}, wanted the size of shape {shape}")
 
     def load() -> NDArray:
-        coords = np.fromfile(path, dtype, count, offset=offset)
+        coords = np.fromfile(path, dtype, count, offset=data + begin)
         if coords.size < count:
             raise SlideError(f"{path}: coords: found {coords.size} numbers, wanted {count}; the file is truncated")
         return coords.reshape(shape)
@@ -155,11 +162,13 @@ def _open_npy(path: Path, identity: SlideIdentity) -> FeatureFile:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(file)
-        except ValueError as error:
-            raise SlideError(f"{path}: found a broken npy header ({error}), wanted features (N, d)") from error
+        except (ValueError, SyntaxError, tokenize.TokenError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise SlideError(f"{path}: found a broken npy header ({reason}), wanted features (N, d)") from error
         offset = file.tell()
     if dtype.hasobject:
-        raise SlideError(f"{path}: found a pickled Python object, wanted a float array (N, d); {CONVERT}")
+        convert = CONVERT_NPY if shape else CONVERT_NPY_DICT
+        raise SlideError(f"{path}: found a pickled Python object, wanted a float array (N, d); {convert}")
     n, d = check_matrix(path, "", shape, dtype.name)
     if fortran or dtype.byteorder == ">":
         raise SlideError(f"{path}: found Fortran or big-endian order, wanted numpy.ascontiguousarray's little-endian")
@@ -179,10 +188,11 @@ def _open_zip(path: Path, identity: SlideIdentity) -> FeatureFile:
             names = archive.namelist()
             records = [r for r in archive.infolist() if "/data/" in r.filename and not r.is_dir()]
             stored = [_Stored(_data_offset(path, r), r.file_size) for r in records if r.compress_type == 0]
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise SlideError(f"{path}: found a broken zip archive, wanted a .pt tensor; it may be truncated") from error
     if not any(name.endswith("/data.pkl") for name in names):
-        raise SlideError(f"{path}: found a zip archive of {', '.join(names[:3])}, wanted a .pt tensor; {CONVERT}")
+        convert = f"; {CONVERT_NPZ}" if any(name.endswith(".npy") for name in names) else ""
+        raise SlideError(f"{path}: found a zip archive of {', '.join(names[:3])}, wanted a .pt tensor{convert}")
     tensor = _torch_load(path, map_location="meta", mmap=True)
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     n, d = check_matrix(path, "", shape, dtype)
@@ -210,8 +220,8 @@ def _open_legacy_torch(path: Path, identity: SlideIdentity) -> FeatureFile:
     n, d = check_matrix(path, "", shape, dtype)
     import torch
 
-    raw = tensor.contiguous().view(torch.uint16) if dtype == "bfloat16" else tensor.contiguous()
-    rows = ArrayRows(raw.numpy())
+    raw = tensor.detach().contiguous()
+    rows = ArrayRows((raw.view(torch.uint16) if dtype == "bfloat16" else raw).numpy())
     return FeatureFile(str(path), "pt (before torch 1.6)", "", n, d, dtype, rows, identity)
 
 
@@ -224,11 +234,13 @@ def _torch_load(path: Path, **how: object):
         tensor = torch.load(path, weights_only=True, **how)
     except pickle.UnpicklingError as error:
         found = "pickled Python objects (TRIDENT's .pt holds a NumPy array)"
-        raise SlideError(f"{path}: found {found}, wanted a plain tensor (N, d); {CONVERT}") from error
-    except (RuntimeError, EOFError, io.UnsupportedOperation) as error:
+        raise SlideError(f"{path}: found {found}, wanted a plain tensor (N, d); {CONVERT_TORCH}") from error
+    except Exception as error:  # torch raises whatever a damaged file makes it trip over
         raise SlideError(
             f"{path}: found an unreadable .pt file, wanted a tensor (N, d); it may be truncated"
         ) from error
+    if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
+        raise SlideError(f"{path}: found a {tensor.layout} tensor, wanted a dense one (N, d)")
     if not isinstance(tensor, torch.Tensor):
         keys = f" with the keys {', '.join(map(str, list(tensor)[:5]))}" if isinstance(tensor, dict) else ""
         raise SlideError(f"{path}: found a {type(tensor).__name__}{keys}, wanted one tensor (N, d)")

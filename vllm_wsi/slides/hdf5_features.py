@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,14 +28,21 @@ def open_hdf5(path: Path, identity: SlideIdentity, encoder: str | None) -> Featu
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise SlideError(
-            f"{path}: found an HDF5 signature but no readable file, wanted HDF5; it is truncated or damaged"
-        ) from error
+        raise _damaged(path) from error
     try:
         return _open(path, file, identity, encoder)
-    except BaseException:
+    except SlideError:
         file.close()
         raise
+    except Exception as error:  # h5py raises KeyError, RuntimeError, TypeError and more where bytes are damaged
+        file.close()
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> SlideError:
+    return SlideError(
+        f"{path}: found an HDF5 signature but no readable file, wanted HDF5; it is truncated, damaged or being written"
+    )
 
 
 class Hdf5Rows:
@@ -61,7 +69,7 @@ class Hdf5Rows:
 def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
     key, form = _find_features(path, file, encoder)
     features = _local_dataset(path, file, key)
-    shape = features.shape
+    shape: tuple[int, ...] = features.shape or ()  # None: HDF5's null dataspace
     if len(shape) == 3 and shape[0] == 1:  # UNI2: a batch of one slide
         shape = shape[1:]
     n, d = check_matrix(path, key, shape, features.dtype.name)
@@ -70,7 +78,7 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
     attributes: dict[str, object] = dict(file.attrs)
     unit: CoordUnit | None = None
     load_coords: Callable[[], NDArray] | None = None
-    if "coords" in file:
+    if _has(file, "coords"):
         dataset = _local_dataset(path, file, "coords")
         attributes |= dict(dataset.attrs)
         load_coords = _coords_loader(path, dataset, n)
@@ -81,13 +89,18 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
     else:
         remarks.append("the file has no coords: kept patches have rows, but no place on the slide")
     attributes |= dict(features.attrs)
+    if form == "AtlasPatch":
+        attributes.setdefault("encoder", key.split("/")[1])
 
     rows: RowSource
     offset = features.id.get_offset()
-    if offset is not None and file.userblock_size == 0 and features.dtype.byteorder != ">":
+    # Big-endian numbers, and small floats that h5py widens, are converted by the library.
+    as_stored = features.id.get_type() == h5py.h5t.py_create(features.dtype.newbyteorder("<"))
+    if offset is not None and file.userblock_size == 0 and as_stored:
         rows = RawRows(path, offset, features.dtype, n, d)
         file.close()
     else:
+        _check_stored(path, key, features)
         rows = Hdf5Rows(file, features, path)
     metadata = metadata_strings({RENAMED.get(name, name): value for name, value in attributes.items()})
     return FeatureFile(
@@ -97,10 +110,21 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
     )  # fmt: skip
 
 
+def _check_stored(path: Path, key: str, dataset: h5py.Dataset) -> None:
+    """A dataset may claim more rows than were ever written; HDF5 would read fill values without end."""
+    if dataset.chunks is None:
+        return
+    wanted = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+    found = dataset.id.get_num_chunks()
+    if found < wanted:
+        raise SlideError(f"{path}: {key}: found {found} of {wanted} chunks, wanted all; the file was not written whole")
+
+
 def _find_features(path: Path, file: h5py.File, encoder: str | None) -> tuple[str, str]:
     """(key of the features, name of the layout)."""
-    if isinstance(group := file.get("features"), h5py.Group):
-        names = sorted(group)
+    kind = file.get("features", getclass=True) if _is_local(file, "features") else None
+    if kind is h5py.Group:
+        names = sorted(file["features"])
         if encoder is None and len(names) == 1:
             encoder = names[0]
         if encoder not in names:
@@ -108,22 +132,30 @@ def _find_features(path: Path, file: h5py.File, encoder: str | None) -> tuple[st
             asked = "one choice among them (#encoder=NAME)" if encoder is None else f"encoder {encoder!r}"
             raise SlideError(f"{path}: features: found a group of {found}, wanted {asked}")
         return f"features/{encoder}", "AtlasPatch"
-    if "features" in file:
-        shape = getattr(file["features"], "shape", ())
-        if len(shape) == 3:
+    if _has(file, "features"):
+        if kind is h5py.Dataset and file["features"].ndim == 3:
             return "features", "UNI2"
-        return "features", "TRIDENT" if "coords" in file and file["coords"].attrs else "CLAM"
-    if "feats" in file:
+        return "features", "TRIDENT" if _is_local(file, "coords") and file["coords"].attrs else "CLAM"
+    if _has(file, "feats"):
         return "feats", "STAMP" if "stamp_version" in file.attrs or "unit" in file.attrs else "Marugoto"
     found = ", ".join(sorted(file)) or "no datasets"
     raise SlideError(f"{path}: found the keys {found}, wanted a dataset named 'features' or 'feats'")
+
+
+def _has(file: h5py.File, key: str) -> bool:
+    """Whether the root has that name, without following a link (`in` and `get` follow it)."""
+    return file.id.links.exists(key.encode())
+
+
+def _is_local(file: h5py.File, key: str) -> bool:
+    return _has(file, key) and file.id.links.get_info(key.encode()).type == h5py.h5l.TYPE_HARD
 
 
 def _local_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
     """The dataset, if it lies in this file: links and external storage could point at any file of the machine."""
     parts = key.split("/")
     for depth in range(1, len(parts) + 1):
-        if not isinstance(file.get("/".join(parts[:depth]), getlink=True), h5py.HardLink):
+        if not _is_local(file, "/".join(parts[:depth])):
             raise SlideError(f"{path}: {key}: found a link to elsewhere, wanted a dataset in this file")
     dataset = file[key]
     if not isinstance(dataset, h5py.Dataset):
@@ -134,7 +166,9 @@ def _local_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
 
 
 def _coords_loader(path: Path, dataset: h5py.Dataset, num_patches: int) -> Callable[[], NDArray]:
-    shape = dataset.shape[1:] if dataset.ndim == 3 and dataset.shape[0] == 1 else dataset.shape
+    shape: tuple[int, ...] = dataset.shape or ()
+    if len(shape) == 3 and shape[0] == 1:
+        shape = shape[1:]
     if len(shape) != 2 or shape[0] != num_patches or shape[1] not in (2, 5) or dataset.dtype.kind not in "iuf":
         raise SlideError(
             f"{path}: coords: found {dataset.dtype} of shape {dataset.shape}, wanted one x, y for each of "
