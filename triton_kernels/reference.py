@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .keys import ABSENT, pack_keys, unpack_keys
 
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 256
 """Rows of one matrix product. Blocks start at multiples of this row of the slide and the last one is padded,
-so that a row's score has the same bits however the slide is cut into chunks."""
+so that a row's score has the same bits however the slide is cut into chunks. Small enough that a block's
+temporaries stay on the heap: larger ones go back to the kernel and fault in again for every block."""
 
 
 class ScorerWeights(NamedTuple):

@@ -96,7 +96,7 @@ class SlideParser(MultiModalDataParser):
 
 
 class SparseWSIProcessingInfo(BaseProcessingInfo):
-    """Made once in each process that handles requests: hands the checkpoint's scorer to the selection service."""
+    """Hands the checkpoint's scorer to the selection service; made at the start, and again for each chat request."""
 
     def __init__(self, ctx: InputProcessingContext) -> None:
         super().__init__(ctx)
@@ -123,10 +123,8 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         if not 1 <= k <= room:
             raise ValueError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
-        weights = _scorer_weights(model.model, model.revision)
-        self.service = service_for(
-            SlideSelector(weights, k, device, config.max_patches), weights_digest(weights), self.max_slide_tokens
-        )
+        weights, digest = _scorer(model.model, model.revision)
+        self.service = service_for(SlideSelector(weights, k, device, config.max_patches), digest, self.max_slide_tokens)
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
         tokenizer = self.ctx.tokenizer
@@ -244,5 +242,7 @@ def install_connector() -> None:
 
 
 @lru_cache(maxsize=4)
-def _scorer_weights(model: str, revision: str | None) -> ScorerWeights:
-    return load_scorer(model, revision)
+def _scorer(model: str, revision: str | None) -> tuple[ScorerWeights, str]:
+    """A checkpoint's scorer and its digest, read once: vLLM makes a processor for every chat request."""
+    weights = load_scorer(model, revision)
+    return weights, weights_digest(weights)
