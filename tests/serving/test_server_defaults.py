@@ -18,6 +18,7 @@ def test_a_server_without_an_allowed_path_profiles_compiles_and_refuses_files(ch
     args = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4", "--gpu-memory-utilization", "0.3"]
     slide = make_slide(tmp_path / "a.safetensors", 100)
     with VllmServer(checkpoint, None, tmp_path / "server.log", args, env) as server:
+        assert "profiled with 8 image items" in server.log_path.read_text()
         client = openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=120)
 
         def ask(url):
