@@ -29,20 +29,24 @@ def oracle(scores: torch.Tensor, k: int) -> list[int]:
 @pytest.mark.parametrize("n", [1, 31, 32, 33, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 5000])
 def test_indices_equal_a_stable_sort_of_the_scores(n, k, hidden):
     x, weights = features(n), scorer(hidden).weights()
-    top = score_topk(x, weights, k)
-    assert top.indices.tolist() == oracle(score_patches(x, weights), k)
-    assert torch.equal(top.scores, score_patches(x, weights)[top.indices])
+    top, wanted = score_topk(x, weights, k), oracle(score_patches(x, weights), k)
+    m = len(wanted)
+    assert top.indices[0].tolist() == wanted + [-1] * (k - m)
+    assert torch.equal(top.all_scores, score_patches(x, weights))
+    assert torch.equal(top.scores[0, :m], top.all_scores[wanted])
+    assert torch.equal(top.rows[0, :m], x[wanted])
+    assert not top.rows[0, m:].any()
 
 
 def test_ties_go_to_the_lower_row_where_all_rows_are_equal():
     x = features(1).expand(3000, D)
-    assert score_topk(x, scorer().weights(), 32).indices.tolist() == list(range(32))
+    assert score_topk(x, scorer().weights(), 32).indices[0].tolist() == list(range(32))
 
 
 def test_ties_go_to_the_lower_row_among_a_few_distinct_rows():
     x = features(5).repeat(700, 1)
     weights = scorer().weights()
-    assert score_topk(x, weights, 33).indices.tolist() == oracle(score_patches(x, weights), 33)
+    assert score_topk(x, weights, 33).indices[0].tolist() == oracle(score_patches(x, weights), 33)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -50,12 +54,50 @@ def test_a_row_that_is_not_finite_is_never_kept_and_is_counted(value):
     x = features(200)
     x[10:190, 3] = value
     top = score_topk(x, scorer().weights(), 32)
-    assert top.indices.tolist() == [*range(10), *range(190, 200)]
-    assert top.num_nonfinite == 180
+    assert top.indices[0].tolist() == [*range(10), *range(190, 200), *[-1] * 12]
+    assert torch.isfinite(top.all_scores).sum() == 20
 
 
 def test_no_patches_keep_none():
-    assert score_topk(features(0), scorer().weights(), 32).indices.shape == (0,)
+    assert score_topk(features(0), scorer().weights(), 3).indices.tolist() == [[-1, -1, -1]]
+
+
+@pytest.mark.parametrize("by_score", [False, True])
+@pytest.mark.parametrize("k", [1, 33, 300])
+def test_slides_of_a_batch_and_chunks_of_a_slide_keep_what_each_slide_keeps_alone(k, by_score):
+    weights, lengths = scorer().weights(), [0, 700, 1, 40, 0]
+    parts = [features(n, seed=n).round(decimals=0) for n in lengths]
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    together = score_topk(torch.cat(parts), weights, k, cu_seqlens=cu_seqlens, by_score=by_score)
+    for slide, part in enumerate(parts):
+        alone = score_topk(part, weights, k, by_score=by_score)
+        assert torch.equal(together.indices[slide], alone.indices[0])
+        assert torch.equal(together.rows[slide], alone.rows[0])
+        running = None
+        for start in range(0, max(len(part), 1), 130):
+            chunk = part[start : start + 130]
+            running = score_topk(chunk, weights, k, first_row=start, running=running, by_score=by_score)
+        assert all(torch.equal(one, other) for one, other in zip(running[:4], alone[:4], strict=True))
+
+
+def test_no_slides_give_empty_results():
+    top = score_topk(features(0), scorer().weights(), 3, cu_seqlens=torch.tensor([0]))
+    assert [tuple(x.shape) for x in top] == [(0, 3), (0, 3), (0, 3, D), (0, 4), (0,)]
+
+
+@pytest.mark.parametrize("cut", [None, [0, 9, 20]])
+def test_the_operator_passes_pytorchs_own_checks(cut):
+    weights = scorer().weights()
+    cu_seqlens = None if cut is None else torch.tensor(cut)
+    *parameters, eps = weights
+    arguments = (features(20), *parameters, eps, 3, cu_seqlens, 0, None, None, None, False)
+    torch.library.opcheck(torch.ops.vllm_wsi.score_topk.default, arguments)
+
+
+def test_the_operator_compiles_without_a_graph_break():
+    x, weights = features(200), scorer().weights()
+    compiled = torch.compile(lambda x: score_topk(x * 2, weights, 5).indices, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), score_topk(x * 2, weights, 5).indices)
 
 
 @pytest.mark.parametrize("hidden", [0, 32, 256])

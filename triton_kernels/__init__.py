@@ -1,4 +1,7 @@
-"""Selection kernels: score every patch of a slide and keep the best k. Imported as `vllm_wsi.kernels`."""
+"""Selection kernels: score every patch of a slide and keep the best k. Imported as `vllm_wsi.kernels`.
+
+`score.py` and `select.py` need Triton and are imported where a GPU first calls them.
+"""
 
 if __name__ == "triton_kernels":
     raise ImportError(
@@ -6,6 +9,7 @@ if __name__ == "triton_kernels":
         "package for vLLM, so take the folder that holds it off sys.path"
     )
 
-from .reference import ScorerWeights, TopK, score_patches, score_topk
+from .op import ScoredTopK, score_topk
+from .reference import ScorerWeights, score_patches
 
-__all__ = ["ScorerWeights", "TopK", "score_patches", "score_topk"]
+__all__ = ["ScoredTopK", "ScorerWeights", "score_patches", "score_topk"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -38,12 +39,13 @@ class ScorerWeights(NamedTuple):
         return ScorerWeights(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
 
-class TopK(NamedTuple):
-    """The kept patches of one slide, in ascending order of their rows."""
+class Selected(NamedTuple):
+    """The kept patches of S slides. Places without a patch hold index -1, score -inf and a row of zeros."""
 
-    indices: Tensor  # int64 [m], m <= k
-    scores: Tensor  # fp32 [m]
-    num_nonfinite: int  # patches that could not be kept because their score is NaN or infinite
+    indices: Tensor  # int64 [S, k], rows within their slide
+    scores: Tensor  # fp32 [S, k]
+    rows: Tensor | None  # [S, k, d], the features' dtype
+    keys: Tensor  # int64 [S, k_pad]: the running Top-K, for the next chunk of a streamed slide
 
 
 def apply_scorer(features: Tensor, weights: ScorerWeights) -> Tensor:
@@ -84,25 +86,69 @@ def score_patches(features: Tensor, weights: ScorerWeights, first_row: int = 0) 
     return scores
 
 
-def score_topk(features: Tensor, weights: ScorerWeights, k: int) -> TopK:
-    """Hard Top-K: the k best patches of a slide that lies in memory.
-
-    Args:
-        features: [N, d], any floating dtype.
-        weights: on the device of `features`.
-        k: patches to keep; fewer are kept where fewer have a finite score.
-    """
-    keys = pack_keys(score_patches(features, weights))
-    return finish_topk(best_keys(keys, k), num_nonfinite=int((keys == ABSENT).sum()))
+def padded_k(k: int) -> int:
+    """k as the kernels' networks take it: a power of two, at least 2 (Triton 3.6 cannot take the top 1)."""
+    if k < 1:
+        raise ValueError(f"k: found {k}, wanted at least 1")
+    return max(2, 1 << (k - 1).bit_length())
 
 
-def best_keys(keys: Tensor, k: int) -> Tensor:
-    """The min(k, n) largest of keys [n], in descending order."""
-    return torch.topk(keys, min(k, keys.shape[0])).values
+def select_topk(
+    scores: Tensor,
+    k: int,
+    features: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    first_row: int = 0,
+    running: Selected | None = None,
+    by_score: bool = False,
+) -> Selected:
+    """Keeps the k best of each slide: the oracle of `select.select_triton`, with the same arguments."""
+    k_pad = padded_k(k)
+    bounds = [0, scores.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
+    slides = []
+    for slide, (begin, end) in enumerate(pairwise(bounds)):
+        before = None
+        if running is not None:
+            rows = None if running.rows is None else running.rows[slide]
+            before = _Running(running.indices[slide], rows, running.keys[slide])
+        part = None if features is None else features[begin:end]
+        slides.append(_select_slide(scores[begin:end], k, k_pad, part, first_row, before, by_score))
+    if not slides:
+        shapes = _select_slide(scores, k, k_pad, features, first_row, None, by_score)
+        return Selected(*(None if x is None else x.new_empty((0, *x.shape)) for x in shapes))
+    return Selected(*(None if column[0] is None else torch.stack(column) for column in zip(*slides, strict=True)))
 
 
-def finish_topk(best: Tensor, num_nonfinite: int) -> TopK:
-    """Turns the best keys of a whole slide into its kept patches."""
-    rows, scores = unpack_keys(best[best != ABSENT])
-    order = torch.argsort(rows)
-    return TopK(rows[order], scores[order], num_nonfinite)
+class _Running(NamedTuple):
+    """What one slide's earlier chunks kept."""
+
+    indices: Tensor  # [k]
+    rows: Tensor | None  # [k, d]
+    keys: Tensor  # [k_pad]
+
+
+def _select_slide(
+    scores: Tensor, k: int, k_pad: int, features: Tensor | None, first_row: int, before: _Running | None, by_score: bool
+) -> Selected:
+    keys = pack_keys(scores, first_row)
+    if before is not None:
+        keys = torch.cat((before.keys, keys))
+    best = torch.topk(keys, min(k, keys.shape[0])).values
+    best = best[best != ABSENT]
+    rows, values = unpack_keys(best)
+    order = torch.arange(len(rows), device=rows.device) if by_score else torch.argsort(rows)
+    rows, values = rows[order], values[order]
+    m = len(rows)
+    indices = torch.full((k,), -1, device=rows.device)
+    padded = values.new_full((k,), float("-inf"))
+    all_keys = keys.new_full((k_pad,), ABSENT)
+    indices[:m], padded[:m], all_keys[:m] = rows, values, best
+    kept = None
+    if features is not None:
+        kept = features.new_zeros((k, features.shape[1]))
+        new = rows >= first_row
+        kept[:m][new] = features[rows[new] - first_row]
+        if before is not None and before.rows is not None:
+            place = (before.indices[None, :] == rows[~new][:, None]).int().argmax(dim=1)
+            kept[:m][~new] = before.rows[place]
+    return Selected(indices, padded, kept, all_keys)

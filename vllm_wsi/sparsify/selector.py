@@ -12,9 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_wsi.kernels import ScorerWeights, score_patches
-from vllm_wsi.kernels.keys import ABSENT, pack_keys, unpack_keys
-from vllm_wsi.kernels.reference import finish_topk
+from vllm_wsi.kernels import ScoredTopK, ScorerWeights, score_topk
 from vllm_wsi.slides import FeatureFile, SlideError
 from vllm_wsi.slides.features import CoordUnit
 
@@ -93,8 +91,7 @@ class SlideSelector:
         device, weights = self._start_device()
         dtype = getattr(torch, slide.dtype)
         chunk = np.empty((min(self._chunk_rows, slide.num_patches), slide.feature_dim), slide.storage_dtype)
-        keys = torch.empty(0, dtype=torch.int64, device=device)
-        kept = torch.empty((0, slide.feature_dim), dtype=dtype, device=device)
+        running: ScoredTopK | None = None
         num_nonfinite = 0
         read_seconds, score_seconds = 0.0, 0.0
         for start in range(0, slide.num_patches, self._chunk_rows):
@@ -102,28 +99,22 @@ class SlideSelector:
             rows = slide.read_rows(start, min(start + self._chunk_rows, slide.num_patches), chunk)
             read = time.perf_counter()
             features = torch.from_numpy(rows).view(dtype).to(device)
-            new = pack_keys(score_patches(features, weights, start), start)
-            num_nonfinite += int((new == ABSENT).sum())
-            keys, order = torch.topk(torch.cat((keys, new)), min(k, keys.shape[0] + new.shape[0]))
-            # Gathered from the two parts by themselves: joining them first would copy the chunk.
-            old = order < kept.shape[0]
-            gathered = kept.new_empty((order.shape[0], slide.feature_dim))
-            gathered[old] = kept[order[old]]
-            gathered[~old] = features[order[~old] - kept.shape[0]]
-            kept = gathered
+            running = score_topk(features, weights, k, first_row=start, running=running)
+            num_nonfinite += int((~torch.isfinite(running.all_scores)).sum())
             read_seconds += read - began
             score_seconds += time.perf_counter() - read
-        best = finish_topk(keys, num_nonfinite)
-        if best.indices.shape[0] == 0:
+        assert running is not None
+        present = running.indices[0] >= 0
+        if not present.any():
             raise SlideError(
                 f"{slide.name}: {slide.key or 'features'}: found no patch with a finite score among "
                 f"{slide.num_patches}, wanted at least one; the features hold NaN or infinities"
             )
-        indices, coords = best.indices.cpu(), slide.read_coords()
+        indices, coords = running.indices[0][present].cpu(), slide.read_coords()
         return Selection(
             indices=indices,
-            scores=best.scores.cpu(),
-            features=self._in_row_order(keys, kept).cpu(),
+            scores=running.scores[0][present].cpu(),
+            features=running.rows[0][present].cpu(),
             num_patches=slide.num_patches,
             num_nonfinite=num_nonfinite,
             read_seconds=read_seconds,
@@ -132,11 +123,6 @@ class SlideSelector:
             coord_unit=slide.coord_unit,
             metadata=slide.metadata,
         )
-
-    @staticmethod
-    def _in_row_order(keys: Tensor, kept: Tensor) -> Tensor:
-        finite = keys != ABSENT
-        return kept[finite][torch.argsort(unpack_keys(keys[finite])[0])]
 
     def _check(self, slide: FeatureFile) -> None:
         where = f"{slide.name}: {slide.key or 'features'}: found"

@@ -1,0 +1,120 @@
+"""`score_topk` as a PyTorch operator: one entry for every device, visible to `torch.compile`. No logic but dispatch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import ScorerWeights, Selected, padded_k, score_patches, select_topk
+
+
+class ScoredTopK(NamedTuple):
+    """The kept patches of S slides, and the scores of all. Places without a patch: -1, -inf, zeros."""
+
+    indices: Tensor  # int64 [S, k], rows within their slide
+    scores: Tensor  # fp32 [S, k]
+    rows: Tensor  # [S, k, d], the features' dtype
+    keys: Tensor  # int64 [S, k_pad], for the next chunk of a streamed slide
+    all_scores: Tensor  # fp32 [N]
+
+
+def score_topk(
+    features: Tensor,
+    weights: ScorerWeights,
+    k: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    first_row: int = 0,
+    running: ScoredTopK | None = None,
+    by_score: bool = False,
+) -> ScoredTopK:
+    """Scores every patch and keeps the k best of each slide (Hard Top-K).
+
+    On CUDA two kernels do it, where they take the input (`score.supports`); elsewhere, and on the CPU, PyTorch does,
+    with the same meaning. Ties go to the lower row; a score that is not finite is never kept.
+
+    Args:
+        features: [N, d], all slides one after another.
+        weights: fp32, on the features' device.
+        k: at least 1; up to 256 on the fast path.
+        cu_seqlens: int32 or int64 [S + 1], where each slide begins and ends; None: one slide.
+        first_row: row of `features[0]` within its slide, for a slide that arrives in chunks.
+        running: what the slide's earlier chunks gave, for the same k and order.
+        by_score: order the kept by score instead of by row.
+    """
+    before = (None, None, None) if running is None else (running.indices, running.rows, running.keys)
+    *parameters, eps = weights
+    return ScoredTopK(*_score_topk(features, *parameters, eps, k, cu_seqlens, first_row, *before, by_score))
+
+
+@torch.library.custom_op("vllm_wsi::score_topk", mutates_args=(), device_types="cpu")
+def _score_topk(
+    features: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    eps: float,
+    k: int,
+    cu_seqlens: Tensor | None,
+    first_row: int,
+    running_indices: Tensor | None,
+    running_rows: Tensor | None,
+    running_keys: Tensor | None,
+    by_score: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights = ScorerWeights(norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps)
+    running = _running(running_indices, running_rows, running_keys)
+    scores = score_patches(features, weights, first_row)
+    selected = select_topk(scores, k, features, cu_seqlens, first_row, running, by_score)
+    return _outputs(selected, scores)
+
+
+@_score_topk.register_kernel("cuda")
+def _score_topk_cuda(
+    features, norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps, k, cu_seqlens,
+    first_row, running_indices, running_rows, running_keys, by_score,
+):  # fmt: skip
+    from .score import fold_cached, score_triton, supports
+    from .select import MAX_K, select_triton
+
+    weights = ScorerWeights(norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps)
+    running = _running(running_indices, running_rows, running_keys)
+    with torch.cuda.device(features.device):
+        if supports(features, weights):
+            scores = score_triton(features, fold_cached(weights, features.dtype))
+        else:
+            scores = score_patches(features, weights, first_row)
+        select = select_triton if k <= MAX_K else select_topk
+        selected = select(scores, k, features, cu_seqlens, first_row, running, by_score)
+    return _outputs(selected, scores)
+
+
+@_score_topk.register_fake
+def _score_topk_fake(
+    features, norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps, k, cu_seqlens,
+    first_row, running_indices, running_rows, running_keys, by_score,
+):  # fmt: skip
+    num_slides = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (
+        features.new_empty((num_slides, k), dtype=torch.int64),
+        features.new_empty((num_slides, k), dtype=torch.float32),
+        features.new_empty((num_slides, k, features.shape[1])),
+        features.new_empty((num_slides, padded_k(k)), dtype=torch.int64),
+        features.new_empty((features.shape[0],), dtype=torch.float32),
+    )
+
+
+def _running(indices: Tensor | None, rows: Tensor | None, keys: Tensor | None) -> Selected | None:
+    if indices is None or keys is None:
+        return None
+    return Selected(indices, indices.new_empty(0, dtype=torch.float32), rows, keys)
+
+
+def _outputs(selected: Selected, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    assert selected.rows is not None
+    return selected.indices, selected.scores, selected.rows, selected.keys, scores
