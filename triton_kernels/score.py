@@ -95,6 +95,8 @@ def fold_cached(weights: ScorerWeights, dtype: torch.dtype) -> FoldedScorer:
     for stale in [key for key, (owner, _) in _folded.items() if owner() is None]:
         del _folded[stale]
     folded = fold_scorer(weights, dtype)
+    if folded.weight.is_cuda:  # other streams will use it without waiting for this one
+        torch.cuda.current_stream(folded.weight.device).synchronize()
     _folded[key] = (weakref.ref(weights.out_weight), folded)
     return folded
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,8 +15,7 @@ from vllm_wsi.kernels import ScoredTopK, ScorerWeights, score_topk
 from vllm_wsi.slides import FeatureFile, SlideError
 from vllm_wsi.slides.features import CoordUnit
 
-CHUNK_ROWS = 2048
-"""Rows in memory at once. With d = 2560 in fp32 a chunk is 21 MB."""
+from .staging import ChunkStager
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Selection:
     num_patches: int  # N
     num_nonfinite: int  # patches whose score was NaN or infinite: never kept
     read_seconds: float = 0.0
-    score_seconds: float = 0.0  # upload, scoring and Top-K
+    score_seconds: float = 0.0  # upload, scoring and Top-K, as far as reading did not hide them
     coords: NDArray | None = None  # [k, 2] top-left corners in coord_unit
     coord_unit: CoordUnit | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
@@ -53,14 +51,15 @@ class SlideSelector:
     """Hard Top-K over a whole slide, chunk by chunk (SparseLearn, inference path).
 
     Deterministic: the same file and weights give the same bits on every run and for every chunk size. Peak memory
-    is two chunks and the scorer's, whatever N is. One selector serves many threads.
+    is two chunks and the scorer's, and 8 to 16 bytes a patch while coordinates are looked up. One selector serves
+    many threads.
 
     Args:
         weights: of the scorer.
         num_slide_tokens: K.
         device: "cpu", "cuda", or "auto" for a GPU where there is one; CUDA starts at the first slide.
         max_patches: longer slides are refused.
-        chunk_rows: rows read at once.
+        chunk_rows: rows read at once; None: `staging.py` decides by their size.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class SlideSelector:
         num_slide_tokens: int,
         device: str = "cpu",
         max_patches: int | None = None,
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,
     ) -> None:
         if device not in ("cpu", "cuda", "auto"):
             raise ValueError(f"device: found {device!r}, wanted 'cpu', 'cuda' or 'auto'")
@@ -89,20 +88,16 @@ class SlideSelector:
         k = self.num_slide_tokens if k is None else k
         self._check(slide)
         device, weights = self._start_device()
-        dtype = getattr(torch, slide.dtype)
-        chunk = np.empty((min(self._chunk_rows, slide.num_patches), slide.feature_dim), slide.storage_dtype)
+        stager = ChunkStager(slide, device, self._chunk_rows)
         running: ScoredTopK | None = None
-        num_nonfinite = 0
-        read_seconds, score_seconds = 0.0, 0.0
-        for start in range(0, slide.num_patches, self._chunk_rows):
-            began = time.perf_counter()
-            rows = slide.read_rows(start, min(start + self._chunk_rows, slide.num_patches), chunk)
-            read = time.perf_counter()
-            features = torch.from_numpy(rows).view(dtype).to(device)
-            running = score_topk(features, weights, k, first_row=start, running=running)
-            num_nonfinite += int((~torch.isfinite(running.all_scores)).sum())
-            read_seconds += read - began
-            score_seconds += time.perf_counter() - read
+        num_nonfinite: Tensor | int = 0
+        began = time.perf_counter()
+        for start, features in stager.chunks():
+            with stager.on_stream():
+                running = score_topk(features, weights, k, first_row=start, running=running)
+                num_nonfinite = num_nonfinite + (~torch.isfinite(running.all_scores)).sum()
+        stager.wait()
+        seconds = time.perf_counter() - began
         assert running is not None
         present = running.indices[0] >= 0
         if not present.any():
@@ -116,9 +111,9 @@ class SlideSelector:
             scores=running.scores[0][present].cpu(),
             features=running.rows[0][present].cpu(),
             num_patches=slide.num_patches,
-            num_nonfinite=num_nonfinite,
-            read_seconds=read_seconds,
-            score_seconds=score_seconds,
+            num_nonfinite=int(num_nonfinite),
+            read_seconds=stager.read_seconds,
+            score_seconds=seconds - stager.read_seconds,
             coords=None if coords is None else coords[indices.numpy()],
             coord_unit=slide.coord_unit,
             metadata=slide.metadata,
