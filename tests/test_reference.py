@@ -1,5 +1,9 @@
 """Scoring and Hard Top-K in torch: exact indices, and bits that do not depend on how a slide is cut."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from vllm_wsi.kernels import score_patches, score_topk
@@ -95,9 +99,18 @@ def test_the_operator_passes_pytorchs_own_checks(cut):
 
 
 def test_the_operator_compiles_without_a_graph_break():
-    x, weights = features(200), scorer().weights()
-    compiled = torch.compile(lambda x: score_topk(x * 2, weights, 5).indices, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(x), score_topk(x * 2, weights, 5).indices)
+    # In a process of its own: the serving tests turn torch.compile off in theirs.
+    code = """
+import torch
+from vllm_wsi.kernels import score_topk
+from vllm_wsi.sparsify.scorer import seeded_scorer
+weights, x = seeded_scorer("patch", 64, 32, 1).requires_grad_(False).weights(), torch.randn(200, 64)
+compiled = torch.compile(lambda x: score_topk(x * 2, weights, 5).indices, fullgraph=True, backend="eager")
+assert torch.equal(compiled(x), score_topk(x * 2, weights, 5).indices)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_COMPILE_DISABLE"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("hidden", [0, 32, 256])

@@ -46,11 +46,14 @@ def score_topk(
     """
     before = (None, None, None) if running is None else (running.indices, running.rows, running.keys)
     *parameters, eps = weights
-    return ScoredTopK(*_score_topk(features, *parameters, eps, k, cu_seqlens, first_row, *before, by_score))
+    arguments = (features, *parameters, eps, k, cu_seqlens, first_row, *before, by_score)
+    if torch.compiler.is_compiling():
+        return ScoredTopK(*_operator(*arguments))
+    # Not through the operator: its first call imports PyTorch's compiler, seconds that a server's first slide pays.
+    return ScoredTopK(*(_on_cuda if features.is_cuda else _on_cpu)(*arguments))
 
 
-@torch.library.custom_op("vllm_wsi::score_topk", mutates_args=(), device_types="cpu")
-def _score_topk(
+def _on_cpu(
     features: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -74,8 +77,7 @@ def _score_topk(
     return _outputs(selected, scores)
 
 
-@_score_topk.register_kernel("cuda")
-def _score_topk_cuda(
+def _on_cuda(
     features, norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps, k, cu_seqlens,
     first_row, running_indices, running_rows, running_keys, by_score,
 ):  # fmt: skip
@@ -94,8 +96,12 @@ def _score_topk_cuda(
     return _outputs(selected, scores)
 
 
-@_score_topk.register_fake
-def _score_topk_fake(
+_operator = torch.library.custom_op("vllm_wsi::score_topk", _on_cpu, mutates_args=(), device_types="cpu")
+_operator.register_kernel("cuda")(_on_cuda)
+
+
+@_operator.register_fake
+def _shapes(
     features, norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps, k, cu_seqlens,
     first_row, running_indices, running_rows, running_keys, by_score,
 ):  # fmt: skip

@@ -129,6 +129,29 @@ def test_two_models_in_one_process_each_use_their_own_scorer(slides, tmp_path):
         assert ask_vllm(llm, [slides[4]], "Which tissue?")[0] == wanted
 
 
+def test_two_engines_of_one_checkpoint_each_keep_their_own_k(checkpoint, slides):
+    token = AutoTokenizer.from_pretrained(checkpoint).convert_tokens_to_ids("<|slide|>")
+    engines = {
+        k: start_engine(checkpoint, slides[0].parent, mm_processor_kwargs={"num_slide_tokens": k}) for k in (9, 5)
+    }
+    for k, llm in engines.items():
+        output = llm.chat(slide_message(slides[3].as_uri()), use_tqdm=False)[0]
+        assert list(output.prompt_token_ids).count(token) == k
+
+
+def test_a_follow_up_question_finds_the_slide_in_the_prefix_cache_and_answers_alike(checkpoint, slides):
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=8)
+    llm = start_engine(checkpoint, slides[0].parent, block_size=32)
+    plain = start_engine(checkpoint, slides[0].parent, block_size=32, enable_prefix_caching=False)
+    for question in ("Which tissue is this?", "And which grade?"):
+        message = slide_message(*(path.as_uri() for path in slides[3:5]), question=question)
+        found, wanted = (engine.chat(message, greedy, use_tqdm=False)[0] for engine in (llm, plain))
+        assert list(found.outputs[0].token_ids) == list(wanted.outputs[0].token_ids)
+    assert found.num_cached_tokens >= 32
+
+
 def test_another_k_of_the_server_keeps_that_many(checkpoint, slides):
     llm = start_engine(checkpoint, slides[0].parent, mm_processor_kwargs={"num_slide_tokens": 7})
     output = llm.chat(slide_message(slides[3].as_uri()), use_tqdm=False)[0]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vllm_wsi.serving.selection import SelectionService, SlideRequest
-from vllm_wsi.slides import SlideError, features_in_memory
+from vllm_wsi.slides import SlideError, SlideIdentity, features_in_memory, open_features
 from vllm_wsi.slides.rows import RawRows
 from vllm_wsi.sparsify.scorer import seeded_scorer
 from vllm_wsi.sparsify.selector import SlideSelector
@@ -188,3 +188,44 @@ def test_files_are_closed_after_success_and_failure(service, tmp_path):
         except SlideError:
             assert int(path.stem) % 2
     assert open_files() == before
+
+
+def test_a_slide_by_value_that_is_refused_is_closed(service, tmp_path):
+    path = make_slide(tmp_path / "a.safetensors", 20)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SlideError, match="k: found 999"):
+        service.submit(SlideRequest(slide=open_features(path), k=999))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_rewritten_in_place_with_its_old_time_is_read_anew(service, selector, tmp_path):
+    path = make_slide(tmp_path / "a.safetensors", 20, seed=1)
+    service.select(SlideRequest(path))
+    stat = path.stat()
+    path.write_bytes(make_slide(tmp_path / "b.safetensors", 20, seed=2).read_bytes().replace(b'"b"', b'"a"'))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    service.select(SlideRequest(path))
+    assert selector.runs == 2
+
+
+async def test_a_stalled_stat_does_not_stop_the_event_loop(service, tmp_path, monkeypatch):
+    release, stat = threading.Event(), SlideIdentity.of_file
+
+    def stalled(path):
+        assert release.wait(WAIT)
+        return stat(path)
+
+    monkeypatch.setattr(SlideIdentity, "of_file", stalled)
+    waiting = asyncio.create_task(service.select_async(SlideRequest(make_slide(tmp_path / "a.safetensors", 20))))
+    await asyncio.sleep(0.05)  # returns only if the loop runs
+    assert not waiting.done()
+    release.set()
+    assert (await waiting).selection.num_patches == 20
+
+
+def test_metadata_count_towards_the_caches_bound(service, tmp_path):
+    path = make_slide(tmp_path / "a.safetensors", 20)
+    done = service.select(SlideRequest(path))
+    assert done.selection.coords is not None
+    assert done.num_bytes > done.selection.features.nbytes + done.selection.coords.nbytes + len("slide_id") + 1024

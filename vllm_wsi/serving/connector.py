@@ -54,12 +54,16 @@ class SlideMediaIO(MediaIO[SlideRequest]):
             spool.flush()
             try:
                 slide = open_features(spool.name, self._encoder)
-                coords = slide.read_coords()  # while the spool still has a name
+                try:
+                    coords = slide.read_coords()  # while the spool still has a name
+                except BaseException:
+                    slide.close()
+                    raise
             except SlideError as error:
                 raise SlideError(str(error).replace(spool.name, BY_VALUE)) from None
         slide.load_coords = None if coords is None else lambda: coords
         slide.name = BY_VALUE
-        slide.identity = SlideIdentity(f"content:{digest}", len(data), 0, 0)
+        slide.identity = SlideIdentity(f"content:{digest}", len(data))
         return SlideRequest(slide=slide, k=self._k, encoder=self._encoder)
 
 

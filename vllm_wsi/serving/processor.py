@@ -32,6 +32,7 @@ from vllm_wsi.checkpoint import load_scorer
 from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.kernels import ScorerWeights
 from vllm_wsi.slides import FeatureFile, features_in_memory
+from vllm_wsi.slides.features import FLOAT_DTYPES
 from vllm_wsi.sparsify.selector import Selection, SlideSelector
 
 from .prompt_guard import check_slide_tokens, install_prompt_guard
@@ -68,7 +69,7 @@ class SlideParser(MultiModalDataParser):
 
     def _select(self, item: Any) -> SelectedSlide:
         if isinstance(item, SelectedSlide):
-            if item.scorer == self._service.scorer:
+            if (item.scorer, item.default_k) == (self._service.scorer, self._service.default_k):
                 return item
             # Selected for another checkpoint that lives in this process.
             if item.request is None:
@@ -85,6 +86,8 @@ class SlideParser(MultiModalDataParser):
             return SlideRequest(path=Path(item))
         if isinstance(item, torch.Tensor):
             item = item.detach().cpu().contiguous()
+            if (dtype := str(item.dtype).removeprefix("torch.")) not in FLOAT_DTYPES:
+                raise ValueError(f"features: found dtype {dtype}, wanted one of {', '.join(FLOAT_DTYPES)}")
             if item.dtype == torch.bfloat16:
                 return SlideRequest(slide=features_in_memory(item.view(torch.uint16).numpy(), dtype="bfloat16"))
             item = item.numpy()
@@ -163,7 +166,8 @@ class SparseWSIDummyInputsBuilder(BaseDummyInputsBuilder[SparseWSIProcessingInfo
         k, d = info.max_slide_tokens, info.get_hf_config().feature_dim
         selection = Selection(torch.arange(k), torch.zeros(k), torch.zeros(k, d), num_patches=k, num_nonfinite=0)
         slides = [
-            SelectedSlide(selection, f"dummy-{i}", info.service.scorer, None) for i in range(mm_counts.get(MODALITY, 0))
+            SelectedSlide(selection, f"dummy-{i}", info.service.scorer, info.service.default_k, None)
+            for i in range(mm_counts.get(MODALITY, 0))
         ]
         return {MODALITY: slides}  # type: ignore[dict-item]
 

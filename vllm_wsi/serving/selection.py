@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, open_features
 from vllm_wsi.sparsify.selector import Selection, SlideSelector
 
-THREADS = 8
+THREADS = 16
 CACHE_BYTES = 256 << 20
 
 SELECTIONS = Counter("vllm_wsi:selections", "Slides that were read and scored.")
@@ -51,12 +51,15 @@ class SelectedSlide:
     selection: Selection
     digest: str  # of slide identity, K, encoder and scorer: equal digests mean equal selections
     scorer: str  # digest of the scorer's weights
+    default_k: int  # the K of the service that selected
     request: SlideRequest | None  # None where the slide came by value and is gone
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.selection.indices, self.selection.scores, self.selection.features)
-        return sum(t.nbytes for t in tensors) + 1024
+        chosen = self.selection
+        coords = 0 if chosen.coords is None else chosen.coords.nbytes
+        metadata = sum(len(key) + len(value) for key, value in chosen.metadata.items())
+        return chosen.indices.nbytes + chosen.scores.nbytes + chosen.features.nbytes + coords + metadata + 1024
 
 
 class SelectionService:
@@ -79,6 +82,7 @@ class SelectionService:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.selector, self.scorer, self.max_slide_tokens = selector, scorer, max_slide_tokens
+        self.default_k = selector.num_slide_tokens
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="wsi-selection")
         self._lock = threading.Lock()
         self._done: LRUCache[str, SelectedSlide] = LRUCache(cache_bytes, getsizeof=lambda done: done.num_bytes)
@@ -86,8 +90,10 @@ class SelectionService:
 
     def submit(self, request: SlideRequest) -> Future[SelectedSlide]:
         """For a known slide a stat and a look-up. Raises SlideError where there is no such file or K."""
-        k = self.selector.num_slide_tokens if request.k is None else request.k
+        k = self.default_k if request.k is None else request.k
         if not 1 <= k <= self.max_slide_tokens:
+            if request.slide is not None:
+                request.slide.close()
             raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
         identity = request.identity()
         digest = hashlib.blake2b(repr((identity, k, request.encoder, self.scorer)).encode(), digest_size=20).hexdigest()
@@ -113,7 +119,9 @@ class SelectionService:
 
     async def select_async(self, request: SlideRequest) -> SelectedSlide:
         """Awaits the selection; a client that goes away cancels its own wait, not the others' selection."""
-        return await asyncio.shield(asyncio.wrap_future(self.submit(request)))
+        # The stat of a stalled mount must not stop the event loop.
+        future = await asyncio.to_thread(self.submit, request)
+        return await asyncio.shield(asyncio.wrap_future(future))
 
     def _run(self, request: SlideRequest, k: int, identity: SlideIdentity, digest: str) -> SelectedSlide:
         try:
@@ -124,7 +132,13 @@ class SelectionService:
                 selection = self.selector.select(slide, k)
             if request.identity() != identity:
                 raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
-            done = SelectedSlide(selection, digest, self.scorer, request if request.slide is None else None)
+            done = SelectedSlide(
+                selection,
+                digest,
+                self.scorer,
+                self.default_k,
+                request if request.slide is None else None,
+            )
             SELECTIONS.inc()
             PATCHES_READ.inc(selection.num_patches)
             READ_SECONDS.inc(selection.read_seconds)

@@ -23,10 +23,18 @@ FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
 """Feature dtypes by name, and the NumPy dtype in which rows of each are read."""
 
 CoordUnit = Literal["px", "um"]
+MAX_METADATA = 1 << 16
 
 
 class SlideError(ValueError):
     """A slide that cannot be used; the message is one sentence that names file, key, found and wanted."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(encodable(message))  # what a file says may hold half of a surrogate pair
+
+
+def encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 class SlideIdentity(NamedTuple):
@@ -34,8 +42,9 @@ class SlideIdentity(NamedTuple):
 
     path: str  # resolved; for features in memory a digest of them
     size: int  # bytes
-    mtime_ns: int
-    inode: int
+    mtime_ns: int = 0
+    inode: int = 0  # 0: not a file
+    ctime_ns: int = 0  # moves with every change, also where a tool sets the mtime back
 
     @classmethod
     def of_file(cls, path: Path) -> SlideIdentity:
@@ -51,7 +60,7 @@ class SlideIdentity(NamedTuple):
             raise SlideError(f"{path}: found a directory, wanted a feature file")
         if not S_ISREG(stat.st_mode):
             raise SlideError(f"{path}: found a pipe, socket or device, wanted a feature file")
-        return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns)
 
 
 class RowSource(Protocol):
@@ -189,13 +198,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def metadata_strings(values: Mapping[str, object]) -> dict[str, str]:
-    """Attributes as a string map: what a number or a NumPy scalar says, and JSON for the rest."""
+def metadata_strings(path: str | Path, values: Mapping[str, object]) -> dict[str, str]:
+    """Attributes as a string map: what a number or a NumPy scalar says, and JSON for the rest.
+
+    Raises:
+        SlideError: more than `MAX_METADATA` characters, which would be remembered with every selection.
+    """
     plain: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
         if isinstance(value, np.generic):
             value = value.item()
-        plain[key] = value if isinstance(value, str) else json.dumps(value, default=str)
+        plain[encodable(key)] = encodable(value if isinstance(value, str) else json.dumps(value, default=str))
+    size = sum(len(key) + len(value) for key, value in plain.items())
+    if size > MAX_METADATA:
+        raise SlideError(f"{path}: metadata: found {size} characters, wanted at most {MAX_METADATA}")
     return plain

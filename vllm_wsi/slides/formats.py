@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import pickletools
+import re
 import struct
 import tokenize
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +28,16 @@ NPY_MAGIC = b"\x93NUMPY"
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_PROTOCOLS = tuple(bytes([0x80, n]) for n in range(2, 6))
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-MAX_SAFETENSORS_HEADER = 100 << 20  # bytes; the format's own limit
+MAX_SAFETENSORS_HEADER = 1 << 20  # bytes; two tensors and their metadata need a few hundred
+MAX_TENSOR_PICKLE = 1 << 16  # bytes; that of one tensor needs a few hundred
 SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 CONVERT = 'convert it once, where you trust the file: numpy.save("features.npy", numpy.asarray({}, "float32"))'
+CODE = "pickled Python objects (TRIDENT's .pt holds a NumPy array)"
+TENSOR_GLOBAL = re.compile(
+    r"torch\._utils _rebuild_\w+|torch (\w+Storage|Size|device|\w*float\w*)|collections OrderedDict"
+    r"|torch\.serialization _get_layout"
+)
+LEGACY_TORCH_PICKLES = 4  # magic number, protocol, system, object; keys and raw storages follow
 CONVERT_TORCH = CONVERT.format("torch.load(FILE, weights_only=False)")
 CONVERT_PICKLE = CONVERT.format('pickle.load(open(FILE, "rb"))')
 CONVERT_NPY = CONVERT.format("numpy.load(FILE, allow_pickle=True)")
@@ -68,7 +78,7 @@ def features_in_memory(array: NDArray, name: str = "features", dtype: str | None
     array = np.ascontiguousarray(array)
     digest = hashlib.blake2b(f"{dtype}{array.shape}".encode(), digest_size=20)
     digest.update(array.view(np.uint8).data)
-    identity = SlideIdentity(f"memory:{digest.hexdigest()}", array.nbytes, 0, 0)
+    identity = SlideIdentity(f"memory:{digest.hexdigest()}", array.nbytes)
     return FeatureFile(name, "array", "", n, d, dtype, ArrayRows(array), identity)
 
 
@@ -85,7 +95,7 @@ def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: 
         raise SlideError(
             f"{path}: found a pickle, which can run code when it is loaded, wanted features; {CONVERT_PICKLE}"
         )
-    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_SAFETENSORS_HEADER:
+    if len(head) > 8 and head[8:9] == b"{" and head[5:8] == bytes(3):
         return _open_safetensors(path, identity)
     if path.suffix.lower() == ".csv":
         return open_csv(path, identity)
@@ -105,19 +115,20 @@ def _open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
     # The header is parsed here because the library offers no byte offsets, and its own reader maps the file.
     with open(path, "rb") as file:
         size = struct.unpack("<Q", file.read(8))[0]
+        if size > MAX_SAFETENSORS_HEADER:
+            raise SlideError(f"{path}: found a header of {size} bytes, wanted at most {MAX_SAFETENSORS_HEADER}")
         raw = file.read(size)
         if len(raw) < size:
             raise SlideError(f"{path}: found {identity.size} bytes, wanted a header of {size}; the file is truncated")
         try:
             header = json.loads(raw)
-            metadata = metadata_strings(header.pop("__metadata__", {}))
+            metadata = metadata_strings(path, header.pop("__metadata__", {}))
             entry = header.get("features")
             if entry is None:
                 found = ", ".join(sorted(header)) or "no tensors"
                 raise SlideError(f"{path}: found the keys {found}, wanted a tensor named 'features'")
             dtype = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])
-            shape = tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
+            shape, (begin, end) = whole_numbers(entry["shape"]), whole_numbers(entry["data_offsets"])
             n, d = check_matrix(path, "features", shape, dtype)
             storage = FLOAT_DTYPES[dtype]
             data = 8 + size
@@ -133,17 +144,23 @@ def _open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
     return FeatureFile(str(path), "safetensors", "features", n, d, dtype, rows, identity, metadata, unit, load_coords)
 
 
+def whole_numbers(values: object) -> tuple[int, ...]:
+    """A JSON list of whole numbers; 40.0 and true are none."""
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise ValueError(f"found {values!r}, wanted whole numbers")
+    return tuple(values)
+
+
 def _safetensors_coords(path: Path, entry: Mapping | None, data: int, num_patches: int) -> Callable[[], NDArray] | None:
     if entry is None:
         return None
     dtypes = {"I32": "<i4", "I64": "<i8"}
-    shape = tuple(entry["shape"])
+    shape, (begin, end) = whole_numbers(entry["shape"]), whole_numbers(entry["data_offsets"])
     if shape != (num_patches, 2) or entry["dtype"] not in dtypes:
         raise SlideError(
             f"{path}: coords: found {entry['dtype']} of shape {shape}, wanted I32 of shape ({num_patches}, 2)"
         )
     dtype, count = np.dtype(dtypes[entry["dtype"]]), num_patches * 2
-    begin, end = entry["data_offsets"]
     if begin < 0 or end - begin != count * dtype.itemsize:
         raise SlideError(f"{path}: coords: found offsets {begin}:{end}, wanted the size of shape {shape}")
 
@@ -188,9 +205,16 @@ def _open_zip(path: Path, identity: SlideIdentity) -> FeatureFile:
             names = archive.namelist()
             records = [r for r in archive.infolist() if "/data/" in r.filename and not r.is_dir()]
             stored = [_Stored(_data_offset(path, r), r.file_size) for r in records if r.compress_type == 0]
+            pickles = [r for r in archive.infolist() if r.filename.endswith("/data.pkl")]
+            for record in pickles:
+                if record.compress_type != 0 or record.file_size > MAX_TENSOR_PICKLE:
+                    raise SlideError(f"{path}: found {CODE}, wanted a plain tensor (N, d); {CONVERT_TORCH}")
+                _refuse_code(path, io.BytesIO(archive.read(record)), 1)
+    except SlideError:
+        raise
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise SlideError(f"{path}: found a broken zip archive, wanted a .pt tensor; it may be truncated") from error
-    if not any(name.endswith("/data.pkl") for name in names):
+    if not pickles:
         convert = f"; {CONVERT_NPZ}" if any(name.endswith(".npy") for name in names) else ""
         raise SlideError(f"{path}: found a zip archive of {', '.join(names[:3])}, wanted a .pt tensor{convert}")
     tensor = _torch_load(path, map_location="meta", mmap=True)
@@ -215,6 +239,8 @@ def _data_offset(path: Path, record: zipfile.ZipInfo) -> int:
 
 def _open_legacy_torch(path: Path, identity: SlideIdentity) -> FeatureFile:
     """A `.pt` of torch < 1.6 has no offsets: it is read whole, by the same restricted loader."""
+    with open(path, "rb") as file:
+        _refuse_code(path, file, LEGACY_TORCH_PICKLES)
     tensor = _torch_load(path, map_location="cpu")
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     n, d = check_matrix(path, "", shape, dtype)
@@ -225,6 +251,25 @@ def _open_legacy_torch(path: Path, identity: SlideIdentity) -> FeatureFile:
     return FeatureFile(str(path), "pt (before torch 1.6)", "", n, d, dtype, rows, identity)
 
 
+def _refuse_code(path: Path, stream: IO[bytes], count: int) -> None:
+    """Looks through pickles, without running them, for anything that a tensor does not need.
+
+    The restricted loader behind this still calls a few builtins, such as `bytearray(10**12)`.
+    """
+    try:
+        for _ in range(count):
+            for opcode, argument, _ in pickletools.genops(stream):
+                is_name = opcode.name in ("GLOBAL", "INST")
+                if opcode.name == "STACK_GLOBAL" or (is_name and not TENSOR_GLOBAL.fullmatch(str(argument))):
+                    raise SlideError(f"{path}: found {CODE}, wanted a plain tensor (N, d); {CONVERT_TORCH}")
+    except SlideError:
+        raise
+    except Exception as error:  # damaged bytes make pickletools trip over anything
+        raise SlideError(
+            f"{path}: found an unreadable .pt file, wanted a tensor (N, d); it may be truncated"
+        ) from error
+
+
 def _torch_load(path: Path, **how: object):
     import pickle
 
@@ -233,8 +278,7 @@ def _torch_load(path: Path, **how: object):
     try:
         tensor = torch.load(path, weights_only=True, **how)
     except pickle.UnpicklingError as error:
-        found = "pickled Python objects (TRIDENT's .pt holds a NumPy array)"
-        raise SlideError(f"{path}: found {found}, wanted a plain tensor (N, d); {CONVERT_TORCH}") from error
+        raise SlideError(f"{path}: found {CODE}, wanted a plain tensor (N, d); {CONVERT_TORCH}") from error
     except Exception as error:  # torch raises whatever a damaged file makes it trip over
         raise SlideError(
             f"{path}: found an unreadable .pt file, wanted a tensor (N, d); it may be truncated"

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from .features import CoordUnit, FeatureFile, RowSource, SlideError, SlideIdentity, check_matrix, metadata_strings
 from .rows import RawRows
 
+MAX_CHUNK_BYTES = 64 << 20
+
 # Attribute names of the producers -> ours. TRIDENT's own names are ours already.
 RENAMED = {
     "extractor": "encoder",
@@ -73,6 +75,7 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
     if len(shape) == 3 and shape[0] == 1:  # UNI2: a batch of one slide
         shape = shape[1:]
     n, d = check_matrix(path, key, shape, features.dtype.name)
+    _check_stored(path, key, features)
 
     remarks: list[str] = []
     attributes: dict[str, object] = dict(file.attrs)
@@ -100,9 +103,8 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
         rows = RawRows(path, offset, features.dtype, n, d)
         file.close()
     else:
-        _check_stored(path, key, features)
         rows = Hdf5Rows(file, features, path)
-    metadata = metadata_strings({RENAMED.get(name, name): value for name, value in attributes.items()})
+    metadata = metadata_strings(path, {RENAMED.get(name, name): value for name, value in attributes.items()})
     return FeatureFile(
         name=str(path), format=f"{form} h5", key=key, num_patches=n, feature_dim=d,
         dtype=features.dtype.name, rows=rows, identity=identity, metadata=metadata,
@@ -111,9 +113,21 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
 
 
 def _check_stored(path: Path, key: str, dataset: h5py.Dataset) -> None:
-    """A dataset may claim more rows than were ever written; HDF5 would read fill values without end."""
+    """A dataset may claim more than was ever written, which HDF5 reads as fill values without end, or hold it in
+    chunks so large that reading a few rows unpacks all of them."""
     if dataset.chunks is None:
+        found, wanted = dataset.id.get_storage_size(), math.prod(dataset.shape) * dataset.id.get_type().get_size()
+        if found < wanted:
+            raise SlideError(
+                f"{path}: {key}: found {found} of {wanted} bytes, wanted all; the file was not written whole"
+            )
         return
+    chunk_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    if chunk_bytes > MAX_CHUNK_BYTES:
+        raise SlideError(
+            f"{path}: {key}: found chunks of {chunk_bytes >> 20} MiB, wanted at most {MAX_CHUNK_BYTES >> 20}; "
+            f"repack it once: h5repack -l {key}:CHUNK=1024x{dataset.shape[-1]} IN OUT"
+        )
     wanted = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
     found = dataset.id.get_num_chunks()
     if found < wanted:
@@ -174,6 +188,7 @@ def _coords_loader(path: Path, dataset: h5py.Dataset, num_patches: int) -> Calla
             f"{path}: coords: found {dataset.dtype} of shape {dataset.shape}, wanted one x, y for each of "
             f"{num_patches} patches"
         )
+    _check_stored(path, "coords", dataset)
 
     def load() -> NDArray:
         try:

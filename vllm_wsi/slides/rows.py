@@ -21,11 +21,11 @@ class RawRows:
     def __init__(self, path: Path, offset: int, dtype: np.dtype, num_rows: int, feature_dim: int) -> None:
         self._row_bytes = dtype.itemsize * feature_dim
         self._path, self._offset = path, offset
-        self._fd = os.open(path, os.O_RDONLY)
-        size = os.fstat(self._fd).st_size
+        self._file = open(path, "rb", buffering=0)  # a file object: garbage collection closes it too
+        size = os.fstat(self._file.fileno()).st_size
         wanted = offset + num_rows * self._row_bytes
         if size < wanted:
-            os.close(self._fd)
+            self._file.close()
             raise SlideError(f"{path}: found {size} bytes, wanted {wanted} by its own header; the file is truncated")
 
     def read_into(self, start: int, out: NDArray) -> None:
@@ -34,15 +34,13 @@ class RawRows:
         view = memoryview(out.view(np.uint8).reshape(-1).data) if out.size else memoryview(b"")
         offset = self._offset + start * self._row_bytes
         while view:
-            got = os.preadv(self._fd, [view], offset)
+            got = os.preadv(self._file.fileno(), [view], offset)
             if got == 0:
                 raise SlideError(f"{self._path}: found the end of the file while reading rows; it was truncated")
             view, offset = view[got:], offset + got
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
 class ArrayRows:
