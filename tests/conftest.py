@@ -14,3 +14,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real test data (../shared/data) are not on this machine")
     return folder
+
+
+@pytest.fixture
+def open_files_below(tmp_path):
+    """How many of this process's files lie below `tmp_path`: other tests' files come and go."""
+
+    def count() -> int:
+        links = (Path("/proc/self/fd") / fd for fd in os.listdir("/proc/self/fd"))
+        return sum(os.readlink(link).startswith(str(tmp_path)) for link in links if os.path.lexists(link))
+
+    return count

@@ -176,26 +176,22 @@ async def test_a_client_that_goes_away_does_not_cancel_the_others(service, selec
         await gone
 
 
-def test_files_are_closed_after_success_and_failure(service, tmp_path):
-    def open_files():
-        return len(os.listdir("/proc/self/fd"))
-
-    paths = [make_slide(tmp_path / f"{i}.safetensors", 20, d=D + i % 2, seed=i) for i in range(20)]
-    before = open_files()
-    for path in paths:
+def test_files_are_closed_after_success_and_failure(service, tmp_path, open_files_below):
+    for i in range(20):
+        path = make_slide(tmp_path / f"{i}.safetensors", 20, d=D + i % 2, seed=i)
         try:
             service.select(SlideRequest(path))
         except SlideError:
-            assert int(path.stem) % 2
-    assert open_files() == before
+            assert i % 2
+    assert open_files_below() == 0
 
 
-def test_a_slide_by_value_that_is_refused_is_closed(service, tmp_path):
-    path = make_slide(tmp_path / "a.safetensors", 20)
-    before = len(os.listdir("/proc/self/fd"))
+def test_a_slide_by_value_that_is_refused_is_closed(service, tmp_path, open_files_below):
+    slide = open_features(make_slide(tmp_path / "a.safetensors", 20))
+    assert open_files_below() == 1
     with pytest.raises(SlideError, match="k: found 999"):
-        service.submit(SlideRequest(slide=open_features(path), k=999))
-    assert len(os.listdir("/proc/self/fd")) == before
+        service.submit(SlideRequest(slide=slide, k=999))
+    assert open_files_below() == 0
 
 
 def test_a_file_rewritten_in_place_with_its_old_time_is_read_anew(service, selector, tmp_path):
