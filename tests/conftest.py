@@ -1,5 +1,6 @@
 """Fixtures that more than one room needs."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -21,7 +22,10 @@ def open_files_below(tmp_path):
     """How many of this process's files lie below `tmp_path`: other tests' files come and go."""
 
     def count() -> int:
-        links = (Path("/proc/self/fd") / fd for fd in os.listdir("/proc/self/fd"))
-        return sum(os.readlink(link).startswith(str(tmp_path)) for link in links if os.path.lexists(link))
+        found = 0
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile by another thread
+                found += os.readlink(f"/proc/self/fd/{fd}").startswith(str(tmp_path))
+        return found
 
     return count
