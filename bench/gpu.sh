@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# On any CUDA machine: the kernel tests on the GPU itself, then the benchmark; rows go to bench/results/kernels.csv.
-# Needs torch, triton, pytest and pytest-timeout; run from the repository root with the project importable.
+# On any CUDA machine: the kernel tests on the GPU itself, then the benchmark, then its plot. Rows go to
+# bench/results/kernels.csv, or to $CSV; the plot lies beside them. Arguments go to bench/kernels.py.
+# Needs torch, triton, pytest, pytest-benchmark and pytest-timeout, for the plot matplotlib; FlashInfer and vLLM are
+# measured where they are installed. Run from the repository root with the project importable.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+CSV=${CSV:-bench/results/kernels.csv}
 "$PYTHON" -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'; print(torch.cuda.get_device_name())"
-"$PYTHON" -m pytest -q tests/kernels
-"$PYTHON" bench/kernels.py "$@"
+"$PYTHON" -m pytest -q tests/kernels tests/test_kernels_cuda.py
+"$PYTHON" bench/kernels.py --csv "$CSV" "$@"
+"$PYTHON" bench/plot_kernels.py "$CSV" || echo "gpu.sh: no plot; $CSV holds all rows"

@@ -1,74 +1,195 @@
 """Scoring and Top-K against what people run today: `python bench/kernels.py` on a CUDA machine.
 
-One process, interleaved rounds in random order, a 256 MiB write between calls so that nothing lies in L2, medians
-of CUDA events; every provider once launched eagerly and once replayed from a CUDA graph. Two ceilings are measured
-in the same run, a device copy of X and the product X @ W, and every time is reported as a ratio to them and to the
-best baseline; absolute times stand beside. `--device cpu` runs the same harness without graphs, to try it.
+Three parts, all in one CSV: `select` (Top-K of given fp32 scores), `ragged` (8 slides of lognormal length) and
+`score_topk` (features to kept rows of one slide). One process, rounds that interleave all calls in random order,
+medians of CUDA events. Every provider runs launched one by one (mode eager) and as a CUDA graph (mode graph), each
+behind a 256 MiB write that empties L2 (l2 flushed) and right behind an untimed call of its own (l2 warm). Launches
+queue behind that untimed work: an eager time holds launch gaps only where the queue runs dry.
+
+Two ceilings are measured in the same run: a copy that moves as many bytes as X has, and the product X @ W. The floor
+is the slower of the two. Every time is reported as a ratio to the floor and to the best baseline (whatever is neither
+a ceiling nor ours); absolute times stand beside. A provider that cannot run here is left out, with one line that says
+why. Nothing is timed before our answer was checked.
+
+`--device cpu --quick` tries the harness without a GPU. `pytest bench/test_providers.py --benchmark-enable` compares
+the same providers on a few shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import triton
+from kernel_providers import (
+    CEILINGS,
+    OURS,
+    PROVIDERS,
+    RAGGED,
+    SELECTORS,
+    Missing,
+    Provider,
+    check,
+    copy_of,
+    make_problem,
+    selector,
+    tried,
+)
 from record import RESULTS, append_row, check_header
-from torch import Tensor
-from vllm_wsi.kernels import ScorerWeights, score_topk
-from vllm_wsi.kernels.op import ScoredTopK
-
-from vllm_wsi.sparsify.scorer import seeded_scorer
 
 CSV = RESULTS / "kernels.csv"
 COLUMNS = [
-    "num_patches", "feature_dim", "hidden_size", "k", "dtype", "provider", "mode", "rounds",
-    "median_us", "p20_us", "p80_us", "floor_us", "floor_over_time", "best_baseline_over_time",
+    "run", "triton", "driver", "part", "num_slides", "num_patches", "feature_dim", "hidden_size", "k", "dtype",
+    "provider", "mode", "l2", "rounds", "median_us", "p20_us", "p80_us", "floor_us", "floor_over_time",
+    "best_baseline_over_time", "sm_clock_mhz", "temperature_c",
 ]  # fmt: skip
-CEILINGS = ("copy", "gemm")
-OURS = "ours"
+PARTS = ("select", "ragged", "score_topk")
 FLUSH_BYTES = 256 << 20
+WARM_UP_ROUNDS = 25
+SELECT_LENGTHS = [16_384, 65_536, 131_072, 262_144, 524_288, 1_048_576]
 
-Provider = Callable[[], object]
-
-
-def eager(x: Tensor, weights: ScorerWeights, k: int) -> tuple[Tensor, Tensor]:
-    """What a user writes: LayerNorm, Linear, GELU, Linear, topk, index_select, in X's dtype."""
-    w = [None if p is None or isinstance(p, float) else p.to(x.dtype) for p in weights]
-    y = F.layer_norm(x, (x.shape[1],), w[0], w[1], weights.norm_eps)
-    if w[2] is not None:
-        y = F.gelu(F.linear(y, w[2], w[3]))
-    scores = y @ w[4] + w[5]
-    kept = torch.topk(scores, k).indices.sort().values
-    return kept, x.index_select(0, kept)
+Call = tuple[str, str, str]  # mode, l2, provider
 
 
-def scores_and_torch_topk(x: Tensor, weights: ScorerWeights, k: int) -> tuple[Tensor, Tensor]:
-    """Our scores behind torch.topk: shows what the selecting kernel is worth. Ties are torch's to break."""
-    from vllm_wsi.kernels.score import fold_cached, score_triton
+class Benchmark:
+    """What is common to all measurements of one run."""
 
-    kept = torch.topk(score_triton(x, fold_cached(weights, x.dtype)), k).indices.sort().values
-    return kept, x.index_select(0, kept)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = torch.device(args.device)
+        self.cuda = self.device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.csv, self.quick, self.without = args.csv, args.quick, args.without
+        self.rounds, self.warm_up = (3, 1) if args.quick else (args.rounds, WARM_UP_ROUNDS)
+        self.run = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.uint8, device=self.device)
+        self.told: set[str] = set()
+
+    def select(self) -> None:
+        """Top-K of given scores."""
+        for n in [4_096] if self.quick else SELECT_LENGTHS:
+            scores = torch.randn(n, device=self.device)
+            for k in [32] if self.quick else [32, 256]:
+                builders = {"copy": partial(copy_of, scores)}
+                builders |= {name: partial(_selection, name, scores, k) for name in SELECTORS}
+                self.compare(
+                    {"part": "select", "num_slides": 1, "num_patches": n, "k": k, "dtype": "float32"}, builders
+                )
+
+    def ragged(self) -> None:
+        """Several slides in one call, against a loop over them."""
+        lengths = list(_lognormal(8, 500 if self.quick else 100_000))
+        for d, h in [(512, 128)] if self.quick else [(512, 128), (512, 256), (1536, 256)]:
+            self.slides("ragged", lengths, d, h, 32, RAGGED)
+
+    def score_topk(self) -> None:
+        """One slide, from features to kept rows."""
+        shapes = [(4_000, 512, 128, 32)]
+        if not self.quick:
+            sizes = (4_000, 16_000, 100_000, 400_000)
+            shapes = [(n, d, h, 32) for d in (512, 1536) for h in (0, 128, 256) for n in sizes]
+            shapes += [(100_000, d, h, 32) for d in (1024, 2560) for h in (0, 128, 256, 512)]
+            shapes += [(1_000_000, 512, 256, 32), (100_000, 1536, 256, 256)]
+        for n, d, h, k in shapes:
+            self.slides("score_topk", [n], d, h, k, PROVIDERS)
+
+    def slides(self, part: str, lengths: list[int], d: int, h: int, k: int, names: Iterable[str]) -> None:
+        problem = make_problem(lengths, d, h, k, self.dtype, self.device)
+        check(problem)
+        names = [name for name in names if h or name != "gemm"]
+        shape = {
+            "part": part, "num_slides": len(lengths), "num_patches": sum(lengths), "feature_dim": d, "hidden_size": h,
+            "k": k, "dtype": str(self.dtype).removeprefix("torch."),
+        }  # fmt: skip
+        self.compare(shape, {name: partial(PROVIDERS[name], problem) for name in names})
+
+    def compare(self, shape: dict[str, object], builders: dict[str, Callable[[], Provider]]) -> None:
+        """Measures all providers of one shape and appends a row for each, mode and state of L2."""
+        calls: dict[tuple[str, str], Provider] = {}
+        for name, build in builders.items():
+            if name in self.without:
+                continue
+            with self.or_left_out(name):
+                calls["eager", name] = tried(name, build)
+        if self.cuda:
+            for _, name in list(calls):
+                with self.or_left_out(f"{name} as a CUDA graph"):
+                    calls["graph", name] = tried(name, partial(graphed, calls["eager", name]))
+        times = self.measure(calls)
+        clock, temperature = gpu_state(self.device)
+        medians = {call: statistics.median(values) for call, values in times.items()}
+        for call, values in times.items():
+            mode, l2, provider = call
+            same = {name: median for (*state, name), median in medians.items() if state == [mode, l2]}
+            floor = max(same[name] for name in CEILINGS if name in same)
+            baselines = [median for name, median in same.items() if name not in (*CEILINGS, OURS)]
+            quantiles = statistics.quantiles(values, n=5)
+            row = dict.fromkeys(COLUMNS, "") | shape | {
+                "run": self.run, "triton": triton.__version__, "driver": driver_version(),
+                "provider": provider, "mode": mode, "l2": l2, "rounds": self.rounds,
+                "median_us": f"{medians[call]:.1f}", "p20_us": f"{quantiles[0]:.1f}", "p80_us": f"{quantiles[3]:.1f}",
+                "floor_us": f"{floor:.1f}", "floor_over_time": f"{floor / medians[call]:.3f}",
+                "best_baseline_over_time": f"{min(baselines) / medians[call]:.3f}" if baselines else "",
+                "sm_clock_mhz": clock, "temperature_c": temperature,
+            }  # fmt: skip
+            append_row(self.csv, row)
+            print(
+                f"{row['part']:10} {row['num_slides']} x {row['num_patches']:>9,} {row['feature_dim']:>5}"
+                f" {row['hidden_size']:>4} {row['k']:>4}  {mode:6} {l2:8} {provider:32} {medians[call]:>10.1f} us"
+                f"  floor/time {row['floor_over_time']:>6}  best baseline/time {row['best_baseline_over_time']:>6}",
+                flush=True,
+            )
+
+    @contextlib.contextmanager
+    def or_left_out(self, name: str) -> Iterator[None]:
+        """Prints once why a provider cannot run here."""
+        try:
+            yield
+        except Missing as reason:
+            line = f"left out: {name}: {reason}"
+            if line not in self.told:
+                print(line, flush=True)
+            self.told.add(line)
+
+    def measure(self, calls: dict[tuple[str, str], Provider]) -> dict[Call, list[float]]:
+        """Microseconds of every call in interleaved rounds."""
+        states = ("flushed", "warm") if self.cuda else ("warm",)
+        order = [(mode, l2, name) for mode, name in calls for l2 in states]
+        times: dict[Call, list[float]] = {call: [] for call in order}
+        for turn in range(self.warm_up + self.rounds):
+            for call in random.sample(order, len(order)):
+                mode, l2, name = call
+                provider = calls[mode, name]
+                if l2 == "flushed":
+                    self.flush.zero_()
+                else:
+                    provider()
+                taken = timed(provider, self.cuda)
+                if turn >= self.warm_up:
+                    times[call].append(taken)
+        return times
 
 
-def providers(x: Tensor, weights: ScorerWeights, k: int) -> dict[str, Provider]:
-    target, h = torch.empty_like(x), weights.hidden_weight
-    product = torch.randn(x.shape[1], h.shape[0], device=x.device, dtype=x.dtype) if h is not None else None
-    compiled = torch.compile(eager, dynamic=False)
-    found: dict[str, Provider] = {
-        "copy": lambda: target.copy_(x),
-        "eager torch": lambda: eager(x, weights, k),
-        OURS: lambda: score_topk(x, weights, k),
-    }
-    if product is not None:
-        found["gemm"] = lambda: x @ product
-    if x.is_cuda:
-        found["torch.compile"] = lambda: compiled(x, weights, k)
-        found["our scores + torch.topk"] = lambda: scores_and_torch_topk(x, weights, k)
-    return found
+def timed(provider: Provider, cuda: bool) -> float:
+    """Microseconds of one call."""
+    if not cuda:
+        began = time.perf_counter()
+        provider()
+        return (time.perf_counter() - began) * 1e6
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    provider()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1e3
 
 
 def graphed(provider: Provider) -> Provider:
@@ -85,93 +206,55 @@ def graphed(provider: Provider) -> Provider:
     return graph.replay
 
 
-def measure(calls: dict[str, Provider], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Microseconds of every call in interleaved rounds."""
-    cuda = device.type == "cuda"
-    flush = torch.empty(FLUSH_BYTES if cuda else 1, dtype=torch.uint8, device=device)
-    names, times = list(calls), {name: [] for name in calls}
-    for turn in range(rounds + 3):  # the first three warm up
-        random.shuffle(names)
-        for name in names:
-            flush.zero_()
-            if cuda:
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                calls[name]()
-                end.record()
-                torch.cuda.synchronize()
-                taken = begin.elapsed_time(end) * 1e3
-            else:
-                began = time.perf_counter()
-                calls[name]()
-                taken = (time.perf_counter() - began) * 1e6
-            if turn >= 3:
-                times[name].append(taken)
-    return times
+def gpu_state(device: torch.device) -> tuple[object, object]:
+    """(SM clock in MHz, temperature in degrees Celsius) just now; empty where NVML is not at hand."""
+    if device.type != "cuda":
+        return "", ""
+    try:
+        return torch.cuda.clock_rate(device), torch.cuda.temperature(device)
+    except Exception:  # no pynvml, no permission, no such counter: none of them is worth a benchmark
+        return "", ""
 
 
-def check(x: Tensor, weights: ScorerWeights, k: int) -> None:
-    """Refuses to time a wrong answer: our kept set must hold the best scores in float64, up to rounding."""
-    found: ScoredTopK = score_topk(x, weights, k)
-    exact = score_topk(x.double(), weights, k).all_scores
-    worst_kept = exact[found.indices[0]].min()
-    best = exact.topk(k).values.min()
-    if (best - worst_kept).abs() > 2e-2 * exact.std():
-        raise SystemExit(f"kernels: kept a patch {float(best - worst_kept):.3g} below the K-th best; not timing that")
+def driver_version() -> str:
+    """Of NVIDIA's kernel module; empty where there is none."""
+    try:
+        found = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
-def run_shape(n: int, d: int, h: int, k: int, dtype: torch.dtype, device: torch.device, rounds: int) -> None:
-    x = torch.randn(n, d, device=device).to(dtype)
-    weights = seeded_scorer("patch", d, h, seed=0).requires_grad_(False).weights().to(device)
-    check(x, weights, k)
-    modes = {"eager": providers(x, weights, k)}
-    if device.type == "cuda":
-        modes["graph"] = {name: graphed(provider) for name, provider in modes["eager"].items()}
-    calls = {f"{mode}|{name}": call for mode, group in modes.items() for name, call in group.items()}
-    times = measure(calls, rounds, device)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, values in times.items():
-        mode, provider = name.split("|")
-        floor = max(medians[f"{mode}|{c}"] for c in CEILINGS if f"{mode}|{c}" in medians)
-        baselines = [v for key, v in medians.items() if key.split("|")[1] not in (*CEILINGS, OURS)]
-        quantiles = statistics.quantiles(values, n=5)
-        row = dict(
-            zip(
-                COLUMNS,
-                [
-                    n, d, h, k, str(dtype).removeprefix("torch."), provider, mode, rounds,
-                    f"{medians[name]:.1f}", f"{quantiles[0]:.1f}", f"{quantiles[3]:.1f}", f"{floor:.1f}",
-                    f"{floor / medians[name]:.3f}", f"{min(baselines) / medians[name]:.3f}",
-                ],
-                strict=True,
-            )
-        )  # fmt: skip
-        append_row(CSV, row)
-        print(
-            f"{n:>9,} {d:>5} {h:>4} {k:>4}  {mode:6} {provider:24} {medians[name]:>10.1f} us"
-            f"  floor/time {row['floor_over_time']:>6}  best baseline/time {row['best_baseline_over_time']:>6}"
-        )
+def _selection(name: str, scores: torch.Tensor, k: int) -> Provider:
+    return partial(selector(name, scores, k), scores)
+
+
+def _lognormal(count: int, median: int) -> Iterator[int]:
+    """Lengths of slides, the same in every run."""
+    lengths = random.Random(0)
+    for _ in range(count):
+        yield max(64, round(median * lengths.lognormvariate(0, 0.5)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--quick", action="store_true", help="one small shape, few rounds")
+    parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS, help="only these parts")
+    parser.add_argument("--without", nargs="+", default=(), metavar="PROVIDER", help="leave out, e.g. torch.compile")
+    parser.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
+    parser.add_argument("--quick", action="store_true", help="one small shape for each part, few rounds")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("kernels: found no CUDA device, wanted one; --device cpu --quick tries the harness alone")
-    check_header(CSV, COLUMNS)
-    device = torch.device(args.device)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    rounds = 3 if args.quick else args.rounds
-    shapes = [(4_000, 512, 128, 32)]
-    if not args.quick:
-        shapes = [(n, d, h, 32) for n in (4_000, 16_000, 100_000, 400_000) for d in (512, 1536) for h in (0, 128, 256)]
-        shapes += [(100_000, d, h, 32) for d in (1024, 2560) for h in (0, 128, 256, 512)]
-        shapes += [(1_000_000, 512, 256, 32), (100_000, 1536, 256, 256)]
-    for n, d, h, k in shapes:
-        run_shape(n, d, h, k, dtype, device, rounds)
+    if unknown := set(args.without) - {*PROVIDERS, *SELECTORS} | set(args.without) & {OURS, *CEILINGS}:
+        raise SystemExit(f"kernels: --without: cannot leave out {', '.join(sorted(unknown))}")
+    check_header(args.csv, COLUMNS)
+    random.seed(0)
+    torch.manual_seed(0)
+    benchmark = Benchmark(args)
+    for part in args.part:
+        getattr(benchmark, part)()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds and memory of one selection on the CPU: `python bench/selector.py [--quick] [--million]`.
+"""Seconds and memory of one selection on the CPU, and of naive torch: `python bench/selector.py [--quick] [--million]`.
 
 Every shape is measured in fresh processes. Each imports torch, builds the selector and selects from a tiny slide, so
 that lazy set-up is neither timed nor counted; what follows is
@@ -8,6 +8,9 @@ that lazy set-up is neither timed nor counted; what follows is
   Files are read with pread: the page cache is the kernel's and not part of it.
 - seconds: medians over the further selections of all processes, from a warm page cache, opening the file included.
   CPU seconds are those of all threads; on a machine shared with other jobs they are the steadier column.
+
+Beside it, in the same processes and in turns with it, stands what a user writes first (naive): load the file, upcast
+the whole matrix to fp32, LayerNorm, Linear, GELU, Linear, topk, index.
 
 Each shape is measured with one torch thread and with as many as there are cores, which is torch's default. On a busy
 machine the latter can be the slower by far: OpenMP's threads spin at the end of each operation until the last of them
@@ -26,16 +29,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from record import RESULTS, append_row, check_header
 
 from vllm_wsi.slides import open_features
 from vllm_wsi.slides.synthetic import write_synthetic_slide
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm_wsi.kernels import ScorerWeights
+
 CSV = RESULTS / "selector.csv"
 COLUMNS = (
     "num_patches", "feature_dim", "dtype", "k", "scorer_hidden_size", "torch_threads", "selections",
     "seconds", "read_seconds", "score_seconds", "cpu_seconds", "rows_per_second", "peak_memory_mib",
+    "naive_seconds", "naive_cpu_seconds", "naive_peak_memory_mib", "cpu_over_naive",
 )  # fmt: skip
 SHAPES = [(n, d) for d in (512, 1536) for n in (1_000, 10_000, 100_000)]
 MILLION = (1_000_000, 512)
@@ -55,14 +64,16 @@ def main() -> None:
         return
     check_header(CSV, COLUMNS)
     shapes = [shape for shape in SHAPES if shape[0] <= 10_000] if args.quick else SHAPES
-    heads = ("ms", "read ms", "score ms", "CPU ms", "rows/s", "peak MiB")
+    heads = ("ms", "read ms", "score ms", "CPU ms", "rows/s", "peak MiB", "naive ms", "CPU ms", "peak MiB", "CPU ratio")
     print(f"{'N':>9}{'d':>6}{'thr':>5}" + "".join(f"{head:>11}" for head in heads))
     for num_patches, feature_dim in shapes + [MILLION] * args.million:
         for row in bench_shape(num_patches, feature_dim, processes=1 if args.quick else PROCESSES):
             append_row(CSV, row)
             times = "".join(f"{row[f'{name}seconds'] * 1e3:11.1f}" for name in ("", "read_", "score_", "cpu_"))
             shape = f"{num_patches:9,}{feature_dim:6}{row['torch_threads']:5}"
-            print(f"{shape}{times}{row['rows_per_second']:11,}{row['peak_memory_mib']:11.1f}", flush=True)
+            naive = "".join(f"{row[f'naive_{name}seconds'] * 1e3:11.1f}" for name in ("", "cpu_"))
+            naive += f"{row['naive_peak_memory_mib']:11.1f}{row['cpu_over_naive']:11.2f}"
+            print(f"{shape}{times}{row['rows_per_second']:11,}{row['peak_memory_mib']:11.1f}{naive}", flush=True)
 
 
 def bench_shape(num_patches: int, feature_dim: int, processes: int) -> list[dict]:
@@ -81,12 +92,14 @@ def bench_shape(num_patches: int, feature_dim: int, processes: int) -> list[dict
 
 def row_of(num_patches: int, feature_dim: int, threads: int, runs: list[dict]) -> dict:
     """One row of the CSV."""
-    names = ("seconds", "read_seconds", "score_seconds", "cpu_seconds")
+    names = ("seconds", "read_seconds", "score_seconds", "cpu_seconds", "naive_seconds", "naive_cpu_seconds")
     medians = {name: statistics.median([value for run in runs for value in run[name]]) for name in names}
+    rounded = [round(seconds, 6) for seconds in medians.values()]
+    peaks = [round(max(run[name] for run in runs), 1) for name in ("peak_memory_mib", "naive_peak_memory_mib")]
     values = (
         num_patches, feature_dim, DTYPE, K, HIDDEN, threads, len(runs) * SELECTIONS,
-        *(round(seconds, 6) for seconds in medians.values()),
-        round(num_patches / medians["seconds"]), round(max(run["peak_memory_mib"] for run in runs), 1),
+        *rounded[:4], round(num_patches / medians["seconds"]), peaks[0],
+        *rounded[4:], peaks[1], round(medians["cpu_seconds"] / medians["naive_cpu_seconds"], 3),
     )  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
 
@@ -109,21 +122,37 @@ def measure(tiny: Path, slide: Path, threads: int) -> dict:
         with open_features(path) as opened:
             selection = selector.select(opened)
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        return {
-            "seconds": seconds,
-            "read_seconds": selection.read_seconds,
-            "score_seconds": selection.score_seconds,
-            "cpu_seconds": cpu,
-        }
+        read, score = selection.read_seconds, selection.score_seconds
+        return {"seconds": seconds, "read_seconds": read, "score_seconds": score, "cpu_seconds": cpu}
 
-    select(tiny)
-    reset_peak_memory()
-    before = resident_kib("VmRSS")
-    select(slide)
-    peak = (resident_kib("VmHWM") - before) / 1024
-    times = [select(slide) for _ in range(SELECTIONS)]
-    by_name = {name: [one[name] for one in times] for name in times[0]}
-    return {**by_name, "peak_memory_mib": peak}
+    def naive(path: Path) -> dict[str, float]:
+        began, cpu = time.perf_counter(), time.process_time()
+        with torch.no_grad():
+            select_naively(path, weights)
+        return {"naive_seconds": time.perf_counter() - began, "naive_cpu_seconds": time.process_time() - cpu}
+
+    peaks = {}
+    for name, call in (("peak_memory_mib", select), ("naive_peak_memory_mib", naive)):
+        call(tiny)
+        reset_peak_memory()
+        before = resident_kib("VmRSS")
+        call(slide)
+        peaks[name] = (resident_kib("VmHWM") - before) / 1024
+    times = [select(slide) | naive(slide) for _ in range(SELECTIONS)]
+    return {name: [one[name] for one in times] for name in times[0]} | peaks
+
+
+def select_naively(path: Path, weights: ScorerWeights) -> tuple[Tensor, Tensor]:
+    """(kept rows, their indices), with the whole matrix in fp32."""
+    import torch.nn.functional as F
+    from safetensors.torch import load_file
+
+    features = load_file(path)["features"]
+    x = F.layer_norm(features.float(), (weights.feature_dim,), weights.norm_weight, weights.norm_bias, weights.norm_eps)
+    x = F.gelu(F.linear(x, weights.hidden_weight, weights.hidden_bias))
+    scores = F.linear(x, weights.out_weight[None], weights.out_bias[None])[:, 0]
+    kept = scores.topk(min(K, len(scores))).indices.sort().values
+    return features[kept], kept
 
 
 def reset_peak_memory() -> None:

@@ -161,7 +161,7 @@ def test_a_slide_of_another_size_is_refused():
 
 
 def test_an_unknown_scorer_kind_is_refused():
-    with pytest.raises(ValueError, match="found 'magic', wanted 'patch'"):
+    with pytest.raises(ValueError, match="found 'magic', wanted one of patch, context"):
         build_scorer("magic", D, 8)
 
 

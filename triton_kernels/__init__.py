@@ -10,6 +10,6 @@ if __name__ == "triton_kernels":
     )
 
 from .op import ScoredTopK, score_topk
-from .reference import ScorerWeights, score_patches
+from .reference import ScorerWeights, map_blocks, score_patches, select_topk
 
-__all__ = ["ScoredTopK", "ScorerWeights", "score_patches", "score_topk"]
+__all__ = ["ScoredTopK", "ScorerWeights", "map_blocks", "score_patches", "score_topk", "select_topk"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import ScorerWeights, Selected, padded_k, score_patches, select_topk
+from .reference import Running, ScorerWeights, Selected, padded_k, score_patches, select_topk
 
 
 class ScoredTopK(NamedTuple):
@@ -82,7 +82,7 @@ def _on_cuda(
     first_row, running_indices, running_rows, running_keys, by_score,
 ):  # fmt: skip
     from .score import fold_cached, score_triton, supports
-    from .select import MAX_K, select_triton
+    from .select import MAX_K, select_triton, stream_workspace
 
     weights = ScorerWeights(norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps)
     running = _running(running_indices, running_rows, running_keys)
@@ -91,8 +91,11 @@ def _on_cuda(
             scores = score_triton(features, fold_cached(weights, features.dtype))
         else:
             scores = score_patches(features, weights, first_row)
-        select = select_triton if k <= MAX_K else select_topk
-        selected = select(scores, k, features, cu_seqlens, first_row, running, by_score)
+        if k <= MAX_K:
+            workspace = stream_workspace(features.device, 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+            selected = select_triton(scores, k, features, cu_seqlens, first_row, running, by_score, workspace)
+        else:
+            selected = select_topk(scores, k, features, cu_seqlens, first_row, running, by_score)
     return _outputs(selected, scores)
 
 
@@ -115,10 +118,8 @@ def _shapes(
     )
 
 
-def _running(indices: Tensor | None, rows: Tensor | None, keys: Tensor | None) -> Selected | None:
-    if indices is None or keys is None:
-        return None
-    return Selected(indices, indices.new_empty(0, dtype=torch.float32), rows, keys)
+def _running(indices: Tensor | None, rows: Tensor | None, keys: Tensor | None) -> Running | None:
+    return None if indices is None or keys is None else Running(indices, rows, keys)
 
 
 def _outputs(selected: Selected, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,6 +40,14 @@ class ScorerWeights(NamedTuple):
         return ScorerWeights(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
 
+class Running(NamedTuple):
+    """What the earlier chunks of S slides kept; of one slide, without the first axis."""
+
+    indices: Tensor  # int64 [S, k]
+    rows: Tensor | None  # [S, k, d]
+    keys: Tensor  # int64 [S, k_pad]
+
+
 class Selected(NamedTuple):
     """The kept patches of S slides. Places without a patch hold index -1, score -inf and a row of zeros."""
 
@@ -71,19 +80,28 @@ def score_patches(features: Tensor, weights: ScorerWeights, first_row: int = 0) 
     if d != weights.feature_dim:
         raise ValueError(f"features have size {d}, wanted {weights.feature_dim}")
     scores = torch.empty(n, dtype=torch.float32, device=features.device)
-    start = 0
+    map_blocks(features, first_row, lambda rows: apply_scorer(rows, weights), scores)
+    return scores
+
+
+def map_blocks(features: Tensor, first_row: int, function: Callable[[Tensor], Tensor], out: Tensor) -> None:
+    """Fills out [n, ...] with a function of each row of features [n, d], block by block: the same bits for every cut.
+
+    Args:
+        function: of a block [`BLOCK_ROWS`, d]; rows of zeros stand where the block is not full.
+    """
+    n, start = len(features), 0
     while start < n:
         lead = (first_row + start) % BLOCK_ROWS
         stop = min(n, start + BLOCK_ROWS - lead)
-        rows = features[start:stop]
+        block = features[start:stop]
         if stop - start < BLOCK_ROWS:
-            block = rows.new_zeros((BLOCK_ROWS, d))
-            block[lead : lead + stop - start] = rows
-            scores[start:stop] = apply_scorer(block, weights)[lead : lead + stop - start]
+            block = features.new_zeros((BLOCK_ROWS, features.shape[1]))
+            block[lead : lead + stop - start] = features[start:stop]
+            out[start:stop] = function(block)[lead : lead + stop - start]
         else:
-            scores[start:stop] = apply_scorer(rows, weights)
+            out[start:stop] = function(block)
         start = stop
-    return scores
 
 
 def padded_k(k: int) -> int:
@@ -99,7 +117,7 @@ def select_topk(
     features: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     first_row: int = 0,
-    running: Selected | None = None,
+    running: Running | Selected | None = None,
     by_score: bool = False,
 ) -> Selected:
     """Keeps the k best of each slide: the oracle of `select.select_triton`, with the same arguments."""
@@ -110,7 +128,7 @@ def select_topk(
         before = None
         if running is not None:
             rows = None if running.rows is None else running.rows[slide]
-            before = _Running(running.indices[slide], rows, running.keys[slide])
+            before = Running(running.indices[slide], rows, running.keys[slide])
         part = None if features is None else features[begin:end]
         slides.append(_select_slide(scores[begin:end], k, k_pad, part, first_row, before, by_score))
     if not slides:
@@ -119,16 +137,8 @@ def select_topk(
     return Selected(*(None if column[0] is None else torch.stack(column) for column in zip(*slides, strict=True)))
 
 
-class _Running(NamedTuple):
-    """What one slide's earlier chunks kept."""
-
-    indices: Tensor  # [k]
-    rows: Tensor | None  # [k, d]
-    keys: Tensor  # [k_pad]
-
-
 def _select_slide(
-    scores: Tensor, k: int, k_pad: int, features: Tensor | None, first_row: int, before: _Running | None, by_score: bool
+    scores: Tensor, k: int, k_pad: int, features: Tensor | None, first_row: int, before: Running | None, by_score: bool
 ) -> Selected:
     keys = pack_keys(scores, first_row)
     if before is not None:

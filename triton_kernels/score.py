@@ -8,6 +8,7 @@ same bits alone and in a batch, at any place in X.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import NamedTuple
 
@@ -83,22 +84,24 @@ def fold_scorer(weights: ScorerWeights, dtype: torch.dtype) -> FoldedScorer:
 
 
 _folded: dict[tuple, tuple[weakref.ref, FoldedScorer]] = {}
+_fold_lock = threading.Lock()
 
 
 def fold_cached(weights: ScorerWeights, dtype: torch.dtype) -> FoldedScorer:
     """`fold_scorer`, once for each state of the weights: they are recognised by object and version."""
     tensors = [x for x in weights if isinstance(x, Tensor)]
     key = (*((id(x), 0 if x.is_inference() else x._version) for x in tensors), weights.norm_eps, dtype)
-    found = _folded.get(key)
-    if found is not None and found[0]() is weights.out_weight:
-        return found[1]
-    for stale in [key for key, (owner, _) in _folded.items() if owner() is None]:
-        del _folded[stale]
-    folded = fold_scorer(weights, dtype)
-    if folded.weight.is_cuda:  # other streams will use it without waiting for this one
-        torch.cuda.current_stream(folded.weight.device).synchronize()
-    _folded[key] = (weakref.ref(weights.out_weight), folded)
-    return folded
+    with _fold_lock:
+        found = _folded.get(key)
+        if found is not None and found[0]() is weights.out_weight:
+            return found[1]
+        for stale in [key for key, (owner, _) in _folded.items() if owner() is None]:
+            del _folded[stale]
+        folded = fold_scorer(weights, dtype)
+        if folded.weight.is_cuda:  # other streams will use it without waiting for this one
+            torch.cuda.current_stream(folded.weight.device).synchronize()
+        _folded[key] = (weakref.ref(weights.out_weight), folded)
+        return folded
 
 
 def score_config(arch: int, feature_dim: int, hidden_size: int, dtype: torch.dtype) -> ScoreConfig:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import Selected, padded_k
+from .reference import Running, Selected, padded_k
 
 MAX_K = 256
 BLOCK = 1024
@@ -28,13 +28,30 @@ class Workspace:
         self.tickets = torch.zeros(num_slides, dtype=torch.int32, device=device)
 
 
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+
+
+def stream_workspace(device: torch.device, num_slides: int) -> Workspace:
+    """The current stream's own workspace, made once: calls of one stream run one after another.
+
+    A CUDA graph under capture gets one of its own, which lives in the graph's memory as long as the graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return Workspace(device, num_slides)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    found = _workspaces.get(key)
+    if found is None or len(found.tickets) < num_slides:
+        found = _workspaces[key] = Workspace(device, num_slides)
+    return found
+
+
 def select_triton(
     scores: Tensor,
     k: int,
     features: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     first_row: int = 0,
-    running: Selected | None = None,
+    running: Running | Selected | None = None,
     by_score: bool = False,
     workspace: Workspace | None = None,
     num_parts: int | None = None,

@@ -10,16 +10,15 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from .config import SparseWSIConfig
-from .kernels import ScorerWeights
 from .sparsify.scorer import build_scorer
-from .sparsify.selector import SlideSelector
+from .sparsify.selector import FrozenScorer, SlideSelector, frozen_scorer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "scorer."
 
 
-def load_scorer(model: str, revision: str | None = None) -> ScorerWeights:
-    """Reads the scorer's weights, and nothing else, from a checkpoint directory or a hub repository.
+def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
+    """Reads the scorer, and nothing else, from a checkpoint directory or a hub repository.
 
     Raises:
         ValueError: the checkpoint has no scorer, or one that its config does not describe.
@@ -39,13 +38,13 @@ def load_scorer(model: str, revision: str | None = None) -> ScorerWeights:
         with safe_open(file, "pt") as tensors:
             keys = [key for key in tensors.keys() if key.startswith(PREFIX)]  # noqa: SIM118
             state |= {key.removeprefix(PREFIX): tensors.get_tensor(key) for key in keys}
-    scorer = build_scorer(config.scorer["kind"], config.feature_dim, config.scorer["hidden_size"])
+    scorer = build_scorer(feature_dim=config.feature_dim, **config.scorer)
     try:
         scorer.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{model}: {PREFIX}*: found other weights than config.json describes: {reason}") from error
-    return scorer.requires_grad_(False).weights()
+    return frozen_scorer(scorer)
 
 
 def load_selector(model: str, device: str = "cpu", revision: str | None = None) -> SlideSelector:

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     init.add_argument("--hidden-size", type=int, default=128, help="of the decoder (default 128)")
     init.add_argument("--layers", type=int, default=2, help="of the decoder (default 2)")
     init.add_argument("--max-positions", type=int, default=8192, help="of the decoder (default 8192)")
+    init.add_argument("--scorer", default="patch", choices=["patch", "context"], help="(default patch)")
     init.add_argument("--scorer-hidden-size", type=int, default=256, metavar="H", help="0: the plain linear scorer")
     init.add_argument("--num-slide-tokens", type=int, default=32, metavar="K")
     init.add_argument("--position-ids", default="original", choices=["original", "packed"])
@@ -101,6 +102,7 @@ def _init_checkpoint(args: argparse.Namespace) -> int:
         hidden_size=args.hidden_size,
         num_layers=args.layers,
         max_position_embeddings=args.max_positions,
+        scorer_kind=args.scorer,
         scorer_hidden_size=args.scorer_hidden_size,
         num_slide_tokens=args.num_slide_tokens,
         position_ids=args.position_ids,

@@ -25,7 +25,8 @@ class SparseWSIConfig(PreTrainedConfig):
         encoder: id@revision of the patch encoder that the model was trained on; None: not recorded.
         num_slide_tokens: K, patches kept of each slide.
         max_patches: longest slide that is served; a longer one is refused.
-        scorer: {"kind": "patch", "hidden_size": h}; h = 0 is the plain linear scorer.
+        scorer: {"kind": "patch", "hidden_size": h}, where h = 0 is the plain linear scorer; or {"kind": "context",
+            "hidden_size": w, "num_layers": 2, "num_heads": w // 64}, Transformer blocks over the whole slide.
         projector: {"hidden_size": m} of Linear(d, m), GELU, Linear(m, decoder); None: the decoder's hidden size.
         position_ids: "original" (a kept patch keeps its place among the N, as in the SparseLearn paper) or
             "packed" (kept patches are counted like text).

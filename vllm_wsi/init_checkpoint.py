@@ -62,6 +62,7 @@ def init_checkpoint(
     hidden_size: int = 128,
     num_layers: int = 2,
     max_position_embeddings: int = 8192,
+    scorer_kind: str = "patch",
     scorer_hidden_size: int = 256,
     num_slide_tokens: int = 32,
     position_ids: str = "original",
@@ -75,6 +76,7 @@ def init_checkpoint(
         feature_dim: d of the features that it takes.
         decoder: one of `DECODERS`.
         hidden_size: of the decoder, a multiple of 64 (heads of 32).
+        scorer_kind: "patch" or "context" (`sparsify/scorer.py`).
 
     Raises:
         ValueError: an unknown decoder, or a directory with content.
@@ -105,7 +107,7 @@ def init_checkpoint(
         text_config=text_config,
         feature_dim=feature_dim,
         num_slide_tokens=num_slide_tokens,
-        scorer={"kind": "patch", "hidden_size": scorer_hidden_size},
+        scorer={"kind": scorer_kind, "hidden_size": scorer_hidden_size},
         position_ids=position_ids,
         max_slide_positions=max_slide_positions,
         slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .config import SparseWSIConfig
 from .sparsify.positions import SlideSpan, prompt_positions
 from .sparsify.scorer import build_scorer
-from .sparsify.selector import Selection, SlideSelector
+from .sparsify.selector import Selection, SlideSelector, frozen_scorer
 
 
 class SlideProjector(nn.Sequential):
@@ -42,7 +42,7 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SparseWSIConfig) -> None:
         super().__init__(config)
-        self.scorer = build_scorer(config.scorer["kind"], config.feature_dim, config.scorer["hidden_size"])
+        self.scorer = build_scorer(feature_dim=config.feature_dim, **config.scorer)
         self.projector = SlideProjector.from_config(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self._tied_weights_keys = {
@@ -59,9 +59,9 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def selector(self) -> SlideSelector:
         """The Hard Top-K of this model's scorer, as serving runs it."""
-        weights = self.scorer.weights()
-        detached = weights._make(x.detach() if isinstance(x, Tensor) else x for x in weights)
-        return SlideSelector(detached, self.config.num_slide_tokens, max_patches=self.config.max_patches)
+        return SlideSelector(
+            frozen_scorer(self.scorer), self.config.num_slide_tokens, max_patches=self.config.max_patches
+        )
 
     def prepare(self, input_ids: Tensor, selections: Sequence[Selection]) -> tuple[Tensor, Tensor]:
         """Lays out one prompt: slide tokens for each slide's placeholder, and RoPE positions.

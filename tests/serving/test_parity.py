@@ -80,6 +80,16 @@ def test_greedy_tokens_and_first_logprobs_equal_transformers(decoder, position_i
         assert all(abs(value - logprobs[token].item()) < 1e-3 for token, value in top.items()), names
 
 
+def test_the_scorer_over_the_whole_slide_is_served_as_transformers_runs_it(slides, tmp_path):
+    init_checkpoint(tmp_path / "c", D, hidden_size=64, scorer_kind="context", scorer_hidden_size=64, seed=5)
+    model, tokenizer = reference(tmp_path / "c")
+    llm = start_engine(tmp_path / "c", slides[0].parent)
+    for path in slides[:4]:
+        assert (
+            ask_vllm(llm, [path], "Which tissue?")[0] == ask_transformers(model, tokenizer, [path], "Which tissue?")[0]
+        )
+
+
 def test_the_position_mode_changes_the_answer(slides, tmp_path):
     answers = []
     for mode in ("original", "packed"):
@@ -173,8 +183,8 @@ def test_a_tokenizer_without_the_slide_token_ends_the_start_with_one_sentence(ch
     [
         ({"num_slide_tokens": 0}, "num_slide_tokens: found 0"),
         ({"num_slide_tokens": 512}, "num_slide_tokens: found 512"),
-        ({"slide_tokens": 3}, "found slide_tokens, wanted some of num_slide_tokens, device"),
-        ({"device": "tpu"}, "device: found 'tpu'"),
+        ({"slide_tokens": 3}, "found slide_tokens, wanted some of num_slide_tokens, selection_device, device"),
+        ({"selection_device": "tpu"}, "device: found 'tpu'"),
     ],
 )
 def test_wrong_server_options_end_the_start_with_one_sentence(checkpoint, slides, options, message):

@@ -30,19 +30,20 @@ from vllm.multimodal.processing import (
 
 from vllm_wsi.checkpoint import load_scorer
 from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
-from vllm_wsi.kernels import ScorerWeights
 from vllm_wsi.slides import FeatureFile, features_in_memory
 from vllm_wsi.slides.features import FLOAT_DTYPES
-from vllm_wsi.sparsify.selector import Selection, SlideSelector
+from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 
 from .prompt_guard import check_slide_tokens, install_prompt_guard
-from .selection import SelectedSlide, SelectionService, SlideRequest, service_for, weights_digest
+from .selection import SelectedSlide, SelectionService, SlideRequest, scorer_digest, service_for
 
 MODALITY = "image"  # the part type that every OpenAI client can send
 MAX_SLIDE_TOKENS = 256
 """Largest K that one request may ask for, unless the server's own K is larger."""
 
-SERVER_OPTIONS = ("num_slide_tokens", "device")
+SERVER_OPTIONS = ("num_slide_tokens", "selection_device", "device")
+"""`selection_device` is ours: vLLM takes `device` only on a CPU or on an instance that runs no language model, because
+a processor's memory is not in its budget. A selection's is small and bounded (`sparsify/staging.py`)."""
 
 
 class SlideItems(ProcessorBatchItems[SelectedSlide]):
@@ -121,13 +122,13 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
             found = ", ".join(sorted(unknown))
             raise ValueError(f"--mm-processor-kwargs: found {found}, wanted some of {', '.join(SERVER_OPTIONS)}")
         k = int(options.get("num_slide_tokens", config.num_slide_tokens))
-        device = str(options.get("device", "cpu"))
+        device = str(options.get("selection_device", options.get("device", "cpu")))
         room = model.max_model_len - 1
         if not 1 <= k <= room:
             raise ValueError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
-        weights, digest = _scorer(model.model, model.revision)
-        self.service = service_for(SlideSelector(weights, k, device, config.max_patches), digest, self.max_slide_tokens)
+        scorer, digest = _scorer(model.model, model.revision)
+        self.service = service_for(SlideSelector(scorer, k, device, config.max_patches), digest, self.max_slide_tokens)
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
         tokenizer = self.ctx.tokenizer
@@ -246,7 +247,7 @@ def install_connector() -> None:
 
 
 @lru_cache(maxsize=4)
-def _scorer(model: str, revision: str | None) -> tuple[ScorerWeights, str]:
+def _scorer(model: str, revision: str | None) -> tuple[FrozenScorer, str]:
     """A checkpoint's scorer and its digest, read once: vLLM makes a processor for every chat request."""
-    weights = load_scorer(model, revision)
-    return weights, weights_digest(weights)
+    scorer = load_scorer(model, revision)
+    return scorer, scorer_digest(scorer)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from cachetools import LRUCache
 from prometheus_client import Counter
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, open_features
-from vllm_wsi.sparsify.selector import Selection, SlideSelector
+from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 
 THREADS = 16
 CACHE_BYTES = 256 << 20
@@ -42,6 +42,12 @@ class SlideRequest:
             return self.slide.identity
         assert self.path is not None
         return SlideIdentity.of_file(self.path)
+
+    def open(self) -> FeatureFile:
+        if self.slide is not None:
+            return self.slide
+        assert self.path is not None
+        return open_features(self.path, self.encoder)
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,7 @@ class SelectionService:
 
     def _run(self, request: SlideRequest, k: int, identity: SlideIdentity, digest: str) -> SelectedSlide:
         try:
-            slide = request.slide if request.slide is not None else self._open(request)
-            with slide:
+            with request.open() as slide:
                 if slide.identity != identity or request.identity() != identity:
                     raise SlideError(f"{slide.name}: the file changed while it was opened; ask again")
                 selection = self.selector.select(slide, k)
@@ -154,10 +159,6 @@ class SelectionService:
             with self._lock:
                 self._under_way.pop(digest, None)
 
-    def _open(self, request: SlideRequest) -> FeatureFile:
-        assert request.path is not None
-        return open_features(request.path, request.encoder)
-
 
 _services: dict[tuple, SelectionService] = {}
 _current: SelectionService | None = None
@@ -183,9 +184,10 @@ def current_service() -> SelectionService | None:
     return _current
 
 
-def weights_digest(weights: tuple) -> str:
+def scorer_digest(scorer: FrozenScorer) -> str:
     """Tells one scorer from another."""
+    parts = [repr(scorer), *scorer.state_dict().values()] if isinstance(scorer, nn.Module) else scorer
     digest = hashlib.blake2b(digest_size=16)
-    for value in weights:
+    for value in parts:
         digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
     return digest.hexdigest()

@@ -1,8 +1,9 @@
-"""The learned scorer: one number for each patch."""
+"""The learned scorers: one number for each patch. The paper describes both (SparseLearn, scorer S)."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_wsi.kernels import ScorerWeights
@@ -10,9 +11,9 @@ from vllm_wsi.kernels.reference import apply_scorer
 
 
 class PatchScorer(nn.Module):
-    """s = Linear(h, 1)(GELU(Linear(d, h)(LayerNorm(x)))), each patch by itself (SparseLearn, scorer S).
+    """s = Linear(h, 1)(GELU(Linear(d, h)(LayerNorm(x)))), each patch by itself.
 
-    The paper's per-patch reading: it scales to 100,000 patches and fuses into one pass over the features.
+    The reading that scales to 100,000 patches and fuses into one pass over the features.
 
     Args:
         feature_dim: d.
@@ -38,21 +39,99 @@ class PatchScorer(nn.Module):
             norm_eps=self.norm.eps,
         )
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Scores fp32 [..., n] of features [..., n, d]; padding is the caller's to mask."""
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scores fp32 [..., n] of features [..., n, d]; no patch sees another, so `mask` changes nothing."""
         flat = features.reshape(-1, features.shape[-1])
         return apply_scorer(flat, self.weights()).view(features.shape[:-1])
 
 
-def build_scorer(kind: str, feature_dim: int, hidden_size: int) -> PatchScorer:
-    """The scorer that a checkpoint's `scorer` entry names."""
-    if kind != "patch":
-        raise ValueError(f"scorer.kind: found {kind!r}, wanted 'patch'")
-    return PatchScorer(feature_dim, hidden_size)
+class ContextScorer(nn.Module):
+    """LayerNorm, Linear(d, w), Transformer encoder blocks over all patches of the slide, LayerNorm, Linear(w, 1).
+
+    The paper's other reading («lightweight Transformer encoder blocks»; its parent DiffPrune, arXiv 2605.28051, has 2
+    of width 1024 with 16 heads). Every patch attends to every other, without position encoding: time grows with N^2,
+    memory with N * w. For slides of some thousand patches, or on a GPU.
+
+    Args:
+        feature_dim: d.
+        hidden_size: w, a multiple of num_heads.
+        num_layers: blocks.
+        num_heads: None: heads of 64, at least one.
+    """
+
+    def __init__(self, feature_dim: int, hidden_size: int, num_layers: int = 2, num_heads: int | None = None) -> None:
+        super().__init__()
+        num_heads = num_heads or max(1, hidden_size // 64)
+        if hidden_size < 1 or hidden_size % num_heads:
+            raise ValueError(f"scorer.hidden_size: found {hidden_size}, wanted a multiple of num_heads ({num_heads})")
+        self.feature_dim, self.hidden_size = feature_dim, hidden_size
+        self.input_norm = nn.LayerNorm(feature_dim)
+        self.input = nn.Linear(feature_dim, hidden_size)
+        self.blocks = nn.ModuleList(_ContextBlock(hidden_size, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.out = nn.Linear(hidden_size, 1)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Tokens [..., n, w] of features [..., n, d] of any floating dtype, each patch by itself."""
+        return self.input(self.input_norm(features.to(self.input.weight.dtype)))
+
+    def score_tokens(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scores fp32 [..., n] of all tokens [..., n, w] of a slide.
+
+        Args:
+            mask: bool [..., n], False where a token is padding that no other may see; None: none is.
+        """
+        keys = None if mask is None else mask[..., None, None, :]
+        for block in self.blocks:
+            tokens = block(tokens, keys)
+        return self.out(self.norm(tokens))[..., 0].float()
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scores fp32 [..., n] of features [..., n, d]; `mask` as in `score_tokens`."""
+        return self.score_tokens(self.embed(features), mask)
 
 
-def seeded_scorer(kind: str, feature_dim: int, hidden_size: int, seed: int) -> PatchScorer:
+class _ContextBlock(nn.Module):
+    """Pre-norm self-attention and feed-forward, with residuals."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.attention_out = nn.Linear(hidden_size, hidden_size)
+        self.up, self.down = nn.Linear(hidden_size, 4 * hidden_size), nn.Linear(4 * hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = (part.transpose(-3, -2) for part in qkv.unbind(dim=-3))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.attention_out(attended.transpose(-3, -2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+SCORERS = {"patch": PatchScorer, "context": ContextScorer}
+
+
+def build_scorer(kind: str, feature_dim: int, hidden_size: int, **options: int) -> PatchScorer | ContextScorer:
+    """The scorer that a checkpoint's `scorer` entry describes.
+
+    Raises:
+        ValueError: an unknown kind, or options that it does not have.
+    """
+    if kind not in SCORERS:
+        raise ValueError(f"scorer.kind: found {kind!r}, wanted one of {', '.join(SCORERS)}")
+    known = {"context": {"num_layers", "num_heads"}}.get(kind, set())
+    if unknown := options.keys() - known:
+        found, wanted = ", ".join(sorted(unknown)), ", ".join(sorted(known)) or "none"
+        raise ValueError(f"scorer: found {found} beside kind {kind!r} and hidden_size, wanted {wanted}")
+    return SCORERS[kind](feature_dim, hidden_size, **options)
+
+
+def seeded_scorer(
+    kind: str, feature_dim: int, hidden_size: int, seed: int, **options: int
+) -> PatchScorer | ContextScorer:
     """An untrained scorer whose weights follow from the seed; leaves torch's own random state alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_scorer(kind, feature_dim, hidden_size)
+        return build_scorer(kind, feature_dim, hidden_size, **options)

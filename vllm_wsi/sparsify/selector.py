@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_wsi.kernels import ScoredTopK, ScorerWeights, score_topk
+from vllm_wsi.kernels import ScoredTopK, ScorerWeights, map_blocks, score_topk, select_topk
 from vllm_wsi.slides import FeatureFile, SlideError
 from vllm_wsi.slides.features import CoordUnit
 
-from .staging import ChunkStager
+from .scorer import ContextScorer, PatchScorer
+from .staging import ChunkStager, read_tensor_rows
+
+FrozenScorer: TypeAlias = ScorerWeights | ContextScorer
+"""A scorer without gradients, as a selector runs it."""
+
+
+def frozen_scorer(scorer: PatchScorer | ContextScorer) -> FrozenScorer:
+    """A scorer's present weights, which later training does not change."""
+    if isinstance(scorer, PatchScorer):
+        weights = scorer.weights()
+        return weights._make(x.detach().clone() if isinstance(x, Tensor) else x for x in weights)
+    return copy.deepcopy(scorer).float().eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -51,11 +64,11 @@ class SlideSelector:
     """Hard Top-K over a whole slide, chunk by chunk (SparseLearn, inference path).
 
     Deterministic: the same file and weights give the same bits on every run and for every chunk size. Peak memory
-    is two chunks and the scorer's, and 8 to 16 bytes a patch while coordinates are looked up. One selector serves
-    many threads.
+    is two chunks and the scorer's, and 8 to 16 bytes a patch while coordinates are looked up; a `ContextScorer` keeps
+    the slide's tokens too. One selector serves many threads.
 
     Args:
-        weights: of the scorer.
+        scorer: per patch by its weights, or over the whole slide.
         num_slide_tokens: K.
         device: "cpu", "cuda", or "auto" for a GPU where there is one; CUDA starts at the first slide.
         max_patches: longer slides are refused.
@@ -64,7 +77,7 @@ class SlideSelector:
 
     def __init__(
         self,
-        weights: ScorerWeights,
+        scorer: FrozenScorer,
         num_slide_tokens: int,
         device: str = "cpu",
         max_patches: int | None = None,
@@ -73,8 +86,8 @@ class SlideSelector:
         if device not in ("cpu", "cuda", "auto"):
             raise ValueError(f"device: found {device!r}, wanted 'cpu', 'cuda' or 'auto'")
         self.num_slide_tokens = num_slide_tokens
-        self.feature_dim = weights.feature_dim
-        self._weights, self.device_name = weights, device
+        self.feature_dim = scorer.feature_dim
+        self._scorer, self.device_name = scorer, device
         self._device: torch.device | None = None
         self.max_patches, self._chunk_rows = max_patches, chunk_rows
 
@@ -87,34 +100,29 @@ class SlideSelector:
         """
         k = self.num_slide_tokens if k is None else k
         self._check(slide)
-        device, weights = self._start_device()
+        device, scorer = self._start_device()
         stager = ChunkStager(slide, device, self._chunk_rows)
-        running: ScoredTopK | None = None
-        num_nonfinite: Tensor | int = 0
         began = time.perf_counter()
-        for start, features in stager.chunks():
-            with stager.on_stream():
-                running = score_topk(features, weights, k, first_row=start, running=running)
-                num_nonfinite = num_nonfinite + (~torch.isfinite(running.all_scores)).sum()
-        stager.wait()
+        if isinstance(scorer, ContextScorer):
+            kept, num_nonfinite = _select_in_context(slide, stager, scorer, k)
+        else:
+            kept, num_nonfinite = _select_in_stream(stager, scorer, k)
         seconds = time.perf_counter() - began
-        assert running is not None
-        present = running.indices[0] >= 0
-        if not present.any():
+        if not len(kept.indices):
             raise SlideError(
                 f"{slide.name}: {slide.key or 'features'}: found no patch with a finite score among "
                 f"{slide.num_patches}, wanted at least one; the features hold NaN or infinities"
             )
-        indices, coords = running.indices[0][present].cpu(), slide.read_coords()
+        coords = slide.read_coords()
         return Selection(
-            indices=indices,
-            scores=running.scores[0][present].cpu(),
-            features=running.rows[0][present].cpu(),
+            indices=kept.indices,
+            scores=kept.scores,
+            features=kept.features,
             num_patches=slide.num_patches,
-            num_nonfinite=int(num_nonfinite),
+            num_nonfinite=num_nonfinite,
             read_seconds=stager.read_seconds,
             score_seconds=seconds - stager.read_seconds,
-            coords=None if coords is None else coords[indices.numpy()],
+            coords=None if coords is None else coords[kept.indices.numpy()],
             coord_unit=slide.coord_unit,
             metadata=slide.metadata,
         )
@@ -126,11 +134,52 @@ class SlideSelector:
         if self.max_patches is not None and slide.num_patches > self.max_patches:
             raise SlideError(f"{where} {slide.num_patches} patches, wanted at most {self.max_patches} (max_patches)")
 
-    def _start_device(self) -> tuple[torch.device, ScorerWeights]:
+    def _start_device(self) -> tuple[torch.device, FrozenScorer]:
         if self._device is None:
             name = self.device_name
             if name == "auto":
                 name = "cuda" if torch.cuda.is_available() else "cpu"
-            self._weights = self._weights.to(name)
+            self._scorer = self._scorer.to(name)
             self._device = torch.device(name)
-        return self._device, self._weights
+        return self._device, self._scorer
+
+
+class _Kept(NamedTuple):
+    """On the CPU, without the places that no patch took."""
+
+    indices: Tensor
+    scores: Tensor
+    features: Tensor
+
+
+def _select_in_stream(stager: ChunkStager, weights: ScorerWeights, k: int) -> tuple[_Kept, int]:
+    """Chunk by chunk with a running Top-K; also counts the scores that are not finite."""
+    running: ScoredTopK | None = None
+    num_nonfinite: Tensor | int = 0
+    for start, features in stager.chunks():
+        with stager.on_stream():
+            running = score_topk(features, weights, k, first_row=start, running=running)
+            num_nonfinite = num_nonfinite + (~torch.isfinite(running.all_scores)).sum()
+    stager.wait()
+    assert running is not None
+    present = running.indices[0] >= 0
+    kept = (running.indices[0], running.scores[0], running.rows[0])
+    return _Kept(*(x[present].cpu() for x in kept)), int(num_nonfinite)
+
+
+def _select_in_context(slide: FeatureFile, stager: ChunkStager, scorer: ContextScorer, k: int) -> tuple[_Kept, int]:
+    """Tokens of all patches, then the blocks, then Top-K; the kept rows are read once more."""
+    tokens = torch.empty(slide.num_patches, scorer.hidden_size, device=stager.device)
+    for start, features in stager.chunks():
+        with stager.on_stream():
+            map_blocks(features, start, scorer.embed, tokens[start : start + len(features)])
+    with stager.on_stream():
+        # One NaN would reach every patch: rows that are not finite stand aside.
+        finite = torch.isfinite(tokens).all(dim=1)
+        scores = torch.full((len(tokens),), float("nan"), device=tokens.device)
+        scores[finite] = scorer.score_tokens(tokens[finite])
+        selected = select_topk(scores, k)
+    stager.wait()
+    present = selected.indices[0] >= 0
+    indices, best = selected.indices[0][present].cpu(), selected.scores[0][present].cpu()
+    return _Kept(indices, best, read_tensor_rows(slide, indices)), int((~torch.isfinite(scores)).sum())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_wsi.slides import FeatureFile
@@ -14,6 +15,20 @@ from vllm_wsi.slides import FeatureFile
 CPU_CHUNK_BYTES = 8 << 20
 CUDA_CHUNK_BYTES = 32 << 20
 ROW_STEP = 1024
+
+
+def read_tensor_rows(slide: FeatureFile, indices: Tensor) -> Tensor:
+    """Single rows [k, d] of a feature file, in its dtype."""
+    rows = torch.empty((len(indices), slide.feature_dim), dtype=getattr(torch, slide.dtype))
+    raw = _storage(rows)
+    for place, row in enumerate(indices.tolist()):
+        slide.read_rows(row, row + 1, raw[place : place + 1])
+    return rows
+
+
+def _storage(buffer: Tensor) -> NDArray:
+    """The same memory as NumPy reads into it; NumPy has no bfloat16, so those go by their raw 16 bits."""
+    return (buffer.view(torch.uint16) if buffer.dtype == torch.bfloat16 else buffer).numpy()
 
 
 class ChunkStager:
@@ -30,7 +45,7 @@ class ChunkStager:
     """
 
     def __init__(self, slide: FeatureFile, device: torch.device, chunk_rows: int | None = None) -> None:
-        self._slide, self._device = slide, device
+        self._slide, self.device = slide, device
         self._cuda = device.type == "cuda"
         if chunk_rows is None:
             row_bytes = slide.feature_dim * slide.storage_dtype.itemsize
@@ -54,8 +69,7 @@ class ChunkStager:
         slide, dtype = self._slide, getattr(torch, self._slide.dtype)
         shape = (self._chunk_rows, slide.feature_dim)
         buffers = [torch.empty(shape, dtype=dtype, pin_memory=self._cuda) for _ in range(2 if self._cuda else 1)]
-        # The same memory as NumPy reads into it; NumPy has no bfloat16, so those go by their raw 16 bits.
-        raw = [(b.view(torch.uint16) if dtype == torch.bfloat16 else b).numpy() for b in buffers]
+        raw = [_storage(buffer) for buffer in buffers]
         uploaded: list[torch.cuda.Event | None] = [None] * len(buffers)
         for i, start in enumerate(range(0, slide.num_patches, self._chunk_rows)):
             turn = i % len(buffers)
@@ -70,6 +84,6 @@ class ChunkStager:
                 yield start, chunk
                 continue
             with self.on_stream():
-                chunk = chunk.to(self._device, non_blocking=True)
+                chunk = chunk.to(self.device, non_blocking=True)
                 uploaded[turn] = self._stream.record_event()
             yield start, chunk
