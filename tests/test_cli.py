@@ -1,6 +1,7 @@
 """The commands as a user types them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,17 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.server
+def test_demo_answers_right_about_a_virtual_slide_and_shows_that_the_evidence_was_kept():
+    done = run("demo")
+    assert done.returncode == 0, done.stderr
+    assert "100,000 patches x 64" in done.stdout
+    assert "random weights" not in done.stdout
+    assert done.stdout.count(": right") == 2
+    kept, evidence = re.search(r"(\d+) of the (\d+) patches that decide the answer are shown", done.stdout).groups()
+    assert int(kept) >= int(evidence) / 2
 
 
 @pytest.mark.server

@@ -70,7 +70,7 @@ def install_cpu(work: Path) -> None:
     )
     constraints = work / "constraints.txt"
     constraints.write_text("\n".join(CPU_CONSTRAINTS) + "\n")
-    pip("install", "-q", "-c", str(constraints), *torch_cpu_index(), str(shim), "-e", f"{ROOT}[cpu,dev]")
+    pip("install", "-q", "-c", str(constraints), *torch_cpu_index(), str(shim), "-e", f"{ROOT}[cpu,train,study,dev]")
     broken = [
         name
         for name in MAY_BE_BROKEN
@@ -90,7 +90,7 @@ def main() -> None:
     print("setup: installing into .venv (two to five minutes, once)", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
     if has_gpu():
-        pip("install", "-q", "-e", f"{ROOT}[gpu,dev]")
+        pip("install", "-q", "-e", f"{ROOT}[gpu,train,study,dev]")
     else:
         with tempfile.TemporaryDirectory() as work:
             install_cpu(Path(work))

@@ -1,4 +1,4 @@
-"""`vllm-wsi`: doctor, select, demo, init-checkpoint."""
+"""`vllm-wsi`: doctor, select, demo, init-checkpoint, train, study."""
 
 from __future__ import annotations
 
@@ -33,9 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     select.set_defaults(run=_select)
 
     demo = commands.add_parser("demo", help="a slide, a real server, an answer with its evidence")
-    demo.add_argument("--slide", type=Path, metavar="FILE", help="feature file (default: 100,000 synthetic patches)")
-    demo.add_argument("--question", default="What does this slide show?", metavar="TEXT")
-    demo.add_argument("--checkpoint", type=Path, metavar="DIR", help="(default: a small one with random weights)")
+    demo.add_argument("--slide", type=Path, metavar="FILE", help="feature file (default: 100,000 virtual patches)")
+    demo.add_argument("--question", metavar="TEXT")
+    demo.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="(default: the trained demo, or random weights for a slide of yours)",
+    )
     demo.set_defaults(run=_demo)
 
     init = commands.add_parser("init-checkpoint", help="write a small checkpoint with random weights")
@@ -52,10 +57,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     init.add_argument("--seed", type=int, default=0)
     init.set_defaults(run=_init_checkpoint)
 
+    train = commands.add_parser("train", help="train a checkpoint (extra: train)")
+    train.add_argument("config", metavar="CONFIG", help="YAML file, or `haystack`: how the demo checkpoint was made")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="a run that was stopped there goes on")
+    train.add_argument("--seed", type=int, help="instead of the configuration's")
+    train.set_defaults(run=_train)
+
+    study = commands.add_parser("study", help="tables and figures: what a selection is worth (extra: study)")
+    study.add_argument("--checkpoint", metavar="DIR", help="(default: the demo checkpoint)")
+    study.add_argument(
+        "--questions", type=Path, metavar="FILE", help="SlideBench .csv (default: haystack's test split)"
+    )
+    study.add_argument("--features", type=Path, metavar="DIR", help="feature files of the questions' slides")
+    study.add_argument(
+        "--slides",
+        default="1000:192,4000:96,16000:48,100000:24",
+        metavar="N:COUNT,...",
+        help="of haystack (%(default)s)",
+    )
+    study.add_argument("--ablations", metavar="CONFIG", help="also train every arm of the last stage of this recipe")
+    study.add_argument("--seeds", type=int, default=5, help="of the ablations (default 5)")
+    study.add_argument(
+        "--ablation-slides", default="1000:192,4000:96,100000:16", metavar="N:COUNT,...", help="(%(default)s)"
+    )
+    study.add_argument("--seed", type=int, default=0, help="of random selections and resampling")
+    study.add_argument("--out", type=Path, required=True, metavar="DIR")
+    study.set_defaults(run=_study)
+
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"vllm-wsi {args.command}: {error}", file=sys.stderr)
         return 1
 
@@ -111,6 +143,28 @@ def _init_checkpoint(args: argparse.Namespace) -> int:
     print(f"{args.out}: random weights from seed {args.seed}; its answers mean nothing. Serve it with\n"
           f"  vllm serve {args.out} --plugin vllm_wsi --allowed-local-media-path DIR")  # fmt: skip
     return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    _hide_transformers_progress()
+    from .evaluation.haystack import GENERATORS, recipe
+    from .training.settings import load_settings
+    from .training.train import train
+
+    settings = load_settings(recipe(args.config))
+    if args.seed is not None:
+        settings.seed = args.seed
+    checkpoint = train(settings, args.out, GENERATORS)
+    print(f"{checkpoint}: serve it with\n  vllm serve {checkpoint} --plugin vllm_wsi --allowed-local-media-path DIR")
+    return 0
+
+
+def _study(args: argparse.Namespace) -> int:
+    _hide_transformers_progress()
+    from .evaluation.run_study import run_study
+
+    options = vars(args)
+    return run_study(**{name: value for name, value in options.items() if name not in ("run", "command")})
 
 
 def _hide_transformers_progress() -> None:

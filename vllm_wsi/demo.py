@@ -9,12 +9,15 @@ import time
 import urllib.request
 from pathlib import Path
 
+from .demo_model import DEMO_CHECKPOINT
+from .evaluation.haystack import HaystackSlide, HaystackWorld
 from .server_process import VllmServer
 from .slides import open_features
 
-SYNTHETIC_PATCHES = 100_000
-SYNTHETIC_DIM = 512
+VIRTUAL_PATCHES = 100_000
+VIRTUAL_SLIDE = 1  # number of the slide in haystack's test split
 ANSWER_TOKENS = 32
+QUESTION = "What does this slide show?"
 SECOND_QUESTION = "Which finding supports this?"
 
 
@@ -34,17 +37,25 @@ class Progress:
         print(f"{start}done in {time.monotonic() - self._began:.1f} s", file=sys.stderr, flush=True)
 
 
-def run_demo(slide: Path | None, question: str, checkpoint: Path | None) -> int:
-    """Runs the demo; returns the exit status."""
+def run_demo(slide: Path | None, question: str | None, checkpoint: Path | None) -> int:
+    """Runs the demo; returns the exit status.
+
+    Args:
+        slide: feature file; None: a virtual slide, asked about with the trained demo checkpoint unless another is
+            given.
+        checkpoint: None, with a slide: random weights that fit it.
+    """
     with tempfile.TemporaryDirectory(prefix="vllm-wsi-demo-") as folder:
         work = Path(folder)
+        virtual: HaystackSlide | None = None
+        questions = [question or QUESTION, SECOND_QUESTION]
         if slide is None:
-            slide = work / "synthetic.safetensors"
-            progress = Progress(f"making a synthetic slide of {SYNTHETIC_PATCHES:,} patches")
-            from .slides.synthetic import write_synthetic_slide
-
-            write_synthetic_slide(slide, SYNTHETIC_PATCHES, SYNTHETIC_DIM)
+            progress = Progress(f"making a virtual slide of {VIRTUAL_PATCHES:,} patches")
+            virtual = HaystackWorld().slide("test", VIRTUAL_SLIDE, VIRTUAL_PATCHES)
+            slide = virtual.write(work / f"{virtual.name}.safetensors")
             progress.done()
+            questions = [question] if question else [virtual.question(0), virtual.question(1)]
+            checkpoint = checkpoint or DEMO_CHECKPOINT
         slide = slide.resolve()
         with open_features(slide) as opened:
             facts = f"{opened.num_patches:,} patches x {opened.feature_dim}, {opened.dtype}, {opened.format}"
@@ -66,19 +77,27 @@ def run_demo(slide: Path | None, question: str, checkpoint: Path | None) -> int:
             note = "  (random weights: the answer is noise, the path is real)" if random_weights else ""
             print(f"model      {checkpoint.name}{note}")
             url = slide.as_uri()
-            first = _ask(server, url, question)
-            _print_evidence(_post(f"{server.api}/wsi/select", {"url": url}))
-            second = _ask(server, url, SECOND_QUESTION)
+            first = _ask(server, url, questions[0], virtual)
+            evidence = _post(f"{server.api}/wsi/select", {"url": url})
+            _print_evidence(evidence)
+            if virtual is not None:
+                found = len(set(evidence["indices"]) & set(virtual.evidence_rows.tolist()))
+                print(
+                    f"           {found} of the {len(virtual.evidence_rows)} patches that decide the answer are shown"
+                )
+            second = _ask(server, url, questions[-1], virtual)
             _print_times(first, second)
     return 0
 
 
-def _ask(server: VllmServer, url: str, question: str) -> dict[str, float]:
+def _ask(server: VllmServer, url: str, question: str, virtual: HaystackSlide | None) -> dict[str, float]:
     """Asks one streamed question and prints its answer; returns the seconds of each stage."""
     from openai import OpenAI
 
     before = server.metrics()
-    print(f"\nquestion   {question}\nanswer     ", end="", flush=True)
+    indented = question.replace("\n", "\n           ")
+    print(f"\nquestion   {indented}\nanswer     ", end="", flush=True)
+    said = ""
     began = time.perf_counter()
     first_token = None
     client = OpenAI(base_url=server.api, api_key="none")
@@ -94,10 +113,14 @@ def _ask(server: VllmServer, url: str, question: str) -> dict[str, float]:
         if chunk.choices and chunk.choices[0].delta.content:
             first_token = first_token or time.perf_counter()
             text = chunk.choices[0].delta.content
+            said += text
             # An untrained model writes control characters too; a terminal must not obey them.
             print("".join(c if c.isprintable() else "\N{MIDDLE DOT}" for c in text), end="", flush=True)
     ended = time.perf_counter()
     print()
+    if virtual is not None and (finding := virtual.option(question, said.strip())) is not None:
+        verdict = "right" if finding == virtual.finding_name else f"wrong, it shows {virtual.finding_name}"
+        print(f"           that is {finding}: {verdict}")
     after = server.metrics()
     names = {
         "read": "vllm_wsi:read_seconds_total",

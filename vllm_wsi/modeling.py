@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -16,15 +17,38 @@ from .sparsify.scorer import build_scorer
 from .sparsify.selector import Selection, SlideSelector, frozen_scorer
 
 
-class SlideProjector(nn.Sequential):
-    """Linear(d, m), GELU, Linear(m, decoder): from patch features to the decoder's embeddings."""
+class SlideProjector(nn.Module):
+    """From patch features to the decoder's embeddings: normalise, Linear(d, m), GELU, Linear(m, decoder).
 
-    def __init__(self, feature_dim: int, hidden_size: int, decoder_size: int) -> None:
-        super().__init__(nn.Linear(feature_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, decoder_size))
+    Args:
+        feature_dim: d.
+        hidden_size: m.
+        decoder_size: of the decoder's embeddings.
+        input_norm: whether each patch is brought to mean 0 and variance 1 first. The noise gate of the training
+            path (`sparsify/sparselearn.py`) needs that, and stands between the two steps.
+    """
+
+    def __init__(self, feature_dim: int, hidden_size: int, decoder_size: int, input_norm: bool = True) -> None:
+        super().__init__()
+        self.input_norm = input_norm
+        self.linear_1 = nn.Linear(feature_dim, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, decoder_size)
 
     @classmethod
     def from_config(cls, config: SparseWSIConfig) -> SlideProjector:
-        return cls(config.feature_dim, config.projector["hidden_size"], config.text_config.hidden_size)
+        settings = config.projector
+        return cls(config.feature_dim, settings["hidden_size"], config.text_config.hidden_size, settings["input_norm"])
+
+    def normalise(self, features: Tensor) -> Tensor:
+        """fp32 [..., d] of features [..., d] of any floating dtype."""
+        return F.layer_norm(features.float(), features.shape[-1:]) if self.input_norm else features.float()
+
+    def project(self, normalised: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(normalised.to(self.linear_1.weight.dtype))))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Embeddings [..., decoder] of features [..., d]."""
+        return self.project(self.normalise(features.to(self.linear_1.weight.device)))
 
 
 class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -40,11 +64,12 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, config: SparseWSIConfig) -> None:
+    def __init__(self, config: SparseWSIConfig, language_model: nn.Module | None = None) -> None:
+        """`language_model`: a decoder that is loaded already; None makes one with new weights."""
         super().__init__(config)
         self.scorer = build_scorer(feature_dim=config.feature_dim, **config.scorer)
         self.projector = SlideProjector.from_config(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self._tied_weights_keys = {
             f"language_model.{key}": f"language_model.{value}"
             for key, value in (self.language_model._tied_weights_keys or {}).items()
@@ -83,7 +108,7 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for place, selection in zip(places, selections, strict=True):
             parts += [
                 embed(input_ids[end:place]),
-                self.projector(selection.features.to(self.device, self.projector[0].weight.dtype)),
+                self.projector(selection.features),
             ]
             length += place - end
             spans.append(SlideSpan(length, selection.indices, selection.num_patches))

@@ -72,9 +72,9 @@ class SparseWSIForConditionalGeneration(
         rows = kwargs.get("rows")
         if rows is None:
             return []
-        weight = self.projector[0].weight
+        device = self.projector.linear_1.weight.device
         sizes = [len(slide) for slide in rows]
-        flat = torch.cat([slide.to(weight.device, weight.dtype) for slide in rows])
+        flat = torch.cat([slide.to(device, torch.float32) for slide in rows])
         return self.projector(flat).split(sizes)
 
     def get_mrope_input_positions(

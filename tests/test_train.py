@@ -1,0 +1,194 @@
+"""`vllm-wsi train`: from question files to a checkpoint, through stops, stages and adapters."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_wsi.cli import main
+from vllm_wsi.config import SLIDE_TOKEN
+from vllm_wsi.evaluation.haystack import GENERATORS
+from vllm_wsi.init_checkpoint import init_checkpoint, new_model
+from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.questions import QuestionError
+from vllm_wsi.slides import write_features
+from vllm_wsi.training.settings import TrainSettings
+from vllm_wsi.training.train import train
+from vllm_wsi.training.trainer import LOG_COLUMNS, ScheduleCallback
+
+D = 16
+GATE = {"num_kept": 4, "kept_start": 8}
+
+
+def haystack_stage(**changes):
+    generate = {"name": "haystack", "count": 64, "num_patches": 24, "feature_dim": D}
+    stage = {
+        "name": "scorer",
+        "data": {"generate": generate, "stretch_positions": 500, "mix_positions": True},
+        "train": ["scorer", "projector"],
+        "sparselearn": GATE,
+        "steps": 6,
+        "batch_size": 4,
+        "warmup_steps": 1,
+        "learning_rate": {"scorer": 1e-2, "denoiser": 1e-2, "projector": 1e-2},
+    }
+    return stage | changes
+
+
+def settings(*stages, **model) -> TrainSettings:
+    start = model or {"new": {"feature_dim": D, "hidden_size": 64, "num_layers": 1, "num_slide_tokens": 4}}
+    return TrainSettings.model_validate({"model": start, "stages": list(stages) or [haystack_stage()]})
+
+
+def weights(checkpoint):
+    return load_file(checkpoint / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return train(settings(), out, GENERATORS)
+
+
+def test_a_stage_changes_what_it_trains_and_nothing_else(whole_run):
+    before, _ = new_model(D, hidden_size=64, num_layers=1, num_slide_tokens=4, seed=0)
+    after = weights(whole_run)
+    for name, tensor in before.state_dict().items():
+        changed = not torch.equal(tensor, after[name])
+        assert changed == name.startswith(("scorer.", "projector.")), name
+
+
+def test_the_checkpoint_holds_nothing_of_the_training_path(whole_run):
+    assert {name.partition(".")[0] for name in weights(whole_run)} == {"scorer", "projector", "language_model"}
+    assert not list(whole_run.parent.glob("*.partial"))
+
+
+def test_the_log_follows_the_schedules(tmp_path):
+    stage = haystack_stage(steps=20, trainer={"logging_steps": 5})
+    train(settings(stage), tmp_path / "run", GENERATORS)
+    rows = list(csv.DictReader(open(tmp_path / "run" / "log.csv", newline="")))
+    assert tuple(rows[0]) == LOG_COLUMNS
+    assert [int(row["step"]) for row in rows] == [5, 10, 15, 20]
+    assert [float(row["tau"]) for row in rows] == sorted((float(row["tau"]) for row in rows), reverse=True)
+    assert [int(row["num_kept"]) for row in rows] == [6, 4, 4, 4]  # int(8 * 2 ** -min(1, done / 12)) after 4, 9, ...
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch):
+    stage = haystack_stage(save_steps=2)
+    out = tmp_path / "run"
+    step = ScheduleCallback.on_step_begin
+
+    def stop_at_five(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+        step(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScheduleCallback, "on_step_begin", stop_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(stage), out, GENERATORS)
+    assert not (out / "checkpoint").exists()
+    found, wanted = weights(train(settings(stage), out, GENERATORS)), weights(whole_run)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_finished_run_and_a_run_of_other_settings_are_not_overwritten(whole_run, tmp_path):
+    with pytest.raises(ValueError, match="found a finished run, wanted a new directory"):
+        train(settings(), whole_run.parent, GENERATORS)
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="found a run of other settings"):
+        train(settings(), tmp_path, GENERATORS)
+
+
+def test_two_stages_as_in_the_paper_end_with_adapters_merged_into_the_decoder(whole_run, tmp_path):
+    lora = haystack_stage(
+        name="lora", lora={"r": 4, "alpha": 8}, learning_rate=haystack_stage()["learning_rate"] | {"lora": 1e-2}
+    )
+    asked = settings(haystack_stage(), lora)
+    out = tmp_path / "run"
+    after, before = weights(train(asked, out, GENERATORS)), weights(whole_run)
+    assert after.keys() == before.keys()
+    projections = [name for name in after if name.endswith("_proj.weight")]
+    assert projections
+    assert all(not torch.equal(after[name], before[name]) for name in projections)
+    assert torch.equal(
+        after["language_model.model.embed_tokens.weight"], before["language_model.model.embed_tokens.weight"]
+    )
+    # What the stages saved is enough to make the checkpoint again, without a step.
+    (out / "checkpoint").rename(tmp_path / "first")
+    again = weights(train(asked, out, GENERATORS))
+    assert all(torch.equal(again[name], after[name]) for name in after)
+
+
+@pytest.fixture
+def text_decoder(tmp_path):
+    """A causal language model that has never heard of slides, with a chat template of strings."""
+    model, tokenizer = new_model(D, hidden_size=64, num_layers=1)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    path = tmp_path / "decoder"
+    model.language_model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Question files in both formats, and the features of their slides."""
+    folder = tmp_path / "features"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, n in (("a", 50), ("b", 7), ("c", 300)):
+        write_features(folder / f"{name}.safetensors", rng.standard_normal((n, D)).astype(np.float16))
+    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A sarcoma."}]
+    rows = [{"id": name, "image": [f"{name}.csv"], "conversations": talk} for name in "abc"]
+    (tmp_path / "instruct.json").write_text(json.dumps(rows))
+    (tmp_path / "bench.csv").write_text("Slide,Question,A,B,C,D,Answer\na,Which?,x,y,,,B\nb,Which?,x,y,z,,C\n")
+    return SimpleNamespace(folder=folder, json=tmp_path / "instruct.json", csv=tmp_path / "bench.csv")
+
+
+def test_question_files_train_a_text_decoder_and_leave_its_weights_alone(text_decoder, files, tmp_path):
+    data = {"questions": [str(files.json), str(files.csv)], "features": str(files.folder), "max_patches": 40}
+    stage = haystack_stage(data=data, steps=2, batch_size=3)
+    asked = settings(stage, decoder=str(text_decoder), feature_dim=D, num_slide_tokens=4, encoder="test@1")
+    checkpoint = train(asked, tmp_path / "run")
+    model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint)
+    assert (model.config.encoder, model.config.feature_dim, model.config.num_slide_tokens) == ("test@1", D, 4)
+    assert AutoTokenizer.from_pretrained(checkpoint).convert_tokens_to_ids(SLIDE_TOKEN) == model.config.slide_token_id
+    before = AutoModelForCausalLM.from_pretrained(text_decoder).state_dict()
+    after = model.language_model.state_dict()
+    assert all(torch.equal(before[name], after[name][: len(before[name])]) for name in before)
+
+
+def test_bad_items_are_named_before_the_first_step(text_decoder, files, tmp_path):
+    with open(files.csv, "a") as file:
+        file.write("nosuch,Which?,x,y,,,A\nb,Which?,x,y,,,D\n")
+    write_features(files.folder / "b.safetensors", np.ones((3, D + 1), np.float32))
+    data = {"questions": [str(files.json), str(files.csv)], "features": str(files.folder)}
+    asked = settings(haystack_stage(data=data), decoder=str(text_decoder), feature_dim=D, num_slide_tokens=4)
+    with pytest.raises(QuestionError) as error:
+        train(asked, tmp_path / "run")
+    assert "bench.csv, line 4: found no features of slide 'nosuch'" in str(error.value)
+    assert "bench.csv, line 5: Answer: found 'D'" in str(error.value)
+    files.csv.write_text("Slide,Question,A,B,C,D,Answer\na,Which?,x,y,,,B\n")
+    with pytest.raises(QuestionError, match=f"instruct.json, item 1: .*b.safetensors: found d = {D + 1}, wanted {D}"):
+        train(asked, tmp_path / "other")
+    assert not (tmp_path / "other" / "stages").exists()
+
+
+def test_the_command_trains_from_a_checkpoint_and_says_how_to_serve(tmp_path, capsys):
+    init_checkpoint(tmp_path / "start", D, hidden_size=64, num_layers=1, num_slide_tokens=4)
+    config = {"model": {"checkpoint": str(tmp_path / "start")}, "stages": [haystack_stage(steps=2)]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), "--seed", "3"]) == 0
+    assert f"vllm serve {tmp_path / 'run' / 'checkpoint'}" in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), "--seed", "3"]) == 1
+    assert "found a finished run" in capsys.readouterr().err

@@ -1,0 +1,8 @@
+"""The trained demo checkpoint in this package, and the virtual slide that it knows how to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DEMO_CHECKPOINT = Path(__file__).with_name("demo_checkpoint")
+"""Made by `vllm-wsi train haystack --out DIR` (seed 0). It answers questions about virtual slides alone."""

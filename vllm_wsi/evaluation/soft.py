@@ -1,0 +1,63 @@
+"""The soft path at its end, judged beside the hard one: how far apart are what trained the scorer and what serves?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_wsi.chat import IGNORED, ChatEncoder
+from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.questions import SlideItem
+from vllm_wsi.sparsify.sparselearn import SparseLearnSettings, hard_topk, standardise
+from vllm_wsi.training.batches import SlideDataset, collate
+from vllm_wsi.training.model import SparseLearnModel
+
+
+class SoftResult(NamedTuple):
+    """All in the order of the questions."""
+
+    correct: NDArray[np.bool_]
+    mass_on_hard: NDArray[np.float64]  # share of the K units of alpha that lie on the Hard Top-K
+    effective_tokens: NDArray[np.float64]  # (sum alpha)^2 / sum alpha^2
+
+
+@torch.no_grad()
+def judge_soft(
+    model: SparseWSIForConditionalGeneration,
+    encoder: ChatEncoder,
+    items: Sequence[SlideItem],
+    settings: SparseLearnSettings,
+    max_patches: int = 4096,
+    seed: int = 0,
+) -> SoftResult:
+    """Answers every question of multiple choice through the gate at the schedules' end, without a denoiser.
+
+    Longer slides are thinned to `max_patches`, as in training: every patch reaches the decoder.
+    """
+    wrapped = SparseLearnModel(model, replace(settings, denoiser="none"))
+    assert wrapped.sparselearn is not None
+    wrapped.sparselearn.set_progress(1.0)
+    dataset = SlideDataset(items, encoder, model.config, max_patches)
+    pad = encoder.tokenizer.pad_token_id or 0
+    correct, mass, tokens = [], [], []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for number, item in enumerate(items):  # one at a time: slides differ in length
+            batch = collate([dataset[number]], model.config.slide_token_id, pad)
+            logits, wanted = wrapped.tail_logits(**batch)
+            first = int((wanted[0] != IGNORED).int().argmax())
+            letters = "".join(item.options)
+            best = logits[0, first, encoder.letter_ids(letters)].argmax()
+            correct.append(letters[int(best)] == item.answer)
+            mask, alpha = batch["patch_mask"], wrapped.last_alpha
+            assert alpha is not None
+            scores = standardise(model.scorer(batch["features"], mask).float(), mask)
+            hard = hard_topk(scores, settings.num_kept, mask)
+            mass.append(float((alpha * hard).sum() / alpha.sum()))
+            tokens.append(float(alpha.sum() ** 2 / alpha.square().sum()))
+    return SoftResult(np.array(correct), np.array(mass), np.array(tokens))

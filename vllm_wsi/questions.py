@@ -1,0 +1,198 @@
+"""Questions about slides: SlideInstruct conversations (JSON) and SlideBench multiple choice (CSV)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import string
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from .slides import FeatureFile, SlideError, open_features
+
+SLIDE_MARK = "<image>"
+"""Where a question's text names its slide, as SlideInstruct and LLaVA write it."""
+
+FEATURE_SUFFIXES = (".safetensors", ".h5", ".npy", ".pt", ".csv")
+MAX_PROBLEMS = 10
+
+
+class SlideSource(Protocol):
+    """Something that opens as a feature file."""
+
+    @property
+    def name(self) -> str: ...
+
+    def open(self) -> FeatureFile: ...
+
+
+@dataclass(frozen=True)
+class FeaturePath:
+    """A feature file on disk."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def open(self) -> FeatureFile:
+        return open_features(self.path)
+
+
+@dataclass(frozen=True)
+class SlideItem:
+    """A conversation about slides."""
+
+    where: str  # file and row, as errors name it
+    slides: tuple[SlideSource, ...]  # in the order of their marks, all in the first question
+    turns: tuple[tuple[str, str], ...]  # (question, answer)
+    options: Mapping[str, str] = field(
+        default_factory=dict
+    )  # letter -> text, where the first question is one of choice
+
+    @property
+    def question(self) -> str:
+        return self.turns[0][0]
+
+    @property
+    def answer(self) -> str:
+        return self.turns[0][1]
+
+
+class QuestionError(ValueError):
+    """Bad items of a question file, each with its row."""
+
+    def __init__(self, problems: list[str]) -> None:
+        more = [f"... and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        super().__init__("\n".join(problems[:MAX_PROBLEMS] + more))
+        self.problems = problems
+
+
+def multiple_choice(where: str, slide: SlideSource, stem: str, options: Mapping[str, str], letter: str) -> SlideItem:
+    """A question as SlideChat asks it: the stem, then one line for each option."""
+    lines = [stem, *(f"{key}. {text}" for key, text in options.items())]
+    return SlideItem(where, (slide,), ((f"{SLIDE_MARK}\n" + "\n".join(lines), letter),), dict(options))
+
+
+def read_questions(path: str | Path, features: str | Path) -> list[SlideItem]:
+    """Reads a question file whose slides lie below a directory of feature files.
+
+    Args:
+        path: `.json` as SlideInstruct (`conversations` of human and gpt, the feature file in `image`), or `.csv` as
+            SlideBench (Slide, Question, A .. D, Answer).
+        features: directory; a slide is found by its path there, or by its name with any suffix of feature files.
+
+    Raises:
+        QuestionError: names every bad item by file and row.
+    """
+    path, features = Path(path), Path(features)
+    if not features.is_dir():
+        raise QuestionError([f"{features}: found no directory, wanted one of feature files"])
+    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {".json": _json_rows, ".csv": _csv_rows}
+    parsers = {".json": _parse_conversation, ".csv": _parse_choice}
+    if path.suffix not in readers:
+        raise QuestionError([f"{path}: found the suffix {path.suffix!r}, wanted one of {', '.join(readers)}"])
+    items, problems = [], []
+    find = _FeatureFinder(features)
+    for where, row in readers[path.suffix](path):
+        try:
+            items.append(parsers[path.suffix](where, row, find))
+        except (SlideError, KeyError, TypeError, ValueError) as error:
+            reason = f"found no {error}" if isinstance(error, KeyError) else str(error)
+            problems.append(f"{where}: {reason}")
+    if problems:
+        raise QuestionError(problems)
+    if not items:
+        raise QuestionError([f"{path}: found no question, wanted at least one"])
+    return items
+
+
+class _FeatureFinder:
+    """Feature files below a directory, by relative path or by name."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._by_stem: dict[str, list[Path]] = {}
+        for path in sorted(root.rglob("*")):
+            if path.suffix in FEATURE_SUFFIXES:
+                self._by_stem.setdefault(path.stem, []).append(path)
+
+    def __call__(self, name: str) -> FeaturePath:
+        path = self._root / name
+        if not path.is_file():
+            stem = Path(name).name
+            stem = Path(stem).stem if Path(stem).suffix in FEATURE_SUFFIXES else stem
+            files = self._by_stem.get(stem, [])
+            files = [file for file in files if file.parent == path.parent] or files
+            if not files:
+                raise SlideError(f"found no features of slide {name!r} in {self._root.name}, wanted a feature file")
+            if len(files) > 1:
+                found = ", ".join(str(file.relative_to(self._root)) for file in files)
+                raise SlideError(f"found several files of slide {name!r} ({found}), wanted one")
+            path = files[0]
+        return FeaturePath(path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise QuestionError([f"{path}: found no JSON ({error}), wanted a list of conversations"]) from error
+    if not isinstance(rows, list):
+        raise QuestionError([f"{path}: found a {type(rows).__name__}, wanted a list of conversations"])
+    for number, row in enumerate(rows):
+        yield f"{path.name}, item {number}", row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                yield f"{path.name}, line {reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise QuestionError(
+                [f"{path.name}, behind line {reader.line_num}: found no CSV in UTF-8: {error}"]
+            ) from error
+
+
+def _parse_conversation(where: str, row: Any, find: Callable[[str], FeaturePath]) -> SlideItem:
+    if not isinstance(row, dict):
+        raise ValueError(f"found a {type(row).__name__}, wanted an object with image and conversations")
+    image = row["image"]
+    names = [image] if isinstance(image, str) else list(image)
+    if not names:
+        raise ValueError("image: found no slide, wanted at least one")
+    said = [(turn["from"], turn["value"]) for turn in row["conversations"]]
+    if [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2) or not said:
+        raise ValueError("conversations: found other speakers, wanted human and gpt in turns")
+    if any(not isinstance(text, str) or not text.strip() for _, text in said):
+        raise ValueError("conversations: found an empty turn, wanted text")
+    texts = [text for _, text in said]
+    marks = [text.count(SLIDE_MARK) for text in texts]
+    if marks[0] == 0:  # some releases leave the mark out
+        texts[0], marks[0] = SLIDE_MARK * len(names) + "\n" + texts[0], len(names)
+    if marks[0] != len(names) or any(marks[1:]):
+        raise ValueError(f"{SLIDE_MARK}: found {marks} in the turns, wanted {len(names)} in the first alone")
+    turns = tuple(zip(texts[::2], (text.strip() for text in texts[1::2]), strict=True))
+    return SlideItem(where, tuple(find(name) for name in names), turns)
+
+
+def _parse_choice(where: str, row: Mapping[str, str | None], find: Callable[[str], FeaturePath]) -> SlideItem:
+    slide, stem, letter = (_cell(row, name) for name in ("Slide", "Question", "Answer"))
+    options = {key: text.strip() for key in string.ascii_uppercase[:8] if (text := row.get(key) or "").strip()}
+    if len(options) < 2:
+        raise ValueError(f"found {len(options)} options, wanted at least two in the columns A, B, ...")
+    if letter not in options:
+        raise ValueError(f"Answer: found {letter!r}, wanted one of {', '.join(options)}")
+    return multiple_choice(where, find(slide), stem, options, letter)
+
+
+def _cell(row: Mapping[str, str | None], name: str) -> str:
+    value = (row[name] or "").strip()
+    if not value:
+        raise ValueError(f"{name}: found nothing, wanted text")
+    return value

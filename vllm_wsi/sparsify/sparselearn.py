@@ -1,0 +1,192 @@
+"""SparseLearn's training path: Soft Top-K, variance-preserving noise gate, diagonal denoiser (arXiv 2606.08641).
+
+Every patch reaches the decoder, but as much of it as its score buys is drowned in noise, while the sum of what is let
+through stays K. The answer's loss thus teaches the scorer which patches to keep. Nothing of this runs at inference:
+the scorer alone decides, by Hard Top-K on the clean features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .soft_topk import soft_topk
+
+ALPHA_FLOOR = 1e-6
+"""Below it a share counts as 0: the derivative of its square root would have no bound."""
+
+
+@dataclass(frozen=True)
+class SparseLearnSettings:
+    """The training path, its schedules and the switches of its ablations.
+
+    Args:
+        num_kept: K, the `num_slide_tokens` of the checkpoint.
+        gate: "noise" (the paper's), "scale" (alpha * x, without noise), "none" (every patch as it is: the scorer
+            learns nothing).
+        denoiser: "diagonal" (the paper's), "global" (patches attend to each other), "none".
+        relaxation: "lapsum" (Soft Top-K) or "gumbel" (Hard Top-K of scores with Gumbel noise, and the gradient of the
+            Soft Top-K: straight-through).
+        tau_start, tau_end, tau_fraction: temperature, on a cosine over this share of the steps.
+        kept_start, kept_end, kept_fraction: K at the start, falling geometrically to `kept_end` (None: `num_kept`)
+            over this share of the steps. A K that is small against N from the first step on leaves some seeds without
+            a gradient to follow; one that ends large against it never asks the scorer to be sure. What counts is K / N:
+            a smaller `kept_end` prepares for slides longer than those of the training.
+    """
+
+    num_kept: int = 32
+    gate: Literal["noise", "scale", "none"] = "noise"
+    denoiser: Literal["diagonal", "global", "none"] = "diagonal"
+    relaxation: Literal["lapsum", "gumbel"] = "lapsum"
+    tau_start: float = 2.0
+    tau_end: float = 0.1
+    tau_fraction: float = 0.8
+    kept_start: int = 256
+    kept_end: int | None = None
+    kept_fraction: float = 0.6
+
+    def __post_init__(self) -> None:
+        for name in ("num_kept", "kept_start", "kept_end"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: found {value}, wanted at least 1")
+        for name in ("tau_start", "tau_end"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: found {getattr(self, name)}, wanted above 0")
+        for name in ("tau_fraction", "kept_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, wanted 0 to 1")
+
+    def tau(self, progress: float) -> float:
+        """Temperature after a share `progress` of the steps."""
+        turn = min(1.0, progress / self.tau_fraction) if self.tau_fraction else 1.0
+        return self.tau_end + (self.tau_start - self.tau_end) * (1 + math.cos(math.pi * turn)) / 2
+
+    def kept(self, progress: float) -> int:
+        """K after a share `progress` of the steps."""
+        end = self.num_kept if self.kept_end is None else self.kept_end
+        if self.kept_start <= end:
+            return end
+        turn = min(1.0, progress / self.kept_fraction) if self.kept_fraction else 1.0
+        return max(end, int(self.kept_start * (end / self.kept_start) ** turn))
+
+
+class Gated(NamedTuple):
+    """What the projector receives in training."""
+
+    features: Tensor  # fp32 [B, N, d]; whatever at padding
+    alpha: Tensor  # fp32 [B, N], 0 at padding, sums to min(K, patches)
+
+
+class SparseLearn(nn.Module):
+    """Gates and denoises patches by their scores. For training alone.
+
+    `tau` and `num_kept` follow `set_progress`, and are buffers, so that a resumed run goes on where it was.
+    """
+
+    tau: Tensor
+    num_kept: Tensor
+
+    def __init__(self, feature_dim: int, settings: SparseLearnSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.denoiser = None if settings.denoiser == "none" else Denoiser(feature_dim, settings.denoiser == "global")
+        self.register_buffer("tau", torch.tensor(settings.tau(0.0)))
+        self.register_buffer("num_kept", torch.tensor(settings.kept(0.0)))
+
+    def set_progress(self, progress: float) -> None:
+        """Sets tau and K for the next step; `progress` is the share of the steps already done."""
+        self.tau.fill_(self.settings.tau(progress))
+        self.num_kept.fill_(self.settings.kept(progress))
+
+    def forward(self, features: Tensor, scores: Tensor, mask: Tensor) -> Gated:
+        """Gates patches.
+
+        Args:
+            features: [B, N, d], each patch of mean 0 and variance 1 (`SlideProjector.normalise`).
+            scores: [B, N], as the scorer gives them.
+            mask: bool [B, N], False at padding.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            scores = standardise(scores.float(), mask)
+            alpha, signal, noise = self._shares(scores, mask)
+            if self.settings.gate == "noise":
+                gated = signal[..., None] * features + noise[..., None] * torch.randn_like(features)
+            elif self.settings.gate == "scale":
+                gated = alpha[..., None] * features
+            else:
+                gated = features
+            if self.denoiser is not None:
+                gated = self.denoiser(gated, mask)
+        return Gated(gated, alpha)
+
+    def _shares(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(alpha, sqrt(alpha), sqrt(1 - alpha)); where straight-through, hard values with soft gradients."""
+        num_kept, tau = int(self.num_kept), float(self.tau)
+        if self.settings.relaxation == "lapsum":
+            alpha = soft_topk(scores, num_kept, tau, mask)
+            return alpha, _root(alpha), _root(1 - alpha)
+        uniform = torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)
+        scores = scores - tau * torch.log(-torch.log(uniform))
+        soft = soft_topk(scores, num_kept, tau, mask)
+        hard = hard_topk(scores, num_kept, mask)
+        pairs = ((hard, soft), (hard, _root(soft)), (1 - hard, _root(1 - soft)))
+        alpha, signal, noise = (value + (gradient - gradient.detach()) for value, gradient in pairs)
+        return alpha, signal, noise
+
+
+class Denoiser(nn.Module):
+    """One pre-norm Transformer encoder block over gated patches, the identity until it is trained.
+
+    Diagonal (the paper's): the attention mask is the identity, so a patch sees itself alone and the softmax over one
+    key is 1: x + W_o W_v LN(x), then + FFN(LN(x)). Global: ordinary attention over the slide's patches.
+    """
+
+    def __init__(self, feature_dim: int, is_global: bool = False, head_dim: int = 64) -> None:
+        super().__init__()
+        heads = max(1, feature_dim // head_dim)
+        self.num_heads = next(count for count in range(heads, 0, -1) if feature_dim % count == 0)
+        self.value_norm, self.mlp_norm = nn.LayerNorm(feature_dim), nn.LayerNorm(feature_dim)
+        self.query_key = nn.Linear(feature_dim, 2 * feature_dim) if is_global else None
+        self.value, self.out = nn.Linear(feature_dim, feature_dim), nn.Linear(feature_dim, feature_dim)
+        self.up, self.down = nn.Linear(feature_dim, 4 * feature_dim), nn.Linear(4 * feature_dim, feature_dim)
+        for last in (self.out, self.down):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[B, N, d] of [B, N, d]; `mask` is bool [B, N], False where a patch is padding."""
+        normed = self.value_norm(x)
+        value = self.value(normed)
+        if self.query_key is not None:
+            query, key = self.query_key(normed).chunk(2, dim=-1)
+            q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+            value = attended.transpose(1, 2).flatten(2)
+        x = x + self.out(value)
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+def standardise(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores [B, N] of each slide with mean 0 and variance 1 over its patches; 0 at padding."""
+    count = mask.sum(dim=-1, keepdim=True).clamp_min(1)
+    scores = scores.masked_fill(~mask, 0)
+    centred = (scores - scores.sum(dim=-1, keepdim=True) / count).masked_fill(~mask, 0)
+    variance = centred.square().sum(dim=-1, keepdim=True) / count
+    return centred * torch.rsqrt(variance + 1e-6)
+
+
+def hard_topk(scores: Tensor, k: int, mask: Tensor) -> Tensor:
+    """fp32 [B, N]: 1 on the k best patches of each slide (all, where there are no more), else 0; ties to the lower."""
+    order = scores.masked_fill(~mask, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    best = torch.zeros_like(scores).scatter_(-1, order[..., :k], 1.0)
+    return best * mask
+
+
+def _root(share: Tensor) -> Tensor:
+    return torch.sqrt(share.clamp_min(ALPHA_FLOOR)) * (share > ALPHA_FLOOR)

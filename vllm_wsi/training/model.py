@@ -1,0 +1,97 @@
+"""The model as training runs it: all patches through the gate, and the answer's loss."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_wsi.chat import IGNORED
+from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.sparsify.sparselearn import SparseLearn, SparseLearnSettings
+
+
+class SparseLearnModel(nn.Module):
+    """The soft path around a checkpoint's model.
+
+    Args:
+        model: holds scorer, projector and decoder, and is all that remains after training.
+        settings: of the gate; None lets every patch through, and the scorer takes no part.
+    """
+
+    accepts_loss_kwargs = True  # transformers.Trainer: `num_items_in_batch`
+
+    def __init__(self, model: SparseWSIForConditionalGeneration, settings: SparseLearnSettings | None) -> None:
+        super().__init__()
+        self.model = model
+        self.sparselearn = None if settings is None else SparseLearn(model.config.feature_dim, settings)
+        self.last_alpha: Tensor | None = None  # fp32 [S, n] of the last batch, for logs
+
+    def forward(
+        self,
+        features: Tensor,
+        patch_mask: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Mean negative log-likelihood of the labelled tokens (over `num_items_in_batch`, where given).
+
+        Shapes as `batches.collate` makes them.
+        """
+        logits, wanted = self.tail_logits(features, patch_mask, input_ids, attention_mask, position_ids, labels)
+        total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+        count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / count}
+
+    def tail_logits(
+        self,
+        features: Tensor,
+        patch_mask: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(logits fp32 [B, t, vocabulary], the labels [B, t] that they should give) of the last t tokens, which hold
+        all labelled ones: prompts are padded on the left."""
+        model = self.model
+        patches = model.projector.normalise(features)
+        if self.sparselearn is not None:
+            scores = model.scorer(features, patch_mask)
+            patches, alpha = self.sparselearn(patches, scores, patch_mask)
+            self.last_alpha = alpha.detach()
+        tokens = model.projector.project(patches)
+        embeddings = model.get_input_embeddings()(input_ids)
+        places = (input_ids == model.config.slide_token_id) & attention_mask.bool()
+        embeddings = embeddings.masked_scatter(places[..., None], tokens[patch_mask].to(embeddings.dtype))
+        tail = labels.shape[1] - int((labels != IGNORED).any(dim=0).int().argmax())
+        logits = model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            logits_to_keep=tail + 1,
+            use_cache=False,
+        ).logits
+        return logits[:, -tail - 1 : -1].float(), labels[:, -tail:]
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """What a resumed run cannot take from elsewhere: the parameters under training, and SparseLearn's buffers."""
+    state = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    state |= {name: b for name, b in module.named_buffers() if name.startswith("sparselearn.")}
+    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+
+
+def set_trainable(module: SparseLearnModel, parts: set[str]) -> None:
+    """Leaves gradients to the named parts (scorer, projector, decoder), to adapters, and to the denoiser."""
+    module.requires_grad_(False)
+    model = module.model
+    for name, part in (("scorer", model.scorer), ("projector", model.projector), ("decoder", model.language_model)):
+        part.requires_grad_(name in parts)
+    for name, parameter in model.language_model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    if module.sparselearn is not None:
+        module.sparselearn.requires_grad_(True)

@@ -1,0 +1,144 @@
+"""What a training run is asked to do: the YAML file of `vllm-wsi train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_wsi.sparsify.sparselearn import SparseLearnSettings
+
+Part = Literal["scorer", "projector", "decoder"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelSettings(_Settings):
+    """Where training starts: exactly one of checkpoint, decoder and new."""
+
+    checkpoint: str | None = None  # of this project: directory or hub name
+    decoder: str | None = None  # a text decoder with chat template; scorer and projector are new
+    new: dict[str, Any] | None = None  # arguments of `init_checkpoint.new_model`: a small model from nothing
+    revision: str | None = None
+    feature_dim: int | None = None  # with `decoder`
+    encoder: str | None = None  # id@revision of the patch encoder, with `decoder`
+    scorer: dict[str, Any] = Field(default_factory=dict)
+    projector: dict[str, Any] = Field(default_factory=dict)
+    num_slide_tokens: int = 32
+    position_ids: Literal["original", "packed"] = "original"
+    max_slide_positions: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of a frozen decoder
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelSettings:
+        given = [name for name in ("checkpoint", "decoder", "new") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"found {', '.join(given) or 'none'}, wanted exactly one of checkpoint, decoder, new")
+        if self.decoder is not None and self.feature_dim is None:
+            raise ValueError("found a decoder without feature_dim, wanted the size of the patch features beside it")
+        return self
+
+
+class DataSettings(_Settings):
+    """Questions about slides, and how slides are read."""
+
+    questions: list[Path] = Field(default_factory=list)  # SlideInstruct .json or SlideBench .csv
+    features: Path | None = None  # directory of feature files
+    generate: dict[str, Any] | None = None  # instead: {"name": ..., arguments} of a generator
+    max_patches: int = Field(4096, ge=1)  # longer slides are thinned to as many evenly spaced patches
+    stretch_positions: int = Field(0, ge=0)
+    mix_positions: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if (self.generate is None) == (not self.questions):
+            raise ValueError("wanted either questions with features, or generate")
+        if self.questions and self.features is None:
+            raise ValueError("found questions without features, wanted the directory of feature files")
+        return self
+
+
+class LoraSettings(_Settings):
+    """Low-rank adapters on the decoder, merged into it at the end."""
+
+    r: int = 64
+    alpha: int = 128
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+
+
+class StageSettings(_Settings):
+    """One stage: what learns, from what, how long.
+
+    `train` names the parts that learn; the gate's denoiser learns with the scorer. `learning_rate` holds a rate for
+    scorer, denoiser, projector, decoder and lora as far as they learn.
+    """
+
+    name: str
+    data: DataSettings
+    train: list[Part]
+    sparselearn: SparseLearnSettings | None = None  # None: every patch reaches the decoder
+    lora: LoraSettings | None = None
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: dict[Literal["scorer", "denoiser", "projector", "decoder", "lora"], float]
+    warmup_steps: int = 20
+    min_lr_rate: float = 0.05  # the cosine ends at this share of the rate
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    save_steps: int = 500
+    workers: int = 0  # processes that read slides
+    trainer: dict[str, Any] = Field(default_factory=dict)  # further `transformers.TrainingArguments`
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StageSettings:
+        learning = {*self.train, *(["lora"] if self.lora else [])}
+        if self.sparselearn is not None and self.sparselearn.denoiser != "none":
+            learning.add("denoiser")
+        if not learning:
+            raise ValueError("train: found nothing, wanted some of scorer, projector, decoder")
+        if missing := learning - self.learning_rate.keys():
+            raise ValueError(f"learning_rate: found none for {', '.join(sorted(missing))}, wanted one for each part")
+        if "scorer" in self.train and self.sparselearn is None:
+            raise ValueError("found a scorer to train without sparselearn, through which alone it learns")
+        if self.lora and "decoder" in self.train:
+            raise ValueError("found lora and a decoder to train, wanted one of the two")
+        return self
+
+
+class TrainSettings(_Settings):
+    """A whole run."""
+
+    model: ModelSettings
+    stages: list[StageSettings] = Field(min_length=1)
+    seed: int = 0
+    report_to: list[str] = Field(default_factory=list)  # "tensorboard" and whatever else transformers knows
+
+
+def load_settings(path: str | Path) -> TrainSettings:
+    """Reads a YAML file; paths in it are relative to it.
+
+    Raises:
+        ValueError: one sentence for each key that does not fit.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+        settings = TrainSettings.model_validate(raw)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: found no YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
+        raise ValueError("\n".join(lines)) from error
+    start = settings.model.checkpoint
+    if start is not None and (path.parent / start).is_dir():
+        settings.model.checkpoint = str(path.parent / start)
+    for stage in settings.stages:
+        data = stage.data
+        data.questions = [path.parent / name for name in data.questions]
+        data.features = None if data.features is None else path.parent / data.features
+    return settings

@@ -1,0 +1,129 @@
+"""`transformers.Trainer` for the soft path: rates for each part, the gate's schedule, small resumable checkpoints."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from .model import SparseLearnModel, trainable_state
+
+WEIGHTS = "trainable.safetensors"
+LOG_COLUMNS = ("stage", "step", "loss", "learning_rate", "tau", "num_kept", "alpha_of_top", "alpha_max", "tokens")
+
+
+class SparseLearnTrainer(Trainer):
+    """Trains a `SparseLearnModel`.
+
+    Args:
+        learning_rates: for scorer, denoiser, projector, decoder and lora, as far as they learn.
+    """
+
+    def __init__(self, *args: Any, learning_rates: dict[str, float], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._learning_rates = learning_rates
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if getattr(self, "optimizer", None) is None:
+            decaying = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((part_of(name), name in decaying), []).append(parameter)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self._learning_rates[part],
+                        "weight_decay": self.args.weight_decay * decays,
+                    }
+                    for (part, decays), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The parameters under training alone: a frozen decoder of gigabytes is not written again and again."""
+        output = Path(output_dir or self.args.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        wanted = trainable_state(self.accelerator.unwrap_model(self.model))
+        if state_dict is not None:
+            wanted = {name: state_dict[name].contiguous() for name in wanted}
+        save_file(wanted, output / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trainable(self.model if model is None else model, Path(resume_from_checkpoint))
+
+
+def load_trainable(model: nn.Module, directory: Path) -> None:
+    """Restores what `SparseLearnTrainer` saved."""
+    state = load_file(directory / WEIGHTS)
+    wanted = trainable_state(model)
+    if state.keys() != wanted.keys():
+        raise ValueError(f"{directory}: found the parameters of another stage, wanted those of this one")
+    model.load_state_dict(state, strict=False)
+
+
+def part_of(name: str) -> str:
+    """The part of the learning rates that a parameter of `SparseLearnModel` belongs to."""
+    if name.startswith("sparselearn."):
+        return "denoiser"
+    part = name.removeprefix("model.").partition(".")[0]
+    if part == "language_model":
+        return "lora" if "lora_" in name else "decoder"
+    return part
+
+
+class ScheduleCallback(TrainerCallback):
+    """Sets tau and K before every step, from the step's number: also after a resume."""
+
+    def __init__(self, model: SparseLearnModel) -> None:
+        self._sparselearn = model.sparselearn
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._sparselearn is not None:
+            self._sparselearn.set_progress(state.global_step / state.max_steps)
+
+
+class CsvLogCallback(TrainerCallback):
+    """Appends what is logged to a CSV file, with how sharp the selection has become."""
+
+    def __init__(self, model: SparseLearnModel, path: Path, stage: str) -> None:
+        self._model, self._path, self._stage = model, path, stage
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+            return
+        row: dict[str, Any] = {"stage": self._stage, "step": state.global_step}
+        row |= {name: f"{float(logs[name]):.6g}" for name in ("loss", "learning_rate") if name in logs}
+        row |= self._gate()
+        is_new = not self._path.exists()
+        with open(self._path, "a", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def _gate(self) -> dict[str, Any]:
+        """Means over the last batch: alpha of the K best, the largest, and how many patches the mass lies on."""
+        sparselearn, alpha = self._model.sparselearn, self._model.last_alpha
+        if sparselearn is None or alpha is None:
+            return {}
+        num_kept = int(sparselearn.num_kept)
+        best = alpha.topk(min(num_kept, alpha.shape[-1])).values
+        effective = alpha.sum(dim=-1).square() / alpha.square().sum(dim=-1)
+        return {
+            "tau": f"{float(sparselearn.tau):.4g}",
+            "num_kept": num_kept,
+            "alpha_of_top": f"{float(best.mean()):.4g}",
+            "alpha_max": f"{float(best[:, 0].mean()):.4g}",
+            "tokens": f"{float(effective.mean()):.4g}",
+        }
