@@ -98,6 +98,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_gradient_checkpointing_changes_no_weight_by_more_than_rounding(whole_run, tmp_path):
+    stage = haystack_stage(trainer={"gradient_checkpointing": True})
+    found, wanted = weights(train(settings(stage), tmp_path / "run", GENERATORS)), weights(whole_run)
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
+
+
 def test_a_finished_run_and_a_run_of_other_settings_are_not_overwritten(whole_run, tmp_path):
     with pytest.raises(ValueError, match="found a finished run, wanted a new directory"):
         train(settings(), whole_run.parent, GENERATORS)

@@ -1,8 +1,8 @@
-"""The trained demo checkpoint in this package, and the virtual slide that it knows how to read."""
+"""The trained demo checkpoint in this package."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 DEMO_CHECKPOINT = Path(__file__).with_name("demo_checkpoint")
-"""Made by `vllm-wsi train haystack --out DIR` (seed 0). It answers questions about virtual slides alone."""
+"""Made by `vllm-wsi train haystack --out DIR` (seed 0). It answers questions about haystack's virtual slides alone."""

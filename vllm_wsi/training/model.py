@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +27,10 @@ class SparseLearnModel(nn.Module):
         self.model = model
         self.sparselearn = None if settings is None else SparseLearn(model.config.feature_dim, settings)
         self.last_alpha: Tensor | None = None  # fp32 [S, n] of the last batch, for logs
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Of the decoder, where the memory goes; for `trainer: {gradient_checkpointing: true}`."""
+        self.model.language_model.gradient_checkpointing_enable(**options)
 
     def forward(
         self,
