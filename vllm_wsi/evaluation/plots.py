@@ -78,10 +78,10 @@ def _policies(axes: Any, rows: list[Row]) -> None:
     modes = list(dict.fromkeys(row["positions"] for row in rows))
     rows = [row for row in rows if row["positions"] == modes[0]]
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    rules = [rule for rule in dict.fromkeys(row["rule"] for row in rows) if not rule.startswith("always")]
     for number, rule in enumerate(rules):
         by_length = {row["length"]: row for row in rows if row["rule"] == rule}
-        x = np.arange(len(lengths)) + (number - len(rules) / 2) * 0.012 * len(lengths)
+        x = np.arange(len(lengths)) + (number - len(rules) / 2) * 0.025
         y, low, high = (
             np.array([float(by_length[n][c]) if n in by_length else np.nan for n in lengths])
             for c in ("accuracy", "low", "high")
