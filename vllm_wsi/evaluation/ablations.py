@@ -102,9 +102,9 @@ def _judge_arm(
             "accuracy": rounded(found[LEARNED].correct.mean()),
             "oracle_accuracy": rounded(found["oracle"].correct.mean()) if "oracle" in found else "",
             "evidence_recall": "" if recall is None else rounded(recall.mean()),
-            "soft_accuracy": "",
+            "soft_accuracy_without_denoiser": "",
             "training_seconds": round(seconds, 1),
         }
         if max(source_length(item) for item in items) <= SOFT_PATCHES // 4:
-            row["soft_accuracy"] = rounded(judge_soft(model, encoder, items, gate).correct.mean())
+            row["soft_accuracy_without_denoiser"] = rounded(judge_soft(model, encoder, items, gate).correct.mean())
         yield row
