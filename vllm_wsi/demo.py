@@ -15,7 +15,7 @@ from .server_process import VllmServer
 from .slides import open_features
 
 VIRTUAL_PATCHES = 100_000
-VIRTUAL_SLIDE = 1  # number of the slide in haystack's test split
+VIRTUAL_SLIDE = 0  # number of the slide in haystack's test split
 ANSWER_TOKENS = 32
 QUESTION = "What does this slide show?"
 SECOND_QUESTION = "Which finding supports this?"

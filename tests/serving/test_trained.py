@@ -10,12 +10,13 @@ from vllm_wsi.demo_model import DEMO_CHECKPOINT
 from vllm_wsi.evaluation.haystack import GENERATORS, HaystackWorld
 from vllm_wsi.evaluation.judge import judge, judge_blind, select_all
 from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.slides import open_features
 from vllm_wsi.sparsify.scorer import seeded_scorer
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.train import train
 
 from .conftest import slide_message
-from .test_parity import ask_transformers, start_engine
+from .test_parity import start_engine
 
 pytestmark = pytest.mark.engine
 STEPS = 80
@@ -74,18 +75,19 @@ def test_the_trained_checkpoint_answers_the_same_in_vllm_and_in_transformers(tra
     slides = [HaystackWorld().slide("test", number, 3000) for number in range(8)]
     paths = [slide.write(tmp_path / f"{slide.name}.safetensors") for slide in slides]
     model = SparseWSIForConditionalGeneration.from_pretrained(trained).eval()
-    tokenizer = AutoTokenizer.from_pretrained(trained)
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(trained))
     llm = start_engine(trained, tmp_path)
     right = 0
     for slide, path in zip(slides, paths, strict=True):
         question = slide.question(0)
         message = slide_message(path.as_uri(), question=question)
         found = llm.chat(message, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)[0].outputs[0]
-        wanted, _ = ask_transformers(model, tokenizer, [path], question)
-        assert list(found.token_ids) == wanted[:2]
-        with slide.open() as opened, torch.no_grad():
-            (choice,) = choose(model, encoder, [slide.item()], [[model.selector().select(opened)]])
+        with open_features(path) as opened:
+            selection = model.selector().select(opened)
+        prompt = torch.tensor(encoder.question(slide.item()))
+        wanted = model.generate(prompt, [selection], max_new_tokens=2, do_sample=False)[0].tolist()
+        assert list(found.token_ids) == wanted
+        (choice,) = choose(model, encoder, [slide.item()], [[selection]])
         assert found.text == choice.letter
         right += choice.letter == slide.item().answer
     assert right >= 7
