@@ -76,18 +76,15 @@ class Policy(ABC):
             )
         places, scores = self._pick(patches, min(k, len(patches.rows)))
         order = torch.argsort(places)
-        indices, coords = patches.rows[places[order]], slide.read_coords()
-        return Selection(
-            indices=indices,
-            scores=scores[order],
-            features=read_tensor_rows(slide, indices),
-            num_patches=slide.num_patches,
+        indices = patches.rows[places[order]]
+        return Selection.of(
+            slide,
+            indices,
+            scores[order],
+            read_tensor_rows(slide, indices),
             num_nonfinite=slide.num_patches - len(patches.rows),
             read_seconds=read_seconds,
             score_seconds=time.perf_counter() - began - read_seconds,
-            coords=None if coords is None else coords[indices.numpy()],
-            coord_unit=slide.coord_unit,
-            metadata=slide.metadata,
         )
 
     @abstractmethod

@@ -46,6 +46,21 @@ class Selection:
     coord_unit: CoordUnit | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
 
+    @classmethod
+    def of(cls, slide: FeatureFile, indices: Tensor, scores: Tensor, features: Tensor, **counts: Any) -> Selection:
+        """With what the slide itself says of the kept patches; `counts`: num_nonfinite and the seconds."""
+        coords = slide.read_coords()
+        return cls(
+            indices=indices,
+            scores=scores,
+            features=features,
+            num_patches=slide.num_patches,
+            coords=None if coords is None else coords[indices.numpy()],
+            coord_unit=slide.coord_unit,
+            metadata=slide.metadata,
+            **counts,
+        )
+
     def record(self) -> dict[str, Any]:
         """The evidence as plain JSON values."""
         return {
@@ -113,18 +128,12 @@ class SlideSelector:
                 f"{slide.name}: {slide.key or 'features'}: found no patch with a finite score among "
                 f"{slide.num_patches}, wanted at least one; the features hold NaN or infinities"
             )
-        coords = slide.read_coords()
-        return Selection(
-            indices=kept.indices,
-            scores=kept.scores,
-            features=kept.features,
-            num_patches=slide.num_patches,
+        return Selection.of(
+            slide,
+            *kept,
             num_nonfinite=num_nonfinite,
             read_seconds=stager.read_seconds,
             score_seconds=seconds - stager.read_seconds,
-            coords=None if coords is None else coords[kept.indices.numpy()],
-            coord_unit=slide.coord_unit,
-            metadata=slide.metadata,
         )
 
     def _check(self, slide: FeatureFile) -> None:
