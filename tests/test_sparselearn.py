@@ -354,6 +354,24 @@ def test_tau_and_k_travel_in_the_state_dict():
     assert not {"tau", "num_kept"} & {name for name, _ in resumed.named_parameters()}
 
 
+def test_a_denoiser_goes_on_from_one_of_its_own_kind_alone():
+    trained = SparseLearn(D, SparseLearnSettings())
+    randomised(trained.denoiser)
+    again = SparseLearn(D, SparseLearnSettings(num_kept=9), trained)
+    for one, other in zip(trained.denoiser.parameters(), again.denoiser.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert one is not other
+    assert not SparseLearn(D, SparseLearnSettings(denoiser="global"), trained).denoiser.down.weight.any()
+    assert SparseLearn(D, SparseLearnSettings(denoiser="none"), trained).denoiser is None
+
+
+def test_the_gate_stays_in_eval_mode():
+    module, x, scores, mask = make(), patches(1, 99, D), normal(1, 99), everywhere(1, 99)
+    wanted, found = seeded(module.train(), x, scores, mask), seeded(module.eval(), x, scores, mask)
+    assert torch.equal(found.features, wanted.features)
+    assert not torch.equal(found.features, x)
+
+
 def test_progress_changes_how_many_patches_pass():
     module, x, scores, mask = (
         SparseLearn(D, SparseLearnSettings()),

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,16 +14,21 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import vllm_wsi.training.train as training
+from vllm_wsi.answering import choose
+from vllm_wsi.chat import ChatEncoder
 from vllm_wsi.cli import main
 from vllm_wsi.config import SLIDE_TOKEN
 from vllm_wsi.evaluation.haystack import GENERATORS
 from vllm_wsi.init_checkpoint import init_checkpoint, new_model
 from vllm_wsi.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions import QuestionError
-from vllm_wsi.slides import write_features
-from vllm_wsi.training.settings import TrainSettings
+from vllm_wsi.slides import SlideError, write_features
+from vllm_wsi.sparsify.sparselearn import SparseLearn
+from vllm_wsi.training.model import SparseLearnModel
+from vllm_wsi.training.settings import TrainSettings, load_settings
 from vllm_wsi.training.train import train
-from vllm_wsi.training.trainer import LOG_COLUMNS, ScheduleCallback
+from vllm_wsi.training.trainer import LOG_COLUMNS, WEIGHTS, ScheduleCallback
 
 D = 16
 GATE = {"num_kept": 4, "kept_start": 8}
@@ -98,6 +106,112 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def two_stages(**changes) -> TrainSettings:
+    rates = haystack_stage()["learning_rate"] | {"lora": 1e-2}
+    second = {"name": "lora", "lora": {"r": 4, "alpha": 8}, "learning_rate": rates}
+    return settings(haystack_stage(**changes), haystack_stage(**(second | changes)))
+
+
+def test_a_run_stopped_between_stages_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    asked = two_stages(steps=3)
+    wanted = weights(train(asked, tmp_path / "whole", GENERATORS))
+    make = training.make_trainer
+
+    def stop_at_the_second(wrapped, stage, *arguments):
+        if stage.name == "lora":
+            raise KeyboardInterrupt
+        return make(wrapped, stage, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "make_trainer", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            train(asked, tmp_path / "run", GENERATORS)
+    torch.randn(99)  # a new process has another random state
+    found = weights(train(asked, tmp_path / "run", GENERATORS))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_log_of_a_stopped_run_holds_every_step_once(tmp_path, monkeypatch):
+    asked = two_stages(steps=8, save_steps=4, trainer={"logging_steps": 1})
+    step = ScheduleCallback.on_step_begin
+    stops = iter([7, 2])
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == where:
+            raise KeyboardInterrupt
+        step(self, args, state, control, **kwargs)
+
+    for where in stops:  # noqa: B007 (read by `stop`): behind a saved step, then before the first one of a stage
+        with monkeypatch.context() as patch:
+            patch.setattr(ScheduleCallback, "on_step_begin", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(asked, tmp_path / "run", GENERATORS)
+    train(asked, tmp_path / "run", GENERATORS)
+    rows = list(csv.DictReader(open(tmp_path / "run" / "log.csv", newline="")))
+    assert [(row["stage"], int(row["step"])) for row in rows] == [
+        (stage, step) for stage in ("scorer", "lora") for step in range(1, 9)
+    ]
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_a_stage_goes_on_with_the_denoiser_of_the_stage_before(tmp_path):
+    still = haystack_stage()["learning_rate"] | {"denoiser": 0.0}
+    other = haystack_stage(name="other", sparselearn=GATE | {"denoiser": "global"}, learning_rate=still)
+    same = haystack_stage(name="same", learning_rate=still)
+    train(settings(haystack_stage(), same, other), tmp_path / "run", GENERATORS)
+    first, second, third = (
+        {name: tensor for name, tensor in load_file(path / "final" / WEIGHTS).items() if ".denoiser." in name}
+        for path in sorted((tmp_path / "run" / "stages").iterdir())
+    )
+    assert first["sparselearn.denoiser.down.weight"].any()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not third["sparselearn.denoiser.down.weight"].any()  # of another kind: it begins anew
+
+
+def test_two_processes_train_one_checkpoint(tmp_path):
+    """On gloo; each process has half of a batch."""
+    config = two_stages(steps=4, save_steps=2, batch_size=2, trainer={"logging_steps": 2, "use_cpu": True})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(json.loads(config.model_dump_json(exclude_defaults=True))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vllm_wsi.cli", "train", str(path), "--out", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "run"
+    rows = list(csv.DictReader(open(out / "log.csv", newline="")))
+    assert [(row["stage"], int(row["step"])) for row in rows] == [
+        (stage, step) for stage in ("scorer", "lora") for step in (2, 4)
+    ]
+    assert not list(out.rglob("*.partial"))
+    model = SparseWSIForConditionalGeneration.from_pretrained(out / "checkpoint")
+    trained = load_file(out / "stages" / "1-lora" / "final" / WEIGHTS)
+    assert all(
+        torch.equal(tensor, trained[f"model.scorer.{name}"]) for name, tensor in model.scorer.state_dict().items()
+    )
+    # Anyone alone makes the same checkpoint of what the stages saved.
+    (out / "checkpoint").rename(tmp_path / "together")
+    alone = weights(train(load_settings(path), out, GENERATORS))
+    assert all(torch.equal(alone[name], tensor) for name, tensor in weights(tmp_path / "together").items())
+
+
+def test_what_a_checkpoint_runs_knows_nothing_of_the_gate(whole_run, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("the soft path ran")
+
+    model = SparseWSIForConditionalGeneration.from_pretrained(whole_run).eval()
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(whole_run))
+    item = GENERATORS["haystack"]("test", 1, 200, feature_dim=D)[0]
+    monkeypatch.setattr(SparseLearn, "forward", never)
+    monkeypatch.setattr(SparseLearnModel, "tail_logits", never)
+    with item.slides[0].open() as slide:
+        selection = model.selector().select(slide)
+        scores = model.scorer(torch.from_numpy(slide.read_rows(0, 200))[None], torch.ones(1, 200, dtype=torch.bool))[0]
+    assert selection.indices.tolist() == scores.topk(4).indices.sort().values.tolist()
+    (choice,) = choose(model, encoder, [item], [[selection]])
+    assert choice.letter in item.options
+
+
 def test_gradient_checkpointing_changes_no_weight_by_more_than_rounding(whole_run, tmp_path):
     stage = haystack_stage(trainer={"gradient_checkpointing": True})
     found, wanted = weights(train(settings(stage), tmp_path / "run", GENERATORS)), weights(whole_run)
@@ -113,10 +227,7 @@ def test_a_finished_run_and_a_run_of_other_settings_are_not_overwritten(whole_ru
 
 
 def test_two_stages_as_in_the_paper_end_with_adapters_merged_into_the_decoder(whole_run, tmp_path):
-    lora = haystack_stage(
-        name="lora", lora={"r": 4, "alpha": 8}, learning_rate=haystack_stage()["learning_rate"] | {"lora": 1e-2}
-    )
-    asked = settings(haystack_stage(), lora)
+    asked = two_stages()
     out = tmp_path / "run"
     after, before = weights(train(asked, out, GENERATORS)), weights(whole_run)
     assert after.keys() == before.keys()
@@ -188,6 +299,54 @@ def test_bad_items_are_named_before_the_first_step(text_decoder, files, tmp_path
     with pytest.raises(QuestionError, match=f"instruct.json, item 1: .*b.safetensors: found d = {D + 1}, wanted {D}"):
         train(asked, tmp_path / "other")
     assert not (tmp_path / "other" / "stages").exists()
+
+
+def test_bad_items_of_all_files_are_named_at_once_those_of_broken_slides_too(text_decoder, files, tmp_path):
+    write_features(files.folder / "b.safetensors", np.full((3, D), np.nan, np.float32))
+    (files.folder / "c.safetensors").unlink()
+    header = ",".join([*map(str, range(D)), "patch_name"])
+    (files.folder / "c.csv").write_text("\n".join([header, ",".join(["1"] * D + ["p"]), ",".join(["1"] * (D - 1))]))
+    with open(files.csv, "a") as file:
+        file.write("nosuch,Which?,x,y,,,A\n")
+    other = tmp_path / "other.csv"
+    other.write_text("Slide,Question,A,B,C,D,Answer\na,Which?,x,y,,,D\n")
+    data = {"questions": [str(files.json), str(files.csv), str(other)], "features": str(files.folder)}
+    stages = [haystack_stage(data=data), haystack_stage(data=data, name="again")]
+    asked = settings(*stages, decoder=str(text_decoder), feature_dim=D, num_slide_tokens=4)
+    with pytest.raises(QuestionError) as error:
+        train(asked, tmp_path / "run")
+    assert sorted(problem[: problem.index(": ")] for problem in error.value.problems) == [
+        "bench.csv, line 3",  # slide b again
+        "bench.csv, line 4",
+        "instruct.json, item 1",
+        "instruct.json, item 2",
+        "other.csv, line 2",
+    ]
+    assert "instruct.json, item 1: b.safetensors: found no patch with finite features" in str(error.value)
+    assert "c.csv" in str(error.value)
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_slides_are_read_through_before_training_unless_the_data_say_not(text_decoder, files, tmp_path):
+    write_features(files.folder / "b.safetensors", np.full((3, D), np.nan, np.float32))
+    data = {"questions": [str(files.csv)], "features": str(files.folder), "read_first": False}
+    asked = settings(haystack_stage(data=data), decoder=str(text_decoder), feature_dim=D, num_slide_tokens=4)
+    with pytest.raises(SlideError, match="found no patch with finite features"):  # in a step
+        train(asked, tmp_path / "run")
+    assert (tmp_path / "run" / "stages").exists()
+
+
+def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_path, capsys):
+    data = {"questions": [str(files.json)], "features": str(files.folder), "max_patches": 40}
+    wide = haystack_stage(name="wide", data=data | {"max_patches": 300}, steps=1)
+    asked = settings(haystack_stage(data=data, steps=1), wide, decoder=str(text_decoder), feature_dim=D,
+                     num_slide_tokens=4)  # fmt: skip
+    train(asked, tmp_path / "run")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")]
+    assert said == [
+        "stage scorer: 2 of 3 slides have more than 40 patches (the longest 300) and are thinned to as many, "
+        "evenly spaced"
+    ]
 
 
 def test_the_command_trains_from_a_checkpoint_and_says_how_to_serve(tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,12 +63,12 @@ class SlideItem:
 
 
 class QuestionError(ValueError):
-    """Bad items of a question file, each with its row."""
+    """Bad items of question files, each with its row; `items` are the good ones beside them."""
 
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, problems: Sequence[str], items: Sequence[SlideItem] = ()) -> None:
         more = [f"... and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        super().__init__("\n".join(problems[:MAX_PROBLEMS] + more))
-        self.problems = problems
+        super().__init__("\n".join([*problems[:MAX_PROBLEMS], *more]))
+        self.problems, self.items = problems, items
 
 
 def multiple_choice(where: str, slide: SlideSource, stem: str, options: Mapping[str, str], letter: str) -> SlideItem:
@@ -104,7 +104,7 @@ def read_questions(path: str | Path, features: str | Path) -> list[SlideItem]:
             reason = f"found no {error}" if isinstance(error, KeyError) else str(error)
             problems.append(f"{where}: {reason}")
     if problems:
-        raise QuestionError(problems)
+        raise QuestionError(problems, items)
     if not items:
         raise QuestionError([f"{path}: found no question, wanted at least one"])
     return items

@@ -83,18 +83,26 @@ class Gated(NamedTuple):
 
 
 class SparseLearn(nn.Module):
-    """Gates and denoises patches by their scores. For training alone.
+    """Gates and denoises patches by their scores. For training alone: `eval()` changes nothing of it.
 
     `tau` and `num_kept` follow `set_progress`, and are buffers, so that a resumed run goes on where it was.
+
+    Args:
+        feature_dim: d.
+        settings: of the gate, its denoiser and its schedules.
+        previous: whose denoiser this one begins with, where both are of one kind.
     """
 
     tau: Tensor
     num_kept: Tensor
 
-    def __init__(self, feature_dim: int, settings: SparseLearnSettings) -> None:
+    def __init__(self, feature_dim: int, settings: SparseLearnSettings, previous: SparseLearn | None = None) -> None:
         super().__init__()
         self.settings = settings
         self.denoiser = None if settings.denoiser == "none" else Denoiser(feature_dim, settings.denoiser == "global")
+        trained = None if previous is None or previous.settings.denoiser != settings.denoiser else previous.denoiser
+        if self.denoiser is not None and trained is not None:
+            self.denoiser.load_state_dict(trained.state_dict())
         self.register_buffer("tau", torch.tensor(settings.tau(0.0)))
         self.register_buffer("num_kept", torch.tensor(settings.kept(0.0)))
 

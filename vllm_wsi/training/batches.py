@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from vllm_wsi.chat import IGNORED, ChatEncoder
 from vllm_wsi.config import SparseWSIConfig
-from vllm_wsi.questions import QuestionError, SlideItem
+from vllm_wsi.questions import QuestionError, SlideItem, SlideSource
 from vllm_wsi.slides import SlideError
 from vllm_wsi.sparsify.positions import SlideSpan, prompt_positions
 from vllm_wsi.sparsify.staging import ChunkStager
+
+CPU = torch.device("cpu")
 
 
 class TrainingSlide(NamedTuple):
@@ -62,30 +66,60 @@ class SlideDataset(Dataset):
         self.items, self.encoder, self.config = items, encoder, config
         self.max_patches, self.stretch_positions = max_patches, stretch_positions
         self.mix_positions, self.seed = mix_positions, seed
+        self._lengths: dict[SlideSource, int] = {}
 
-    def check(self) -> None:
-        """Opens every slide and renders every conversation.
+    def check(self, read: bool = True) -> None:
+        """Renders every conversation and opens every slide, once for all questions about it.
+
+        Args:
+            read: each slide is also read once through, which finds the truncated ones and those without a finite patch.
 
         Raises:
             QuestionError: names each item that training would trip over.
         """
         problems = []
-        for item in self.items:
+        reasons: dict[SlideSource, str | None] = {}  # why a slide is of no use
+        for item in tqdm(self.items, "checking items", disable=not os.isatty(2)):
             try:
                 ids = self.encoder.conversation(item).ids
                 if (found := ids.count(self.encoder.slide_token_id)) != len(item.slides):
                     raise ValueError(f"found {found} slide tokens in its text, wanted {len(item.slides)}")
                 for source in item.slides:
-                    with source.open() as slide:
-                        if slide.feature_dim != self.config.feature_dim:
-                            raise SlideError(
-                                f"{slide.name}: found d = {slide.feature_dim}, wanted {self.config.feature_dim}"
-                            )
-            except (OSError, ValueError, jinja2.TemplateError) as error:
+                    if source not in reasons:
+                        reasons[source] = self._reason_against(source, read)
+                    if (reason := reasons[source]) is not None:
+                        raise SlideError(reason)
+            except (ValueError, jinja2.TemplateError) as error:
                 text = str(error)
                 problems.append(text if text.startswith(item.where) else f"{item.where}: {text}")
         if problems:
             raise QuestionError(problems)
+
+    def _reason_against(self, source: SlideSource, read: bool) -> str | None:
+        try:
+            with source.open() as slide:
+                if slide.feature_dim != self.config.feature_dim:
+                    return f"{slide.name}: found d = {slide.feature_dim}, wanted {self.config.feature_dim}"
+                self._lengths[source] = slide.num_patches
+                if read:
+                    finite = [bool(finite_rows(chunk).any()) for _, chunk in ChunkStager(slide, CPU).chunks()]
+                    return None if any(finite) else _no_finite_patch(source)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
+
+    def thinning(self) -> str | None:
+        """What `max_patches` takes away, in one sentence; None where it takes nothing. Knows the slides that `check`
+        has opened, and those that tell their length unopened."""
+        sources = {source for item in self.items for source in item.slides}
+        lengths = [self._lengths.get(source, getattr(source, "num_patches", 0)) for source in sources]
+        long = [n for n in lengths if n > self.max_patches]
+        if not long:
+            return None
+        return (
+            f"{len(long):,} of {len(lengths):,} slides have more than {self.max_patches:,} patches (the longest "
+            f"{max(long):,}) and are thinned to as many, evenly spaced"
+        )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -98,22 +132,31 @@ class SlideDataset(Dataset):
         budget = 0 if self.mix_positions and rng.random() < 0.5 else self.config.slide_position_budget
         return TrainingItem(slides, ids, labels, budget)
 
-    def _slide(self, source: Any, rng: np.random.Generator) -> TrainingSlide:
+    def _slide(self, source: SlideSource, rng: np.random.Generator) -> TrainingSlide:
         with source.open() as slide:
             n = slide.num_patches
             chosen = spread(n, self.max_patches)
             features = torch.empty((len(chosen), slide.feature_dim), dtype=getattr(torch, slide.dtype))
-            for start, chunk in ChunkStager(slide, torch.device("cpu")).chunks():
+            for start, chunk in ChunkStager(slide, CPU).chunks():
                 inside = (chosen >= start) & (chosen < start + len(chunk))
                 features[inside] = chunk[chosen[inside] - start]
-        finite = torch.isfinite(features).all(dim=1)
+        finite = finite_rows(features)
         if not finite.any():
-            raise SlideError(f"{source.name}: found no patch with finite features, wanted at least one")
+            raise SlideError(_no_finite_patch(source))
         features, indices = features[finite], chosen[finite]
         if n < self.stretch_positions:
             n = int(math.exp(rng.uniform(math.log(n), math.log(self.stretch_positions))))
             indices = torch.from_numpy(np.sort(rng.choice(n, len(indices), replace=False)))
         return TrainingSlide(features, indices, n)
+
+
+def _no_finite_patch(source: SlideSource) -> str:
+    return f"{source.name}: found no patch with finite features, wanted at least one"
+
+
+def finite_rows(features: Tensor) -> Tensor:
+    """bool [n] of [n, d]: the patches without NaN and infinities."""
+    return torch.isfinite(features).all(dim=1)
 
 
 def spread(n: int, most: int) -> Tensor:

@@ -13,19 +13,28 @@ from vllm_wsi.sparsify.sparselearn import SparseLearn, SparseLearnSettings
 
 
 class SparseLearnModel(nn.Module):
-    """The soft path around a checkpoint's model.
+    """The soft path around a checkpoint's model. It has no other: `eval()` does not take the gate away.
+
+    What a checkpoint runs, the scorer alone and its Hard Top-K, is `model.selector()` and `model.generate`, which know
+    nothing of this class.
 
     Args:
         model: holds scorer, projector and decoder, and is all that remains after training.
         settings: of the gate; None lets every patch through, and the scorer takes no part.
+        previous: of the stage before; a denoiser of the same kind goes on from it.
     """
 
     accepts_loss_kwargs = True  # transformers.Trainer: `num_items_in_batch`
 
-    def __init__(self, model: SparseWSIForConditionalGeneration, settings: SparseLearnSettings | None) -> None:
+    def __init__(
+        self,
+        model: SparseWSIForConditionalGeneration,
+        settings: SparseLearnSettings | None,
+        previous: SparseLearn | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.sparselearn = None if settings is None else SparseLearn(model.config.feature_dim, settings)
+        self.sparselearn = None if settings is None else SparseLearn(model.config.feature_dim, settings, previous)
         self.last_alpha: Tensor | None = None  # fp32 [S, n] of the last batch, for logs
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:

@@ -52,6 +52,7 @@ class DataSettings(_Settings):
     max_patches: int = Field(4096, ge=1)  # longer slides are thinned to as many evenly spaced patches
     stretch_positions: int = Field(0, ge=0)
     mix_positions: bool = False
+    read_first: bool = True  # reads every slide once through before the first step, to name the broken ones
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:

@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -17,12 +18,13 @@ from vllm_wsi.chat import ChatEncoder
 from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.init_checkpoint import new_model
 from vllm_wsi.modeling import SparseWSIForConditionalGeneration
-from vllm_wsi.questions import SlideItem, read_questions
+from vllm_wsi.questions import QuestionError, SlideItem, read_questions
+from vllm_wsi.sparsify.sparselearn import SparseLearn
 
 from .batches import SlideDataset, collate
 from .model import SparseLearnModel, set_trainable
 from .settings import DataSettings, LoraSettings, ModelSettings, StageSettings, TrainSettings
-from .trainer import CsvLogCallback, ScheduleCallback, SparseLearnTrainer, load_trainable
+from .trainer import WEIGHTS, CsvLogCallback, ScheduleCallback, SparseLearnTrainer, load_trainable
 
 Generators = Mapping[str, Callable[..., Sequence[SlideItem]]]
 """Makers of items by the `name` of a `generate` entry."""
@@ -43,27 +45,39 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     """
     output = Path(output)
     finished = output / "checkpoint"
-    _claim(output, settings)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    _claim(output, settings, processes)
     set_seed(settings.seed)
     model, tokenizer = start_model(settings.model, settings.seed)
-    encoder = ChatEncoder(tokenizer)
-    datasets = []
-    for stage in settings.stages:
-        if stage.sparselearn is not None and stage.sparselearn.num_kept != model.config.num_slide_tokens:
-            found, wanted = stage.sparselearn.num_kept, model.config.num_slide_tokens
-            raise ValueError(f"stages: {stage.name}: num_kept: found {found}, wanted {wanted}, as the model keeps")
-        dataset = make_dataset(stage.data, encoder, model.config, settings.seed, generators or {})
-        if stage.data.generate is None:
-            dataset.check()
-        datasets.append(dataset)
+    datasets = _checked_datasets(settings, ChatEncoder(tokenizer), model.config, generators or {})
+    previous: SparseLearn | None = None
     for number, (stage, dataset) in enumerate(zip(settings.stages, datasets, strict=True)):
-        run_stage(model, stage, dataset, tokenizer, output, number, settings)
-    partial_path = output / "checkpoint.partial"
-    shutil.rmtree(partial_path, ignore_errors=True)
-    model.save_pretrained(partial_path)
-    tokenizer.save_pretrained(partial_path)
-    os.rename(partial_path, finished)
+        if processes.is_main_process and (thinning := dataset.thinning()) is not None:
+            print(f"stage {stage.name}: {thinning}", flush=True)
+        trained = run_stage(model, stage, dataset, tokenizer, output, number, settings, previous)
+        if trained.is_sharded:  # what is in memory is a share of the weights: made whole from what the stages saved
+            model, _ = start_model(settings.model, settings.seed)
+            previous = None
+            for done, earlier in enumerate(settings.stages[: number + 1]):
+                restored = run_stage(model, earlier, datasets[done], tokenizer, output, done, settings, previous)
+                previous = restored.sparselearn or previous
+        else:
+            previous = trained.sparselearn or previous
+    if processes.is_main_process:
+        partial_path = output / "checkpoint.partial"
+        shutil.rmtree(partial_path, ignore_errors=True)
+        model.save_pretrained(partial_path)
+        tokenizer.save_pretrained(partial_path)
+        os.rename(partial_path, finished)
+    processes.wait_for_everyone()
     return finished
+
+
+class TrainedStage(NamedTuple):
+    """What a stage leaves in memory beside the model."""
+
+    sparselearn: SparseLearn | None  # the gate and its trained denoiser, of which a checkpoint holds nothing
+    is_sharded: bool  # by FSDP or DeepSpeed: neither the model nor the gate is whole
 
 
 def run_stage(
@@ -74,24 +88,40 @@ def run_stage(
     output: Path,
     number: int,
     settings: TrainSettings,
-) -> None:
-    """Trains `model` in place, or restores what this stage gave before."""
+    previous: SparseLearn | None = None,
+) -> TrainedStage:
+    """Trains `model` in place, or restores what this stage gave before. Of several processes all call it.
+
+    Args:
+        previous: of the last stage that had one; a denoiser of the same kind goes on learning.
+    """
     directory = output / "stages" / f"{number}-{stage.name}"
+    final = directory / "final"
+    is_sharded = False
+    set_seed(settings.seed)  # new weights below are the same, whether this run made the stages before or found them
     if stage.lora is not None:
         model.language_model = with_lora(model.language_model, stage.lora)
-    wrapped = SparseLearnModel(model, stage.sparselearn)
+    wrapped = SparseLearnModel(model, stage.sparselearn, previous)
     set_trainable(wrapped, set(stage.train))
-    if (directory / "final").is_dir():
-        load_trainable(wrapped, directory / "final")
+    if final.is_dir():
+        load_trainable(wrapped, final)
     else:
         trainer = make_trainer(wrapped, stage, dataset, tokenizer, directory, output / "log.csv", settings)
         last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
-        trainer.save_model(str(directory / "final.partial"))
-        os.rename(directory / "final.partial", directory / "final")
-    if stage.lora is not None:
+        partial_path = directory / "final.partial"
+        trainer.save_model(str(partial_path))  # gathers in all processes, writes in the main one
+        if trainer.is_world_process_zero():
+            if not (partial_path / WEIGHTS).exists():
+                raise ValueError(f"{partial_path}: found no whole weights, wanted FSDP to use FULL_STATE_DICT")
+            os.rename(partial_path, final)
+        trainer.accelerator.wait_for_everyone()
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if stage.lora is not None and not is_sharded:
         model.language_model = model.language_model.merge_and_unload()
-    model.requires_grad_(True)
+    if not is_sharded:
+        model.requires_grad_(True)
+    return TrainedStage(wrapped.sparselearn, is_sharded)
 
 
 def make_trainer(
@@ -136,19 +166,67 @@ def make_trainer(
     )
 
 
+def _checked_datasets(
+    settings: TrainSettings, encoder: ChatEncoder, config: SparseWSIConfig, generators: Generators
+) -> list[SlideDataset]:
+    """One for each stage; all their bad items are named at once."""
+    datasets: list[SlideDataset] = []
+    problems: list[str] = []
+    for number, stage in enumerate(settings.stages):
+        if stage.sparselearn is not None and stage.sparselearn.num_kept != config.num_slide_tokens:
+            found, wanted = stage.sparselearn.num_kept, config.num_slide_tokens
+            raise ValueError(f"stages: {stage.name}: num_kept: found {found}, wanted {wanted}, as the model keeps")
+        try:
+            dataset = make_dataset(stage.data, encoder, config, settings.seed, generators)
+        except QuestionError as error:
+            problems += error.problems
+            dataset = _dataset(error.items, stage.data, encoder, config, settings.seed)
+        if stage.data.generate is None:
+            is_seen = any(
+                (earlier.data.questions, earlier.data.features) == (stage.data.questions, stage.data.features)
+                for earlier in settings.stages[:number]
+            )
+            try:
+                dataset.check(read=stage.data.read_first and not is_seen)
+            except QuestionError as error:
+                problems += error.problems
+        datasets.append(dataset)
+    if problems:
+        raise QuestionError(list(dict.fromkeys(problems)))
+    return datasets
+
+
 def make_dataset(
     data: DataSettings, encoder: ChatEncoder, config: SparseWSIConfig, seed: int, generators: Generators
 ) -> SlideDataset:
-    """The items of one stage's data, unread."""
+    """The items of one stage's data, unread.
+
+    Raises:
+        QuestionError: names every bad item of all question files.
+    """
     if data.generate is not None:
         options = dict(data.generate)
         name = options.pop("name", None)
         if name not in generators:
             raise ValueError(f"generate: found name {name!r}, wanted one of {', '.join(generators) or 'none'}")
-        items = generators[name](**options)
-    else:
-        assert data.features is not None
-        items = [item for path in data.questions for item in read_questions(path, data.features)]
+        return _dataset(generators[name](**options), data, encoder, config, seed)
+    assert data.features is not None
+    items: list[SlideItem] = []
+    problems: list[str] = []
+    for path in data.questions:
+        try:
+            items += read_questions(path, data.features)
+        except QuestionError as error:
+            items += error.items
+            problems += error.problems
+    if problems:
+        raise QuestionError(problems, items)
+    return _dataset(items, data, encoder, config, seed)
+
+
+def _dataset(
+    items: Sequence[SlideItem], data: DataSettings, encoder: ChatEncoder, config: SparseWSIConfig, seed: int
+) -> SlideDataset:
     return SlideDataset(items, encoder, config, data.max_patches, data.stretch_positions, data.mix_positions, seed)
 
 
@@ -201,12 +279,14 @@ def with_lora(decoder: Any, settings: LoraSettings) -> Any:
     )
 
 
-def _claim(output: Path, settings: TrainSettings) -> None:
-    """Makes the output directory this run's own."""
+def _claim(output: Path, settings: TrainSettings, processes: PartialState) -> None:
+    """Makes the output directory this run's own: all processes look, the main one writes."""
     if (output / "checkpoint").exists():
         raise ValueError(f"{output}: found a finished run, wanted a new directory")
-    output.mkdir(parents=True, exist_ok=True)
     text, mine = settings.model_dump_json(indent=2), output / "settings.json"
     if mine.exists() and mine.read_text() != text:
         raise ValueError(f"{output}: found a run of other settings (settings.json), wanted a new directory")
-    mine.write_text(text)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        mine.write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class SparseLearnTrainer(Trainer):
     def __init__(self, *args: Any, learning_rates: dict[str, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._learning_rates = learning_rates
+        # As they are called before anything shards or flattens them.
+        self._names = tuple(trainable_state(self.model))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -52,14 +55,22 @@ class SparseLearnTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The parameters under training alone: a frozen decoder of gigabytes is not written again and again."""
+        if state_dict is None:
+            state_dict = self.accelerator.unwrap_model(self.model).state_dict()
+        elif missing := [name for name in self._names if name not in state_dict]:
+            raise ValueError(
+                f"{output_dir}: found no gathered {missing[0]}, wanted the whole state on the main process"
+            )
         output = Path(output_dir or self.args.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        wanted = trainable_state(self.accelerator.unwrap_model(self.model))
-        if state_dict is not None:
-            wanted = {name: state_dict[name].contiguous() for name in wanted}
-        save_file(wanted, output / WEIGHTS)
+        save_file({name: state_dict[name].detach().clone().contiguous() for name in self._names}, output / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                f"{resume_from_checkpoint}: found a stage that was stopped under FSDP, wanted its directory removed, "
+                "so that the stage starts again"
+            )
         load_trainable(self.model if model is None else model, Path(resume_from_checkpoint))
 
 
@@ -94,10 +105,28 @@ class ScheduleCallback(TrainerCallback):
 
 
 class CsvLogCallback(TrainerCallback):
-    """Appends what is logged to a CSV file, with how sharp the selection has become."""
+    """Appends what is logged to a CSV file, with how sharp the selection has become.
+
+    A stage that goes on from a saved step first takes back the rows after it: they are made again.
+    """
 
     def __init__(self, model: SparseLearnModel, path: Path, stage: str) -> None:
         self._model, self._path, self._stage = model, path, stage
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not self._path.exists():
+            return
+        with open(self._path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        kept = [row for row in rows if row["stage"] != self._stage or int(row["step"]) <= state.global_step]
+        if len(kept) == len(rows):
+            return
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(partial, self._path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs or not state.is_world_process_zero:
