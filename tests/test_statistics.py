@@ -13,7 +13,6 @@ from vllm_wsi.evaluation.statistics import (
     evidence_recall,
     gaussian_mutual_information,
     mcnemar,
-    overlap,
     paired_bootstrap,
     redundancy,
 )
@@ -251,13 +250,6 @@ def test_redundancy_of_fewer_than_two_patches_is_nan():
         redundancy(np.ones(4))
 
 
-def test_overlap_by_hand():
-    assert overlap([1, 2, 3, 4], [3, 4, 5]) == pytest.approx(2 / 3)
-    assert overlap(np.array([7, 7, 8]), [8, 7]) == 1
-    assert overlap([1], [2]) == 0
-    assert math.isnan(overlap([], [2]))
-
-
 def test_evidence_recall_by_hand():
     assert evidence_recall([1, 2, 3], [3, 9], k=3) == 0.5
     assert evidence_recall([1, 2], range(100), k=2) == 1
@@ -267,10 +259,10 @@ def test_evidence_recall_by_hand():
 
 
 def test_row_errors():
-    with pytest.raises(ValueError, match=r"first_rows: found float64 \[1\]"):
-        overlap([1.5], [1])
-    with pytest.raises(ValueError, match="second_rows: found -1, wanted at least 0"):
-        overlap([1], [2, -1])
+    with pytest.raises(ValueError, match=r"kept_rows: found float64 \[1\]"):
+        evidence_recall([1.5], [1], k=1)
+    with pytest.raises(ValueError, match="evidence_rows: found -1, wanted at least 0"):
+        evidence_recall([1], [2, -1], k=1)
     with pytest.raises(ValueError, match=r"evidence_rows: found bool \[2\]"):
         evidence_recall([1], [True, False], k=1)
     with pytest.raises(ValueError, match="k: found 0"):

@@ -2,16 +2,26 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
+from vllm_wsi.chat import ChatEncoder
 from vllm_wsi.cli import main
 from vllm_wsi.demo_model import DEMO_CHECKPOINT
-from vllm_wsi.evaluation.ablations import ARMS, run_ablations
+from vllm_wsi.evaluation import ablations, run_study, soft
+from vllm_wsi.evaluation.ablations import ARMS, SWITCHES, run_ablations
 from vllm_wsi.evaluation.haystack import GENERATORS, HaystackWorld, groups_of_length
 from vllm_wsi.evaluation.study import LEARNED, POLICY_NAMES, Study, by_length
-from vllm_wsi.questions import SLIDE_MARK
+from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.questions import SLIDE_MARK, FeaturePath, multiple_choice
+from vllm_wsi.sparsify.sparselearn import SparseLearn, SparseLearnSettings
+from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.settings import TrainSettings
 
 PNG = b"\x89PNG"
@@ -72,17 +82,7 @@ def test_figures_are_drawn_and_the_record_says_what_was_run(out):
 
 
 def test_a_question_file_is_studied_by_the_length_of_its_slides(tmp_path):
-    world = HaystackWorld()
-    (tmp_path / "features").mkdir()
-    lines = ["Slide,Question,A,B,C,D,Answer"]
-    for number, n in enumerate([40] * 3 + [90] * 3 + [300]):
-        slide = world.slide("test", number, n)
-        slide.write(tmp_path / "features" / f"s{number}.safetensors")
-        item = slide.item()
-        stem = item.question.removeprefix(f"{SLIDE_MARK}\n").splitlines()[0]
-        lines.append(f"s{number},{stem},{','.join(item.options.values())},{item.answer}")
-    (tmp_path / "questions.csv").write_text("\n".join(lines) + "\n")
-    arguments = ["--questions", str(tmp_path / "questions.csv"), "--features", str(tmp_path / "features")]
+    arguments = question_files(tmp_path, [40] * 3 + [90] * 3 + [300], HaystackWorld())
     assert main(["study", *arguments, "--out", str(tmp_path / "out")]) == 0
     rows = rows_of(tmp_path / "out" / "policies.csv")
     learned = [row for row in rows if (row["rule"], row["positions"]) == (LEARNED, "original")]
@@ -108,23 +108,133 @@ def test_studies_of_one_seed_agree(tmp_path):
     assert tables[0] == tables[1]
 
 
-def test_every_arm_is_trained_from_the_same_start_for_every_seed(tmp_path):
-    generate = {"name": "haystack", "count": 8, "num_patches": 40, "feature_dim": 16}
+def tiny_recipe(feature_dim=16, **sparselearn):
+    """A recipe of two stages for slides of few patches."""
+    generate = {"name": "haystack", "count": 8, "num_patches": 40, "feature_dim": feature_dim}
     stage = {"data": {"generate": generate}, "steps": 2, "batch_size": 4, "warmup_steps": 0}
-    settings = TrainSettings.model_validate(
-        {
-            "model": {"new": {"feature_dim": 16, "hidden_size": 64, "num_layers": 1, "num_slide_tokens": 4}},
-            "stages": [
-                stage | {"name": "a", "train": ["decoder"], "learning_rate": {"decoder": 1e-3}},
-                stage
-                | {"name": "b", "train": ["scorer", "projector"], "sparselearn": {"num_kept": 4, "denoiser": "none"}}
-                | {"learning_rate": {"scorer": 1e-2, "projector": 1e-2}},
-            ],
-        }
-    )
+    new = {"feature_dim": feature_dim, "hidden_size": 64, "num_layers": 1, "num_slide_tokens": 4}
+    return {
+        "model": {"new": new},
+        "stages": [
+            stage | {"name": "a", "train": ["decoder"], "learning_rate": {"decoder": 1e-3}},
+            stage
+            | {"name": "b", "train": ["scorer", "projector"], "sparselearn": {"num_kept": 4, **sparselearn}}
+            | {"learning_rate": {"scorer": 1e-2, "denoiser": 1e-2, "projector": 1e-2}},
+        ],
+    }
+
+
+def question_files(path, lengths, world, break_slide=lambda x: x):
+    """`--questions FILE --features DIR` of virtual slides of these lengths; `break_slide` may change their features."""
+    (path / "features").mkdir()
+    lines = ["Slide,Question,A,B,C,D,Answer"]
+    for number, n in enumerate(lengths):
+        slide = world.slide("test", number, n)
+        save_file(
+            {"features": break_slide(torch.from_numpy(slide.features()))}, path / "features" / f"s{number}.safetensors"
+        )
+        item = slide.item()
+        stem = item.question.removeprefix(f"{SLIDE_MARK}\n").splitlines()[0]
+        lines.append(f"s{number},{stem},{','.join(item.options.values())},{item.answer}")
+    (path / "questions.csv").write_text("\n".join(lines) + "\n")
+    return ["--questions", str(path / "questions.csv"), "--features", str(path / "features")]
+
+
+def test_every_arm_is_trained_from_the_same_start_for_every_seed(tmp_path):
+    settings = TrainSettings.model_validate(tiny_recipe(tau_start=1.0, kept_fraction=0.3))
     groups = groups_of_length("50:4", HaystackWorld(feature_dim=16))
     rows = list(run_ablations(settings, groups, GENERATORS, [1, 2], tmp_path / "work"))
     assert [(row["seed"], row["arm"]) for row in rows] == [(seed, arm) for seed in (1, 2) for arm in ARMS]
-    assert all(0 <= row["accuracy"] <= 1 and 0 <= row["soft_accuracy_without_denoiser"] <= 1 for row in rows)
+    assert all(0 <= row[name] <= 1 for row in rows for name in ("accuracy", "soft_accuracy"))
+    assert all(row["soft_questions"] == 4 and row["hard_accuracy_of_the_same"] == row["accuracy"] for row in rows)
     assert all(np.isfinite(row["evidence_recall"]) for row in rows)
     assert [path.name for path in (tmp_path / "work").iterdir() if path.name.startswith("tmp")] == []
+
+
+def test_an_arm_changes_its_switches_and_nothing_else_of_the_recipe(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tau_start=1.0, tau_end=0.2, tau_fraction=0.5, kept_start=30, kept_fraction=0.3, gate="scale")
+    settings = TrainSettings.model_validate(recipe)
+    seen, run = [], ablations.run_stage
+
+    def note(model, stage, *arguments):
+        seen.append(stage.sparselearn)
+        return run(model, stage, *arguments)
+
+    monkeypatch.setattr(ablations, "run_stage", note)
+    groups = groups_of_length("50:2", HaystackWorld(feature_dim=16))
+    list(run_ablations(settings, groups, GENERATORS, [1], tmp_path / "work"))  # one seed: in this process
+    switches = [{"gate": gate.gate, "denoiser": gate.denoiser, "relaxation": gate.relaxation} for gate in seen]
+    assert switches == [SWITCHES | changes for changes in ARMS.values()]
+    own = settings.stages[-1].sparselearn
+    assert all(replace(gate, gate=own.gate, denoiser=own.denoiser, relaxation=own.relaxation) == own for gate in seen)
+
+
+def test_the_soft_path_is_judged_through_its_own_denoiser_at_the_k_that_is_served(monkeypatch):
+    model = SparseWSIForConditionalGeneration.from_pretrained(DEMO_CHECKPOINT).eval()
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(DEMO_CHECKPOINT))
+    gate = SparseLearn(64, SparseLearnSettings(kept_end=8))
+    torch.nn.init.normal_(gate.denoiser.down.weight)
+    before = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+    seen = []
+
+    class Noted(SparseLearnModel):
+        def tail_logits(self, **batch):
+            seen.append(self.sparselearn)
+            return super().tail_logits(**batch)
+
+    monkeypatch.setattr(soft, "SparseLearnModel", Noted)
+    found = soft.judge_soft(model, encoder, HaystackWorld().items("test", 2, 300), gate)
+    assert len(found.correct) == len(seen) == 2
+    assert (int(seen[0].num_kept), float(seen[0].tau)) == (32, pytest.approx(0.1))
+    assert torch.equal(seen[0].denoiser.down.weight, gate.denoiser.down.weight)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in gate.state_dict().items())
+
+
+def test_ablations_of_another_feature_size_are_refused_before_anything_is_judged(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe()))
+    arguments = ["study", "--ablations", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert ": found d = 64, wanted 16, as the recipe trains" in capsys.readouterr().err
+    plain = tiny_recipe()
+    plain["stages"].pop()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    assert main(arguments) == 1
+    assert "stage a: found no sparselearn" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ablations_beside_questions_are_judged_on_them_broken_patches_and_all(tmp_path):
+    """bfloat16 files with a NaN patch each, one of a length that K keeps whole."""
+
+    def broken(x):
+        x[3] = torch.nan
+        return x.bfloat16()
+
+    arguments = question_files(tmp_path, [33] * 33 + [200], HaystackWorld(), broken)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(feature_dim=64)))
+    arguments += ["--ablations", str(tmp_path / "recipe.yaml"), "--seeds", "1"]
+    assert main(["study", *arguments, "--out", str(tmp_path / "out")]) == 0
+    rows = rows_of(tmp_path / "out" / "ablations.csv")
+    assert {(row["length"], row["questions"]) for row in rows} == {("0-64", "33"), ("128-256", "1")}
+    assert (tmp_path / "out" / "umap.png").read_bytes().startswith(PNG)
+    # All 32 finite patches of the short slides are kept: nothing is dropped to inform of.
+    assert not (tmp_path / "out" / "information.csv").exists()
+
+
+def test_the_picture_shows_finite_patches_as_the_file_means_them(tmp_path, monkeypatch):
+    x = HaystackWorld().slide("test", 0, 150).features()
+    x[[0, 7]] = np.nan
+    path = tmp_path / "s.safetensors"
+    save_file({"features": torch.from_numpy(x).bfloat16()}, path)
+    item = multiple_choice("row 1", FeaturePath(path), "Which?", {"A": "x", "B": "y"}, "A")
+    study = Study(str(DEMO_CHECKPOINT), {"all": [item]}, tmp_path / "out")
+    study.policies()
+    drawn = []
+    monkeypatch.setattr(run_study, "draw_umap", lambda path, *arguments: drawn.append(arguments))
+    run_study._draw_kept(study, study.groups, tmp_path)
+    ((features, kept, evidence, _),) = drawn
+    assert features.shape == (148, 64)
+    assert np.isfinite(features).all()
+    selection = study.judged["all", LEARNED].selections[0][0]
+    assert np.array_equal(features[kept], selection.features.float().numpy())
+    assert evidence is None

@@ -40,7 +40,7 @@ def choose(
     for start in range(0, len(items), BATCH):
         part = items[start : start + BATCH]
         prompts = [
-            model.prepare(torch.tensor(encoder.question(item)), chosen)
+            model.prepare(torch.tensor(encoder.question(item), device=model.device), chosen)
             for item, chosen in zip(part, selections[start : start + BATCH], strict=True)
         ]
         embeddings, positions, mask = pad_left(prompts)

@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--ablation-slides", default="1000:192,4000:96,100000:16", metavar="N:COUNT,...", help="(%(default)s)"
     )
     study.add_argument("--seed", type=int, default=0, help="of random selections and resampling")
+    study.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the model (default cpu)")
     study.add_argument("--out", type=Path, required=True, metavar="DIR")
     study.set_defaults(run=_study)
 

@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from vllm_wsi.chat import ChatEncoder
+from vllm_wsi.config import SparseWSIConfig
 from vllm_wsi.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.sparsify.scorer import seeded_scorer
-from vllm_wsi.sparsify.sparselearn import SparseLearnSettings
+from vllm_wsi.sparsify.sparselearn import SparseLearn
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.train import Generators, make_dataset, run_stage, train
 
 from .judge import judge, select_all
 from .soft import judge_soft
-from .study import LEARNED, SOFT_PATCHES, Groups, rounded, source_length
+from .study import LEARNED, Groups, rounded, source_length
 
-ARMS: dict[str, dict[str, Any]] = {
+ARMS: dict[str, dict[str, str]] = {
     "noise gate, diagonal denoiser": {},
     "noise gate, no denoiser": {"denoiser": "none"},
     "noise gate, global denoiser": {"denoiser": "global"},
     "scale gate, diagonal denoiser": {"gate": "scale"},
     "no gate": {"gate": "none", "denoiser": "none"},
     "Gumbel straight-through": {"relaxation": "gumbel"},
-    "K ends at 32": {"kept_end": None},
 }
-"""Changes to the paper's settings: noise gate, diagonal denoiser, LapSum."""
+"""What each arm changes of `SWITCHES`; all else (the schedules of tau and K among it) is the recipe's."""
+
+SWITCHES = {"gate": "noise", "denoiser": "diagonal", "relaxation": "lapsum"}
+"""The paper's."""
+
+SOFT_LENGTH = 1024
+SOFT_QUESTIONS = 64
+"""The soft path is judged on slides of up to this length, and on as many questions: all patches pass the decoder."""
+
+
+def check_recipe(settings: TrainSettings, groups: Groups) -> None:
+    """Whether `run_ablations` can train by this recipe and judge on these questions.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if settings.stages[-1].sparselearn is None:
+        name = settings.stages[-1].name
+        raise ValueError(f"stage {name}: found no sparselearn, wanted it in the last stage of an ablation")
+    start = settings.model
+    if start.checkpoint is not None:
+        wanted = SparseWSIConfig.from_pretrained(start.checkpoint, revision=start.revision).feature_dim
+    else:
+        wanted = start.feature_dim if start.new is None else start.new["feature_dim"]
+    with next(iter(groups.values()))[0].slides[0].open() as slide:
+        if slide.feature_dim != wanted:
+            raise ValueError(f"{slide.name}: found d = {slide.feature_dim}, wanted {wanted}, as the recipe trains")
 
 
 def run_ablations(
@@ -40,54 +71,67 @@ def run_ablations(
 ) -> Iterator[dict[str, Any]]:
     """Trains the last stage of `settings` once for every arm and seed; yields one row for each and each length.
 
+    On CPUs, seeds are trained side by side, each on its share of the cores: small models gain little from many.
+
     Args:
-        settings: whose last stage has `sparselearn`; the stages before it are run once, and every arm starts from
-            what they give, with a scorer of its own seed.
+        settings: as `check_recipe` accepts; the stages before the last are run once, with the recipe's own seed, and
+            every arm starts from what they give, with a scorer (and a denoiser, noise and order of slides) of its seed.
         groups: questions that no stage was trained on.
         work: directory for the common start; a finished one is used again.
     """
-    stage = settings.stages[-1]
-    if stage.sparselearn is None:
-        raise ValueError(f"stage {stage.name}: found no sparselearn, wanted it in the last stage of an ablation")
     base = work / "checkpoint"
     if not base.is_dir():
         base = train(settings.model_copy(update={"stages": settings.stages[:-1]}), work, generators)
+    arms = [(seed, arm) for seed in seeds for arm in ARMS]
+    cores = len(os.sched_getaffinity(0))
+    workers = 1 if torch.cuda.is_available() else min(len(seeds), cores)
+    if workers == 1:
+        for seed, arm in arms:
+            yield from _run_arm(settings, groups, generators, base, arm, seed)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (cores // workers,)) as pool:
+        runs = [pool.submit(_run_arm, settings, groups, generators, base, arm, seed) for seed, arm in arms]
+        for run in runs:
+            yield from run.result()
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    disable_progress_bar()
+
+
+def _run_arm(
+    settings: TrainSettings, groups: Groups, generators: Generators, base: Path, arm: str, seed: int
+) -> list[dict[str, Any]]:
+    stage = settings.stages[-1]
+    assert stage.sparselearn is not None
+    changed = stage.model_copy(
+        update={
+            "sparselearn": replace(stage.sparselearn, **(SWITCHES | ARMS[arm])),  # type: ignore[arg-type]
+            "learning_rate": {"denoiser": stage.learning_rate["scorer"]} | stage.learning_rate,
+        }
+    )
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(base))
-    for seed in seeds:
-        for arm, changes in ARMS.items():
-            began = time.monotonic()
-            ours = stage.sparselearn
-            paper = SparseLearnSettings(ours.num_kept, kept_start=ours.kept_start, kept_end=ours.kept_end)
-            gate = replace(paper, **changes)
-            changed = stage.model_copy(
-                update={
-                    "sparselearn": gate,
-                    "learning_rate": {"denoiser": stage.learning_rate["scorer"]} | stage.learning_rate,
-                }
-            )
-            model = SparseWSIForConditionalGeneration.from_pretrained(base)
-            config = model.config
-            model.scorer = seeded_scorer(feature_dim=config.feature_dim, seed=seed, **config.scorer)
-            set_seed(seed)
-            dataset = make_dataset(changed.data, encoder, config, seed, generators)
-            folder = Path(tempfile.mkdtemp(dir=work))
-            try:
-                run = settings.model_copy(update={"seed": seed})
-                run_stage(model, changed, dataset, encoder.tokenizer, folder, 0, run)
-            finally:
-                shutil.rmtree(folder)
-            seconds = time.monotonic() - began
-            yield from _judge_arm(model.eval(), encoder, groups, gate, arm, seed, seconds)
+    model = SparseWSIForConditionalGeneration.from_pretrained(base)
+    config, device = model.config, model.device
+    model.scorer = seeded_scorer(feature_dim=config.feature_dim, seed=seed, **config.scorer)
+    set_seed(seed)
+    dataset = make_dataset(changed.data, encoder, config, seed, generators)
+    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp(dir=base.parent))
+    try:
+        run = settings.model_copy(update={"seed": seed})
+        gate = run_stage(model, changed, dataset, encoder.tokenizer, folder, 0, run).sparselearn
+    finally:
+        shutil.rmtree(folder)
+    seconds = time.monotonic() - began
+    assert gate is not None
+    origin = {"arm": arm, "seed": seed, "training_seconds": round(seconds, 1)}
+    return [origin | row for row in _judge_arm(model.to(device).eval(), encoder, groups, gate)]
 
 
 def _judge_arm(
-    model: SparseWSIForConditionalGeneration,
-    encoder: ChatEncoder,
-    groups: Groups,
-    gate: SparseLearnSettings,
-    arm: str,
-    seed: int,
-    seconds: float,
+    model: SparseWSIForConditionalGeneration, encoder: ChatEncoder, groups: Groups, gate: SparseLearn
 ) -> Iterator[dict[str, Any]]:
     k = model.config.num_slide_tokens
     for length, items in groups.items():
@@ -95,16 +139,18 @@ def _judge_arm(
         found = {name: judge(model, encoder, items, selections, k) for name, selections in chosen.items()}
         recall = found[LEARNED].recall
         row = {
-            "arm": arm,
-            "seed": seed,
             "length": length,
             "questions": len(items),
             "accuracy": rounded(found[LEARNED].correct.mean()),
             "oracle_accuracy": rounded(found["oracle"].correct.mean()) if "oracle" in found else "",
             "evidence_recall": "" if recall is None else rounded(recall.mean()),
-            "soft_accuracy_without_denoiser": "",
-            "training_seconds": round(seconds, 1),
+            "soft_questions": "",
+            "soft_accuracy": "",
+            "hard_accuracy_of_the_same": "",
         }
-        if max(source_length(item) for item in items) <= SOFT_PATCHES // 4:
-            row["soft_accuracy_without_denoiser"] = rounded(judge_soft(model, encoder, items, gate).correct.mean())
+        if max(source_length(item) for item in items) <= SOFT_LENGTH:
+            soft = judge_soft(model, encoder, items[:SOFT_QUESTIONS], gate).correct
+            hard = found[LEARNED].correct[:SOFT_QUESTIONS]
+            row |= {"soft_questions": len(soft), "soft_accuracy": rounded(soft.mean())}
+            row["hard_accuracy_of_the_same"] = rounded(hard.mean())
         yield row

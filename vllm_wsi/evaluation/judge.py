@@ -14,7 +14,7 @@ from vllm_wsi.answering import choose
 from vllm_wsi.chat import ChatEncoder
 from vllm_wsi.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions import SLIDE_MARK, SlideItem
-from vllm_wsi.sparsify.policies import OraclePolicy, Selector
+from vllm_wsi.sparsify.policies import OraclePolicy, Selector, finite_patches
 from vllm_wsi.sparsify.selector import Selection
 
 from .statistics import evidence_recall, redundancy
@@ -101,19 +101,15 @@ def with_positions(model: SparseWSIForConditionalGeneration, mode: str) -> Spars
 
 
 def kept_and_dropped_means(items: Sequence[SlideItem], selections: list[list[Selection]]) -> tuple[NDArray, NDArray]:
-    """[slides, d] each: the mean of the kept patches' features, and of the others'."""
+    """[slides, d] each: the mean of the kept patches' features, and of the others' that are finite; slides without such
+    others are left out."""
     kept, dropped = [], []
     for item, chosen in zip(items, selections, strict=True):
         for source, selection in zip(item.slides, chosen, strict=True):
-            if selection.num_patches == len(selection.indices):
-                continue
             with source.open() as slide:
-                rows = slide.read_rows(0, slide.num_patches)
-                x = torch.from_numpy(rows)
-                x = (x.view(torch.bfloat16) if slide.dtype == "bfloat16" else x).double()
-            finite = torch.isfinite(x).all(dim=1)
-            is_kept = torch.zeros(len(x), dtype=torch.bool)
-            is_kept[selection.indices] = True
-            kept.append(x[is_kept].mean(dim=0).numpy())
-            dropped.append(x[finite & ~is_kept].mean(dim=0).numpy())
+                patches, _ = finite_patches(slide)
+            is_kept = torch.isin(patches.rows, selection.indices)
+            if not is_kept.all():
+                kept.append(patches.features[is_kept].double().mean(dim=0).numpy())
+                dropped.append(patches.features[~is_kept].double().mean(dim=0).numpy())
     return np.array(kept), np.array(dropped)

@@ -10,6 +10,7 @@ import numpy as np
 
 from vllm_wsi.demo_model import DEMO_CHECKPOINT
 from vllm_wsi.questions import read_questions
+from vllm_wsi.sparsify.policies import finite_patches
 
 from .haystack import GENERATORS, HaystackWorld, groups_of_length, recipe
 from .judge import evidence_of
@@ -28,9 +29,10 @@ def run_study(
     seeds: int,
     ablation_slides: str,
     seed: int,
+    device: str,
     out: Path,
 ) -> int:
-    """Returns the exit status."""
+    """Returns the exit status. The ablations are judged on the questions, where there are any, else on haystack."""
     arguments = {name: str(value) for name, value in locals().items() if value is not None and name != "out"}
     began = time.monotonic()
     if questions is None:
@@ -42,16 +44,19 @@ def run_study(
         if not items:
             raise ValueError(f"{questions}: found no question of multiple choice, wanted at least one")
         groups = by_length(items)
-    study = Study(checkpoint or str(DEMO_CHECKPOINT), groups, out, seed)
-    study.run()
-    _draw_kept(study, groups, out)
     if ablations is not None:
         from vllm_wsi.training.settings import load_settings
 
-        from .ablations import run_ablations
+        from .ablations import check_recipe, run_ablations
 
+        settings = load_settings(recipe(ablations))
+        asked = groups_of_length(ablation_slides, HaystackWorld()) if questions is None else groups
+        check_recipe(settings, asked)
+    study = Study(checkpoint or str(DEMO_CHECKPOINT), groups, out, seed, device)
+    study.run()
+    _draw_kept(study, groups, out)
+    if ablations is not None:
         rows = []
-        settings, asked = load_settings(recipe(ablations)), groups_of_length(ablation_slides, HaystackWorld())
         with tempfile.TemporaryDirectory(prefix="vllm-wsi-study-") as work:
             for row in run_ablations(settings, asked, GENERATORS, range(1, seeds + 1), Path(work) / "start"):
                 rows.append(row)
@@ -69,7 +74,10 @@ def _draw_kept(study: Study, groups: Groups, out: Path) -> None:
         chosen = study.judged[length, LEARNED].selections[0][0]
         if chosen.num_patches <= UMAP_PATCHES:
             with items[0].slides[0].open() as slide:
-                rows = slide.read_rows(0, slide.num_patches).astype(np.float32)
+                patches, _ = finite_patches(slide)
+            rows, evidence = patches.rows.numpy(), evidence_of(items[0])
+            kept = np.flatnonzero(np.isin(rows, chosen.indices.numpy()))
+            shown = None if evidence is None else np.flatnonzero(np.isin(rows, evidence))
             title = f"{items[0].slides[0].name}: kept among all"
-            draw_umap(out / "umap.png", rows, chosen.indices.numpy(), evidence_of(items[0]), title)
+            draw_umap(out / "umap.png", patches.features.numpy(), kept, shown, title)
             return

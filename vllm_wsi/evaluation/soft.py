@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vllm_wsi.chat import IGNORED, ChatEncoder
 from vllm_wsi.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions import SlideItem
-from vllm_wsi.sparsify.sparselearn import SparseLearnSettings
+from vllm_wsi.sparsify.sparselearn import SparseLearn
 from vllm_wsi.training.batches import SlideDataset, collate
 from vllm_wsi.training.model import SparseLearnModel
 
@@ -31,17 +31,21 @@ def judge_soft(
     model: SparseWSIForConditionalGeneration,
     encoder: ChatEncoder,
     items: Sequence[SlideItem],
-    settings: SparseLearnSettings,
+    gate: SparseLearn,
     max_patches: int = 4096,
     seed: int = 0,
 ) -> SoftResult:
-    """Answers every question of multiple choice through the gate at the schedules' end, without a denoiser.
+    """Answers every question of multiple choice through a gate, where its tau ends, and at the K that is served.
 
     Longer slides are thinned to `max_patches`, as in training: every patch reaches the decoder.
+
+    Args:
+        gate: with its denoiser, where it has one; stays as it is.
     """
-    wrapped = SparseLearnModel(model, replace(settings, denoiser="none"))
+    settings = replace(gate.settings, num_kept=model.config.num_slide_tokens, kept_end=None)
+    wrapped = SparseLearnModel(model, settings, gate)
     assert wrapped.sparselearn is not None
-    wrapped.sparselearn.set_progress(1.0)
+    wrapped.sparselearn.to(model.device).set_progress(1.0)
     dataset = SlideDataset(items, encoder, model.config, max_patches)
     pad = encoder.tokenizer.pad_token_id or 0
     correct, mass, tokens = [], [], []
@@ -49,6 +53,7 @@ def judge_soft(
         torch.manual_seed(seed)
         for number, item in enumerate(items):  # one at a time: slides differ in length
             batch = collate([dataset[number]], model.config.slide_token_id, pad)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             logits, wanted = wrapped.tail_logits(**batch)
             first = int((wanted[0] != IGNORED).int().argmax())
             letters = "".join(item.options)

@@ -126,23 +126,6 @@ def redundancy(features: ArrayLike) -> float:
     return float((np.square(unit.sum(0)).sum() - np.square(unit).sum()) / (k * (k - 1)))
 
 
-def overlap(first_rows: ArrayLike, second_rows: ArrayLike) -> float:
-    """Share of the smaller of two choices of patches that is in both (Szymkiewicz-Simpson), in [0, 1].
-
-    NaN where either is empty.
-
-    Args:
-        first_rows: [patches], integers from 0: rows of the slide's features. Repeats count once.
-        second_rows: [patches], the same.
-
-    Raises:
-        ValueError: not one-dimensional, not integers, or below 0, as padding is.
-    """
-    first, second = _row_set("first_rows", first_rows), _row_set("second_rows", second_rows)
-    smaller = min(len(first), len(second))
-    return len(first & second) / smaller if smaller else math.nan
-
-
 def evidence_recall(kept_rows: ArrayLike, evidence_rows: ArrayLike, k: int) -> float:
     """Share of the evidence that is kept, of what a budget of k patches could keep, in [0, 1].
 
@@ -155,7 +138,8 @@ def evidence_recall(kept_rows: ArrayLike, evidence_rows: ArrayLike, k: int) -> f
         k: the budget in patches, at least 1.
 
     Raises:
-        ValueError: as in `overlap`, k below 1, or more than k rows kept.
+        ValueError: rows that are not one-dimensional, not integers, or below 0, as padding is; k below 1; more than k
+            rows kept.
     """
     kept, evidence = _row_set("kept_rows", kept_rows), _row_set("evidence_rows", evidence_rows)
     if k < 1:

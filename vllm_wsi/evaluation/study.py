@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +21,11 @@ from transformers import AutoTokenizer
 from vllm_wsi.chat import ChatEncoder
 from vllm_wsi.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions import SlideItem
+from vllm_wsi.slides import FeatureFile
 from vllm_wsi.sparsify.policies import Selector, make_policy
 from vllm_wsi.sparsify.scorer import PatchScorer
-from vllm_wsi.sparsify.selector import frozen_scorer
-from vllm_wsi.sparsify.sparselearn import SparseLearnSettings
+from vllm_wsi.sparsify.selector import Selection, frozen_scorer
+from vllm_wsi.sparsify.sparselearn import SparseLearn, SparseLearnSettings
 
 from .judge import Judged, best_constant, judge, judge_blind, kept_and_dropped_means, select_all, with_positions
 from .soft import judge_soft
@@ -40,6 +42,17 @@ SOFT_PATCHES = 4096
 INFORMATION_COMPONENTS = 4
 
 
+@dataclass(frozen=True)
+class KeepsK:
+    """A rule at a K of its own."""
+
+    rule: Selector
+    k: int
+
+    def select(self, slide: FeatureFile, k: int | None = None) -> Selection:
+        return self.rule.select(slide, self.k)
+
+
 class Study:
     """One checkpoint, asked the same questions under many rules of selection.
 
@@ -48,10 +61,11 @@ class Study:
         groups: questions of multiple choice.
         out: directory for CSV files; made where it is missing.
         seed: of random selections and of all resampling.
+        device: of the model, in the checkpoint's dtype; policies and the learned selection stay on the CPU.
     """
 
-    def __init__(self, checkpoint: str, groups: Groups, out: str | Path, seed: int = 0) -> None:
-        self.model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).eval()
+    def __init__(self, checkpoint: str, groups: Groups, out: str | Path, seed: int = 0, device: str = "cpu") -> None:
+        self.model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).to(device).eval()
         self.encoder = ChatEncoder(AutoTokenizer.from_pretrained(checkpoint))
         self.groups, self.out, self.seed = groups, Path(out), seed
         self.k = self.model.config.num_slide_tokens
@@ -110,28 +124,33 @@ class Study:
         rows = []
         for length, items in self.groups.items():
             slides = [item.slides[0].name for item in items]
+            rules = {str(k): KeepsK(self.model.selector(), k) for k in sizes}
+            chosen = select_all(items, rules, self.k)
             for k in sizes:
-                chosen = select_all(items, {LEARNED: self.model.selector()}, k)[LEARNED]
-                judged = judge(self.model, self.encoder, items, chosen, k)
+                judged = judge(self.model, self.encoder, items, chosen[str(k)], k)
                 recall = "" if judged.recall is None else rounded(judged.recall.mean())
                 rows.append({"length": length, "k": k} | self._accuracy(judged.correct, slides) | {"recall": recall})
         return rows
 
     def soft_and_hard(self) -> list[dict[str, Any]]:
-        """One scorer, judged through the gate (at the schedules' end) and by Hard Top-K."""
+        """One scorer, judged through the noise gate (tau where it ends, K as served) and by Hard Top-K.
+
+        Without a denoiser: a checkpoint holds none. The ablations judge each arm through its own.
+        """
         rows = []
         for length, items in self.groups.items():
             longest = max(source_length(item) for item in items)
             if longest > SOFT_PATCHES:
                 continue  # all patches would have to pass the decoder
             slides = [item.slides[0].name for item in items]
-            settings = SparseLearnSettings(num_kept=self.k)
-            soft = judge_soft(self.model, self.encoder, items, settings, SOFT_PATCHES, self.seed)
+            settings = SparseLearnSettings(num_kept=self.k, denoiser="none")
+            gate = SparseLearn(self.model.config.feature_dim, settings)
+            soft = judge_soft(self.model, self.encoder, items, gate, SOFT_PATCHES, self.seed)
             hard = self._learned(length, items).correct
             gap = paired_bootstrap(hard, soft.correct, slides, seed=self.seed)
             names = ("hard_minus_soft", "hard_minus_soft_low", "hard_minus_soft_high")
             rows.append(
-                {"length": length, "questions": len(items), "tau": settings.tau_end}
+                {"length": length, "questions": len(items), "k": self.k, "tau": settings.tau_end, "denoiser": "none"}
                 | {"hard_accuracy": rounded(hard.mean()), "soft_accuracy": rounded(soft.correct.mean())}
                 | dict(zip(names, map(rounded, gap), strict=True))
                 | {"soft_mass_on_hard": rounded(soft.mass_on_hard.mean())}

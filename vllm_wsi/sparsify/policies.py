@@ -68,7 +68,7 @@ class Policy(ABC):
         if k < 1:
             raise ValueError(f"k: found {k}, wanted at least 1")
         began = time.perf_counter()
-        patches, read_seconds = _read_patches(slide)
+        patches, read_seconds = finite_patches(slide)
         if not len(patches.rows):
             raise SlideError(
                 f"{_where(slide)} no patch with finite features among {slide.num_patches}, wanted at least one; "
@@ -287,8 +287,8 @@ def _where(slide: FeatureFile) -> str:
     return f"{slide.name}: {slide.key or 'features'}: found"
 
 
-def _read_patches(slide: FeatureFile) -> tuple[Patches, float]:
-    """(the finite patches, seconds of reading)."""
+def finite_patches(slide: FeatureFile) -> tuple[Patches, float]:
+    """(the patches of a slide whose features are all finite, decoded from any dtype; seconds of reading)."""
     stager = ChunkStager(slide, torch.device("cpu"))
     features, rows, m = torch.empty((slide.num_patches, slide.feature_dim)), [], 0
     for start, chunk in stager.chunks():
