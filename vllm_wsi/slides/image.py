@@ -1,0 +1,120 @@
+"""A slide image, as openslide reads it, or tifffile where openslide refuses it."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, AbstractSlide, OpenSlide, OpenSlideError
+from PIL import Image
+
+from .features import SlideError, SlideIdentity
+
+# Of the files that a folder is searched for; what a file is, its content says.
+IMAGE_SUFFIXES = frozenset(
+    (".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm", ".qptiff")
+)
+MAX_ASPECT = 1.02  # of the two mpp of one slide
+BAND_PX = 1 << 24  # level pixels that are held at once while a region is scaled down
+WHITE = (255, 255, 255)
+
+
+def open_image(path: str | os.PathLike[str]) -> AbstractSlide:
+    """Opens a slide image; the caller closes it.
+
+    Raises:
+        SlideError: neither openslide nor tifffile can read it.
+    """
+    path = Path(path)
+    SlideIdentity.of_file(path)  # a pipe would wait for ever
+    try:
+        image = OpenSlide(path)
+    except (OpenSlideError, ValueError) as error:
+        return _open_tiff(path, str(error))
+    # Of an OME-TIFF openslide sees a flat generic TIFF: neither its pyramid (sub-IFDs) nor its mpp.
+    if image.detect_format(path) == "generic-tiff" and "<OME" in image.properties.get("tiff.ImageDescription", ""):
+        image.close()
+        return _open_tiff(path, "OME-TIFF")
+    return image
+
+
+def _open_tiff(path: Path, refusal: str) -> AbstractSlide:
+    from .tiff_image import TiffImage
+
+    try:
+        return TiffImage(path)
+    except SlideError as error:
+        raise SlideError(f"{path}: found {error}, wanted a slide image; openslide says: {refusal}") from error
+
+
+def image_mpp(image: AbstractSlide, name: str, given: float | None = None) -> float:
+    """Microns per level-0 pixel: what is given, or else what the slide says.
+
+    Raises:
+        SlideError: nothing says it, or it makes no sense; nothing is guessed, not from the objective power either.
+    """
+    if given is not None:
+        if not (math.isfinite(given) and given > 0):
+            raise SlideError(f"{name}: mpp: found {given} given, wanted microns per pixel")
+        return given
+    found = [image.properties.get(key) for key in (PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y)]
+    try:
+        x, y = (float(value) for value in found if value is not None)
+    except ValueError:
+        raise SlideError(f"{name}: mpp: found none in the slide, wanted it given (--mpp)") from None
+    if not (math.isfinite(x) and math.isfinite(y) and min(x, y) > 0 and max(x, y) / min(x, y) <= MAX_ASPECT):
+        raise SlideError(f"{name}: mpp: found {x} x {y} in the slide, wanted one size for both directions (--mpp)")
+    return (x + y) / 2
+
+
+def read_scaled(
+    image: AbstractSlide, name: str, x_px: float, y_px: float, width_px: float, height_px: float, size: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """A region at another scale, in bounded memory whatever the region's size.
+
+    Args:
+        x_px, y_px, width_px, height_px: of the region, in level-0 pixels; beyond the slide it is white.
+        size: (width, height) of the result.
+
+    Returns:
+        RGB [height, width, 3].
+
+    Raises:
+        SlideError: the file is damaged there; openslide reads nothing more from an image after that.
+    """
+    width, height = size
+    level = image.get_best_level_for_downsample(max(1.0, min(width_px / width, height_px / height)) * 1.001)
+    scale = image.level_downsamples[level]
+    columns = math.ceil(width_px / scale) + 2
+    band = max(1, int(BAND_PX / columns * height / max(1.0, height_px / scale)))  # output rows at a time
+    out = np.empty((height, width, 3), np.uint8)
+    left = math.floor(x_px / scale)
+    for top in range(0, height, band):
+        rows = min(band, height - top)
+        y0, y1 = ((y_px + height_px * row / height) / scale for row in (top, top + rows))
+        first = math.floor(y0)
+        location = (round(left * scale), round(first * scale))
+        try:
+            part = image.read_region(location, level, (columns, math.ceil(y1) - first + 1))
+        except (OpenSlideError, ValueError, OSError) as error:
+            raise SlideError(f"{name}: found damaged pixels ({error}), wanted a readable slide image") from error
+        flat = Image.new("RGB", part.size, WHITE)
+        flat.paste(part, mask=part.getchannel("A"))
+        box = (x_px / scale - left, y0 - first, x_px / scale - left + width_px / scale, y1 - first)
+        if (width, rows) == (box[2] - box[0], box[3] - box[1]) and box[0] == box[1] == 0:
+            flat = flat.crop((0, 0, width, rows))
+        else:
+            flat = flat.resize((width, rows), Image.Resampling.BILINEAR, box)
+        out[top : top + rows] = np.asarray(flat)
+    return out
+
+
+def thumbnail(image: AbstractSlide, name: str, max_side: int) -> NDArray[np.uint8]:
+    """The whole slide, RGB [h, w, 3], its longer side at most `max_side`; carries no colour profile."""
+    width, height = image.dimensions
+    scale = max(1.0, max(width, height) / max_side)
+    size = (max(1, round(width / scale)), max(1, round(height / scale)))
+    return read_scaled(image, name, 0, 0, width, height, size)
