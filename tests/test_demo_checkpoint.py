@@ -43,7 +43,8 @@ def test_slides_of_100000_patches_are_answered_at_original_and_at_packed_positio
     chosen = select_all(items, {"learned": model.selector()}, K)["learned"]
     found = judge(with_positions(model, mode), encoder, items, chosen, K)
     assert found.correct.sum() >= 7
-    assert found.recall.mean() > 0.4  # by chance it would be 0.0003
+    assert found.recall.mean() >= 0.75  # 0.81 was measured; by chance it would be 0.0003
+    assert found.recall.min() >= 0.4
 
 
 def test_without_the_slide_or_with_any_patches_the_answer_is_a_guess(model, encoder):

@@ -1,0 +1,107 @@
+"""Writes the study's tables into README.md, between its `<!-- study:NAME -->` marks: `python bench/study_tables.py`.
+
+All numbers come from the CSV files in `bench/results/study/`.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Sequence
+
+from record import RESULTS, ROOT
+
+README = ROOT / "README.md"
+RULES = {
+    "learned": "learned",
+    "mmr of learned": "learned, made diverse (MMR)",
+    "oracle": "oracle: the evidence alone",
+    "mmr": "norm, made diverse (MMR)",
+    "farthest-point": "farthest-point",
+    "k-means": "k-means",
+    "uniform": "uniform",
+    "random": "random",
+    "top-norm": "top-norm",
+    "blind": "no slide",
+    "always": "constant letter",
+}
+Row = dict[str, str]
+
+
+def main() -> None:
+    text = README.read_text()
+    for name, table in (("policies", policies()), ("ablations", ablations()), ("recipe_seeds", recipe_seeds())):
+        mark, end = f"<!-- study:{name} -->\n", f"<!-- study:{name} end -->\n"
+        text, count = re.subn(f"{mark}.*?{end}", lambda _, new=mark + table + end: new, text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{README}: found {count} parts {mark.strip()}, wanted one")
+    README.write_text(text)
+
+
+def policies() -> str:
+    """At the checkpoint's own positions."""
+    rows = rows_of("policies")
+    lengths = dict.fromkeys(row["length"] for row in rows)
+    cells: dict[tuple[str, str], str] = {}
+    for row in rows:
+        if row["positions"] == "original":
+            kept = f" ({float(row['evidence_recall']):.2f})" if row["evidence_recall"] else ""
+            interval = f"{float(row['accuracy']):.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
+            cells[row["rule"].partition(" ")[0] if row["rule"].startswith("always") else row["rule"], row["length"]] = (
+                interval + kept
+            )
+    return table(
+        ["selection", *(f"{int(n):,}" for n in lengths)],
+        ([shown, *(cells[rule, n] for n in lengths)] for rule, shown in RULES.items()),
+    )
+
+
+def ablations() -> str:
+    rows = rows_of("ablations")
+    arms, lengths = (dict.fromkeys(row[name] for row in rows) for name in ("arm", "length"))
+    longest = list(lengths)[-1]
+    lines = []
+    for arm in arms:
+        at = {n: [row for row in rows if (row["arm"], row["length"]) == (arm, n)] for n in lengths}
+        soft = [row for found in at.values() for row in found if row["soft_accuracy"]]
+        lines.append(
+            [arm, *(spread(at[n], "accuracy") for n in lengths), spread(at[longest], "evidence_recall")]
+            + [spread(soft, "soft_accuracy"), spread(soft, "hard_accuracy_of_the_same")]
+        )
+    kept, same = f"evidence kept at {int(longest):,}", "hard, same questions"
+    return table(["arm", *(f"N = {int(n):,}" for n in lengths), kept, "soft, N = 1,000", same], lines)
+
+
+def recipe_seeds() -> str:
+    rows = rows_of("recipe_seeds")
+    columns = dict.fromkeys((row["length"], row["positions"]) for row in rows)
+    lines = []
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        found = {(row["length"], row["positions"]): row for row in rows if row["seed"] == seed}
+        lines.append(
+            [seed]
+            + [f"{float(found[c]['accuracy']):.2f} / {float(found[c]['oracle_accuracy']):.2f}" for c in columns]
+            + [f"{float(found[n, 'original']['evidence_recall']):.2f}" for n in dict.fromkeys(n for n, _ in columns)]
+        )
+    shown = [f"N = {int(n):,}, {mode}" for n, mode in columns]
+    return table(["seed", *shown, *(f"evidence kept, {int(n):,}" for n in dict.fromkeys(n for n, _ in columns))], lines)
+
+
+def spread(rows: Sequence[Row], column: str) -> str:
+    """mean (least - most)"""
+    values = [float(row[column]) for row in rows]
+    return f"{sum(values) / len(values):.3f} ({min(values):.2f} - {max(values):.2f})"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = "|".join(["", "---", *["--:"] * (len(head) - 1), ""])
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
+
+
+def rows_of(name: str) -> list[Row]:
+    with open(RESULTS / "study" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main()
