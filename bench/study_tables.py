@@ -64,10 +64,8 @@ def ablations() -> str:
     for arm in arms:
         at = {n: [row for row in rows if (row["arm"], row["length"]) == (arm, n)] for n in lengths}
         soft = [row for found in at.values() for row in found if row["soft_accuracy"]]
-        lines.append(
-            [arm, *(spread(at[n], "accuracy") for n in lengths), spread(at[longest], "evidence_recall")]
-            + [spread(soft, "soft_accuracy"), spread(soft, "hard_accuracy_of_the_same")]
-        )
+        of_all = [*(spread(at[n], "accuracy") for n in lengths), spread(at[longest], "evidence_recall")]
+        lines.append([arm, *of_all, *(spread(soft, name) for name in ("soft_accuracy", "hard_accuracy_of_the_same"))])
     kept, same = f"evidence kept at {int(longest):,}", "hard, same questions"
     return table(["arm", *(f"N = {int(n):,}" for n in lengths), kept, "soft, N = 1,000", same], lines)
 
