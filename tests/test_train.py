@@ -195,6 +195,24 @@ def test_two_processes_train_one_checkpoint(tmp_path):
     assert all(torch.equal(alone[name], tensor) for name, tensor in weights(tmp_path / "together").items())
 
 
+def test_a_model_left_in_shares_is_made_whole_from_what_the_stages_saved(tmp_path, monkeypatch):
+    asked, run = two_stages(steps=2), training.run_stage
+    wanted = weights(train(asked, tmp_path / "whole", GENERATORS))
+
+    def run_sharded(model, stage, dataset, tokenizer, output, number, *arguments):
+        was_done = (output / "stages" / f"{number}-{stage.name}" / "final").is_dir()
+        trained = run(model, stage, dataset, tokenizer, output, number, *arguments)
+        if was_done:
+            return trained
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+        return trained._replace(is_sharded=True)
+
+    monkeypatch.setattr(training, "run_stage", run_sharded)
+    found = weights(train(asked, tmp_path / "run", GENERATORS))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_what_a_checkpoint_runs_knows_nothing_of_the_gate(whole_run, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("the soft path ran")

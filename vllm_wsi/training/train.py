@@ -50,19 +50,20 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     set_seed(settings.seed)
     model, tokenizer = start_model(settings.model, settings.seed)
     datasets = _checked_datasets(settings, ChatEncoder(tokenizer), model.config, generators or {})
+    if processes.is_main_process:
+        for stage, dataset in zip(settings.stages, datasets, strict=True):
+            if (thinning := dataset.thinning()) is not None:
+                print(f"stage {stage.name}: {thinning}", flush=True)
     previous: SparseLearn | None = None
-    for number, (stage, dataset) in enumerate(zip(settings.stages, datasets, strict=True)):
-        if processes.is_main_process and (thinning := dataset.thinning()) is not None:
-            print(f"stage {stage.name}: {thinning}", flush=True)
-        trained = run_stage(model, stage, dataset, tokenizer, output, number, settings, previous)
-        if trained.is_sharded:  # what is in memory is a share of the weights: made whole from what the stages saved
+    number = 0
+    while number < len(settings.stages):
+        stage = settings.stages[number]
+        trained = run_stage(model, stage, datasets[number], tokenizer, output, number, settings, previous)
+        if trained.is_sharded:  # but a share of the weights is in memory: built again from what the stages saved
             model, _ = start_model(settings.model, settings.seed)
-            previous = None
-            for done, earlier in enumerate(settings.stages[: number + 1]):
-                restored = run_stage(model, earlier, datasets[done], tokenizer, output, done, settings, previous)
-                previous = restored.sparselearn or previous
+            previous, number = None, 0
         else:
-            previous = trained.sparselearn or previous
+            previous, number = trained.sparselearn or previous, number + 1
     if processes.is_main_process:
         partial_path = output / "checkpoint.partial"
         shutil.rmtree(partial_path, ignore_errors=True)
@@ -117,9 +118,9 @@ def run_stage(
             os.rename(partial_path, final)
         trainer.accelerator.wait_for_everyone()
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if stage.lora is not None and not is_sharded:
-        model.language_model = model.language_model.merge_and_unload()
     if not is_sharded:
+        if stage.lora is not None:
+            model.language_model = model.language_model.merge_and_unload()
         model.requires_grad_(True)
     return TrainedStage(wrapped.sparselearn, is_sharded)
 
