@@ -151,9 +151,9 @@ def _scores(problem: Problem) -> Callable[[], Tensor]:
     """Our scores; on the CPU those of the plain path."""
     if not problem.x.is_cuda:
         return partial(score_patches, problem.x, problem.weights)
-    from vllm_wsi.kernels.score import fold_cached, score_triton
+    from vllm_wsi.kernels.score import score_triton
 
-    return lambda: score_triton(problem.x, fold_cached(problem.weights, problem.x.dtype))
+    return partial(score_triton, problem.x, problem.weights)
 
 
 def _through(select_name: str, problem: Problem) -> Provider:
@@ -256,6 +256,6 @@ PROVIDERS: dict[str, Callable[[Problem], Provider]] = {
     OURS: _ours,
     "eager torch": _eager,
     "torch.compile": _compiled,
-    **{f"our scores + {name}": partial(_through, name) for name in SELECTORS if name not in (OURS, "torch.topk")},
+    **{f"our scores + {name}": partial(_through, name) for name in SELECTORS if name != OURS},
 }
 RAGGED = ("copy", "gemm", OURS, "eager torch")

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_wsi.kernels.score import ScoreConfig, _score_kernel, _score_linear_kernel
-from vllm_wsi.kernels.select import BLOCK, _select_kernel
+from vllm_wsi.kernels.select import BLOCK, GATHER_BLOCK, LOOKUP_BLOCK, SELECT_WARPS, _select_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -57,14 +57,19 @@ def compile_score(arch: int, d: int, h: int, dtype: torch.dtype, config: ScoreCo
     return compile_kernel(_score_kernel if h else _score_linear_kernel, arch, signature, constants, config)
 
 
-def compile_select(arch: int, k: int) -> Compiled:
+def compile_select(arch: int, k: int, *, ragged: bool = False, streaming: bool = False) -> Compiled:
     signature = {
-        "scores_ptr": "*fp32", "n": "i32", "first_row": "i32", "features_ptr": "*bf16", "features_stride": "i64",
+        "scores_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "n": "i32", "first_row": "i32", "running_keys_ptr": "*i64",
+        "running_rows_ptr": "*bf16", "running_indices_ptr": "*i64", "features_ptr": "*bf16", "features_stride": "i64",
         "workspace_ptr": "*i64", "tickets_ptr": "*i32", "indices_ptr": "*i64", "values_ptr": "*fp32",
         "rows_ptr": "*bf16", "keys_ptr": "*i64", "parts": "i32",
     }  # fmt: skip
     constants = {
-        "cu_seqlens_ptr": None, "running_keys_ptr": None, "running_rows_ptr": None, "running_indices_ptr": None,
-        "K": k, "K_PAD": k, "BLOCK": BLOCK, "D": 1536, "BLOCK_D": 64, "BY_SCORE": False,
+        "column_stride": 1, "K": k, "K_PAD": k, "BLOCK": BLOCK, "D": 1536, "BLOCK_D": GATHER_BLOCK,
+        "LOOKUP": min(k, LOOKUP_BLOCK), "BY_SCORE": False,
     }  # fmt: skip
-    return compile_kernel(_select_kernel, arch, signature, constants, ScoreConfig(0, 0, 8, 1))
+    absent = ["cu_seqlens_ptr"] * (not ragged)
+    absent += ["running_keys_ptr", "running_rows_ptr", "running_indices_ptr"] * (not streaming)
+    return compile_kernel(
+        _select_kernel, arch, signature, constants | dict.fromkeys(absent), ScoreConfig(0, 0, SELECT_WARPS, 1)
+    )

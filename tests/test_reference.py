@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from vllm_wsi.kernels import score_patches, score_topk
-from vllm_wsi.kernels.reference import BLOCK_ROWS
+from vllm_wsi.kernels.reference import BLOCK_ROWS, select_topk
 
 from vllm_wsi.sparsify.scorer import PatchScorer, build_scorer, seeded_scorer
 
@@ -89,13 +90,33 @@ def test_no_slides_give_empty_results():
     assert [tuple(x.shape) for x in top] == [(0, 3), (0, 3), (0, 3, D), (0, 4), (0,)]
 
 
-@pytest.mark.parametrize("cut", [None, [0, 9, 20]])
-def test_the_operator_passes_pytorchs_own_checks(cut):
-    weights = scorer().weights()
+@pytest.mark.parametrize("hidden", [0, 32])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("cut", "by_score"), [(None, False), ([0, 9, 20], True)])
+def test_the_operator_passes_pytorchs_own_checks(cut, by_score, streaming, hidden):
+    weights = scorer(hidden).weights()
     cu_seqlens = None if cut is None else torch.tensor(cut)
+    first_row, before = 0, (None, None, None)
+    if streaming:
+        running = score_topk(features(20, seed=1), weights, 3, cu_seqlens=cu_seqlens, by_score=by_score)
+        first_row, before = 20, (running.indices, running.rows, running.keys)
     *parameters, eps = weights
-    arguments = (features(20), *parameters, eps, 3, cu_seqlens, 0, None, None, None, False)
+    arguments = (features(20), *parameters, eps, 3, cu_seqlens, first_row, *before, by_score)
     torch.library.opcheck(torch.ops.vllm_wsi.score_topk.default, arguments)
+
+
+@pytest.mark.parametrize("n", [65_536, 100_000, 1_000_000])
+@pytest.mark.parametrize("kind", ["random", "falling", "one bin", "31 finite"])
+def test_indices_equal_a_stable_sort_in_large_slides(kind, n):
+    scores = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    if kind == "falling":
+        scores = -torch.arange(n).float()
+    elif kind == "one bin":  # a value and its neighbour, one unit in the last place above
+        scores = (torch.ones(n).view(torch.int32) + (scores > 1).int()).view(torch.float32)
+    elif kind == "31 finite":
+        scores[torch.randperm(n, generator=torch.Generator().manual_seed(1))[31:]] = float("nan")
+    wanted = oracle(scores, 32)
+    assert select_topk(scores, 32).indices[0].tolist() == wanted + [-1] * (32 - len(wanted))
 
 
 def test_the_operator_compiles_without_a_graph_break():
@@ -156,8 +177,9 @@ def test_the_module_and_the_reference_give_the_same_scores():
 
 
 def test_a_slide_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="features have size 65, wanted 64"):
-        score_patches(features(3, 65), scorer().weights())
+    for function in (score_patches, partial(score_topk, k=2)):
+        with pytest.raises(ValueError, match="features have size 65, wanted 64"):
+            function(features(3, 65), scorer().weights())
 
 
 def test_an_unknown_scorer_kind_is_refused():

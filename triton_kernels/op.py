@@ -43,7 +43,12 @@ def score_topk(
         first_row: row of `features[0]` within its slide, for a slide that arrives in chunks.
         running: what the slide's earlier chunks gave, for the same k and order.
         by_score: order the kept by score instead of by row.
+
+    Raises:
+        ValueError: features of another d than the weights'; k or a row that is out of range.
     """
+    if features.shape[1] != weights.feature_dim:
+        raise ValueError(f"features have size {features.shape[1]}, wanted {weights.feature_dim}")
     before = (None, None, None) if running is None else (running.indices, running.rows, running.keys)
     *parameters, eps = weights
     arguments = (features, *parameters, eps, k, cu_seqlens, first_row, *before, by_score)
@@ -81,14 +86,14 @@ def _on_cuda(
     features, norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps, k, cu_seqlens,
     first_row, running_indices, running_rows, running_keys, by_score,
 ):  # fmt: skip
-    from .score import fold_cached, score_triton, supports
+    from .score import score_triton, supports
     from .select import MAX_K, select_triton, stream_workspace
 
     weights = ScorerWeights(norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps)
     running = _running(running_indices, running_rows, running_keys)
     with torch.cuda.device(features.device):
         if supports(features, weights):
-            scores = score_triton(features, fold_cached(weights, features.dtype))
+            scores = score_triton(features, weights)
         else:
             scores = score_patches(features, weights, first_row)
         if k <= MAX_K:

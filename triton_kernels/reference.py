@@ -17,6 +17,13 @@ BLOCK_ROWS = 256
 so that a row's score has the same bits however the slide is cut into chunks. Small enough that a block's
 temporaries stay on the heap: larger ones go back to the kernel and fault in again for every block."""
 
+MAX_MAGNITUDE = 2.0**50
+"""A patch's score is NaN, on every device, unless its features' mean and standard deviation in fp32 lie below this.
+
+Features that are NaN or infinite give a NaN mean; larger ones are no embedding, and their squares would overflow fp32
+here and not there, depending on the order of sums. Below it nothing overflows up to d = 2560. fp16 never reaches it.
+"""
+
 
 class ScorerWeights(NamedTuple):
     """Parameters of a per-patch scorer, fp32: LayerNorm(d), Linear(d, h), GELU, Linear(h, 1).
@@ -58,11 +65,14 @@ class Selected(NamedTuple):
 
 
 def apply_scorer(features: Tensor, weights: ScorerWeights) -> Tensor:
-    """Scores fp32 [n] of features [n, d] in one matrix product, computed in fp32."""
-    x = F.layer_norm(features.float(), (weights.feature_dim,), weights.norm_weight, weights.norm_bias, weights.norm_eps)
+    """Scores fp32 [n] of features [n, d] in one matrix product, computed in fp32; NaN by `MAX_MAGNITUDE`."""
+    gain, shift = weights.norm_weight, weights.norm_bias
+    x, mean, rstd = torch.native_layer_norm(features.float(), [weights.feature_dim], gain, shift, weights.norm_eps)
     if weights.hidden_weight is not None:
         x = F.gelu(F.linear(x, weights.hidden_weight, weights.hidden_bias))
-    return F.linear(x, weights.out_weight[None], weights.out_bias[None])[:, 0]
+    scores = F.linear(x, weights.out_weight[None], weights.out_bias[None])[:, 0]
+    valid = (mean.abs() < MAX_MAGNITUDE) & (rstd > 1 / MAX_MAGNITUDE)
+    return torch.where(valid[:, 0], scores, torch.nan)
 
 
 def score_patches(features: Tensor, weights: ScorerWeights, first_row: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import ScorerWeights
+from .reference import MAX_MAGNITUDE, ScorerWeights
 
 MIN_DIM, MAX_DIM, DIM_STEP = 256, 2560, 64
 MAX_HIDDEN = 512
@@ -25,6 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Phi(x) - 1/2 = x * p(2 x^2 / 5.2^2 - 1) on |x| <= 5.2: minimax in the GELU's error, fitted in float64 by iteratively
 # reweighted least squares on 4,000 Chebyshev nodes. GELU is exact to 1.3e-6 in fp32 (torch's erf form: 1.2e-6).
 GELU_REACH = tl.constexpr(5.2)
+LIMIT = tl.constexpr(MAX_MAGNITUDE)
 
 
 class FoldedScorer(NamedTuple):
@@ -83,24 +84,35 @@ def fold_scorer(weights: ScorerWeights, dtype: torch.dtype) -> FoldedScorer:
     return FoldedScorer(weight, column_sum, bias, out, weights.out_bias[None].float(), weights.norm_eps, h)
 
 
-_folded: dict[tuple, tuple[weakref.ref, FoldedScorer]] = {}
+class _CachedFold(NamedTuple):
+    tensors: tuple[weakref.ref, ...]  # what it was folded from
+    versions: tuple[int, ...]
+    folded: FoldedScorer
+
+
+_folds: dict[tuple, _CachedFold] = {}
 _fold_lock = threading.Lock()
 
 
 def fold_cached(weights: ScorerWeights, dtype: torch.dtype) -> FoldedScorer:
-    """`fold_scorer`, once for each state of the weights: they are recognised by object and version."""
+    """`fold_scorer`, once for each state of the weights: every tensor is recognised by object and version.
+
+    Tensors made in inference mode have no version: they must not change.
+    """
     tensors = [x for x in weights if isinstance(x, Tensor)]
-    key = (*((id(x), 0 if x.is_inference() else x._version) for x in tensors), weights.norm_eps, dtype)
+    versions = tuple(0 if x.is_inference() else x._version for x in tensors)
+    key = (*map(id, tensors), weights.norm_eps, dtype)
     with _fold_lock:
-        found = _folded.get(key)
-        if found is not None and found[0]() is weights.out_weight:
-            return found[1]
-        for stale in [key for key, (owner, _) in _folded.items() if owner() is None]:
-            del _folded[stale]
+        found = _folds.get(key)
+        same = found is not None and all(ref() is x for ref, x in zip(found.tensors, tensors, strict=True))
+        if found is not None and same and found.versions == versions:
+            return found.folded
+        for stale in [key for key, fold in _folds.items() if any(ref() is None for ref in fold.tensors)]:
+            del _folds[stale]
         folded = fold_scorer(weights, dtype)
         if folded.weight.is_cuda:  # other streams will use it without waiting for this one
             torch.cuda.current_stream(folded.weight.device).synchronize()
-        _folded[key] = (weakref.ref(weights.out_weight), folded)
+        _folds[key] = _CachedFold(tuple(map(weakref.ref, tensors)), versions, folded)
         return folded
 
 
@@ -128,18 +140,24 @@ def score_config(arch: int, feature_dim: int, hidden_size: int, dtype: torch.dty
     return ScoreConfig(256 if arch < 100 or hidden_size <= 64 else 128, 64, 8, 3)
 
 
-def score_triton(features: Tensor, folded: FoldedScorer, config: ScoreConfig | None = None) -> Tensor:
-    """Scores of patches on a GPU.
+def score_triton(features: Tensor, weights: ScorerWeights, config: ScoreConfig | None = None) -> Tensor:
+    """Scores every row; the torch oracle is `reference.score_patches`.
 
     Args:
-        features: [N, d] bf16, fp16 or fp32; d a multiple of 64 within 256 .. 2560; row stride >= d.
-        folded: of the same dtype and device (`fold_scorer`).
+        features: [N, d] that `supports` takes.
+        weights: on the device of `features`.
         config: another launch configuration, for tests and benchmarks.
 
     Returns:
         fp32 [N].
+
+    Raises:
+        ValueError: features of another d than the weights'.
     """
     n, d = features.shape
+    if d != weights.feature_dim:
+        raise ValueError(f"features have size {d}, wanted {weights.feature_dim}")
+    folded = fold_cached(weights, features.dtype)
     scores = torch.empty(n, dtype=torch.float32, device=features.device)
     if n == 0:
         return scores
@@ -194,6 +212,13 @@ def _add_statistics(x, shift, total, squares, BLOCK_M: tl.constexpr, BLOCK_K: tl
 
 
 @triton.jit
+def _rstd(mean, variance, eps):
+    """1 / sqrt(variance + eps), or NaN by the rule of `reference.MAX_MAGNITUDE`: a NaN here reaches the score."""
+    valid = (tl.abs(mean) < LIMIT) & (variance < LIMIT * LIMIT)
+    return tl.where(valid, 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps), float("nan"))
+
+
+@triton.jit
 def _score_kernel(
     x_ptr, x_stride, weight_ptr, column_sum_ptr, bias_ptr, out_weight_ptr, out_bias_ptr, scores_ptr,
     n, eps,
@@ -216,13 +241,11 @@ def _score_kernel(
         total, squares = _add_statistics(x, shift, total, squares, BLOCK_M, BLOCK_K)
     offset = tl.sum(total, axis=1) / D
     variance = tl.sum(squares, axis=1) / D - offset * offset
-    rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
     mean = shift + offset
+    rstd = _rstd(mean, variance, eps)
     z = rstd[:, None] * (product - mean[:, None] * tl.load(column_sum_ptr + hidden)[None, :])
     z = _gelu(z + tl.load(bias_ptr + hidden)[None, :])
     score = tl.sum(z * tl.load(out_weight_ptr + hidden)[None, :], axis=1) + tl.load(out_bias_ptr)
-    # A row that is not finite: minimum and maximum may drop a NaN, the product may not (inf * 0 is NaN).
-    score = tl.where(tl.abs(variance) < float("inf"), score, float("nan"))
     tl.store(scores_ptr + row, score, mask=row < n)
 
 
@@ -246,7 +269,6 @@ def _score_linear_kernel(
         product += x * tl.load(weight_ptr + k + column)[None, :]
     offset = tl.sum(total, axis=1) / D
     variance = tl.sum(squares, axis=1) / D - offset * offset
-    rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+    rstd = _rstd(shift + offset, variance, eps)
     score = rstd * (tl.sum(product, axis=1) - offset * tl.load(weight_sum_ptr)) + tl.load(bias_ptr)
-    score = tl.where(tl.abs(variance) < float("inf"), score, float("nan"))
     tl.store(scores_ptr + row, score, mask=row < n)

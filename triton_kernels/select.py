@@ -17,6 +17,11 @@ from .reference import Running, Selected, padded_k
 MAX_K = 256
 BLOCK = 1024
 MAX_PARTS = 128
+SELECT_WARPS = 8
+GATHER_BLOCK = 64
+"""Columns of the kept rows that are copied at once."""
+LOOKUP_BLOCK = 16
+"""Earlier rows that all kept ones are compared with at once."""
 _ABSENT = tl.constexpr(-(2**63))
 
 
@@ -62,7 +67,7 @@ def select_triton(
     Args:
         scores: fp32 [N] of all slides, one after another.
         k: 1 .. 256.
-        features: [N, d] whose kept rows are gathered; None: they are not.
+        features: [N, d] of any strides, whose kept rows are gathered; None: they are not.
         cu_seqlens: int32 or int64 [S + 1], where each slide begins and ends; None: one slide.
         first_row: row of `scores[0]` within its slide, for a slide that arrives in chunks.
         running: what the slide's earlier chunks kept, by the same k.
@@ -86,14 +91,13 @@ def select_triton(
     rows = None if features is None else features.new_empty((num_slides, k, d))
     if num_slides == 0:
         return Selected(indices, values, rows, keys)
-    block_d = 64 if d % 64 == 0 else triton.next_power_of_2(max(d, 1))
     _select_kernel[(num_slides, parts)](
-        scores, cu_seqlens, n, first_row, None if running is None else running.keys,
+        scores.contiguous(), cu_seqlens, n, first_row, None if running is None else running.keys,
         None if running is None else running.rows, None if running is None else running.indices,
-        features, 0 if features is None else features.stride(0),
+        features, *((0, 1) if features is None else features.stride()),
         workspace.keys, workspace.tickets, indices, values, rows, keys, parts,
-        K=k, K_PAD=k_pad, BLOCK=max(block, k_pad), D=d, BLOCK_D=block_d,
-        BY_SCORE=by_score, num_warps=8,
+        K=k, K_PAD=k_pad, BLOCK=max(block, k_pad), D=d, BLOCK_D=GATHER_BLOCK,
+        LOOKUP=min(k_pad, LOOKUP_BLOCK), BY_SCORE=by_score, num_warps=SELECT_WARPS,
     )  # fmt: skip
     return Selected(indices, values, rows, keys)
 
@@ -117,10 +121,10 @@ def _absorb(best, keys, K_PAD: tl.constexpr):
 @triton.jit
 def _select_kernel(
     scores_ptr, cu_seqlens_ptr, n, first_row, running_keys_ptr, running_rows_ptr, running_indices_ptr,
-    features_ptr, features_stride,
+    features_ptr, features_stride, column_stride,
     workspace_ptr, tickets_ptr, indices_ptr, values_ptr, rows_ptr, keys_ptr, parts,
     K: tl.constexpr, K_PAD: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BY_SCORE: tl.constexpr,
+    LOOKUP: tl.constexpr, BY_SCORE: tl.constexpr,
 ):  # fmt: skip
     slide = tl.program_id(0)
     part = tl.program_id(1)
@@ -181,15 +185,18 @@ def _select_kernel(
             source = features_ptr + (begin + row - first_row) * features_stride
             target = rows_ptr + (slide * K + place).to(tl.int64) * D
             if running_rows_ptr is not None:
-                before = tl.load(running_indices_ptr + slide * K + place, mask=kept, other=-2)
-                same = before[None, :] == row[:, None]
                 old = present & (row < first_row)
-                old_place = tl.sum(tl.where(same, place[None, :], 0), axis=1)
+                old_place = tl.zeros((K_PAD,), tl.int32)
+                for start in range(0, K_PAD, LOOKUP):
+                    at = start + tl.arange(0, LOOKUP)
+                    before = tl.load(running_indices_ptr + slide * K + at, mask=at < K, other=-2)
+                    old_place += tl.sum(tl.where(before[None, :] == row[:, None], at[None, :], 0), axis=1)
                 old_source = running_rows_ptr + (slide * K + old_place).to(tl.int64) * D
             for start in range(0, D, BLOCK_D):
                 column = start + tl.arange(0, BLOCK_D)
                 inside = (column < D)[None, :]
-                x = tl.load(source[:, None] + column[None, :], mask=new[:, None] & inside, other=0.0)
+                offset = column.to(tl.int64) * column_stride
+                x = tl.load(source[:, None] + offset[None, :], mask=new[:, None] & inside, other=0.0)
                 if running_rows_ptr is not None:
                     y = tl.load(old_source[:, None] + column[None, :], mask=old[:, None] & inside, other=0.0)
                     x = tl.where(old[:, None], y, x)

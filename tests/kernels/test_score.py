@@ -1,10 +1,13 @@
 """score_triton: right to rounding, and bitwise independent of everything but the row."""
 
-import math
-
 import pytest
 import torch
-from vllm_wsi.kernels.score import ScoreConfig, fold_scorer, score_config, score_triton, supports
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from vllm_wsi.kernels import score as score_module
+from vllm_wsi.kernels.reference import MAX_MAGNITUDE, score_patches
+from vllm_wsi.kernels.score import ScoreConfig, _gelu, fold_cached, score_config, score_triton, supports
 
 from vllm_wsi.sparsify.scorer import seeded_scorer
 
@@ -12,6 +15,8 @@ from .conftest import INTERPRETED
 
 CONFIG = {0: ScoreConfig(16, 64, 4, 1)}
 SMALL = ScoreConfig(64, 64, 4, 2)
+# Relative to the scores' deviation, which is 0.15 to 0.25 here with a hidden layer. In fp32 the linear scorer keeps
+# within 2e-6; behind a hidden layer the GELU's 1.3e-6, absolute, come to 3e-6 to 6e-6.
 TOLERANCE = {torch.float32: 6e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
@@ -41,7 +46,7 @@ def exact(module, x):
 def run(module, x, config=None):
     weights = module.weights().to(x.device)
     h = 0 if module.hidden is None else module.hidden.out_features
-    return score_triton(x, fold_scorer(weights, x.dtype), config or CONFIG.get(h, SMALL))
+    return score_triton(x, weights, config or CONFIG.get(h, SMALL))
 
 
 @pytest.mark.parametrize("h", [0, 16, 64, 128, 192, 256, 512])
@@ -52,7 +57,7 @@ def test_scores_agree_with_float64(d, h, dtype, device):
     module, x = scorer(d, h), features(130, d).to(device, dtype)
     wanted = exact(module, x)
     error = (run(module, x).cpu() - wanted).abs().max() / wanted.std()
-    assert error < TOLERANCE[dtype]
+    assert error < (TOLERANCE[dtype] if h else 2e-6)  # without a product, nothing is rounded to X's dtype
 
 
 @pytest.mark.parametrize("d", [768, 1536, 2560])
@@ -69,25 +74,17 @@ def test_a_mean_of_thirty_deviations_costs_no_accuracy_that_the_dtype_has(h, dev
     assert (run(module, x).cpu() - wanted).abs().max() / wanted.std() < 4e-5
 
 
+@triton.jit
+def _gelu_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, _gelu(tl.load(x_ptr + at)))
+
+
 def test_gelu_is_exact_to_two_millionths(device):
-    """Through the kernel itself: a scorer whose hidden unit j is z, and whose output takes that unit alone."""
-    module = scorer(256, 16)
-    module.out.weight.zero_()
-    module.out.weight[0, 3] = 1.0
-    module.out.bias.zero_()
-    for scale in (0.1, 1.0, 3.0, 8.0, 30.0):
-        module.hidden.bias.copy_(torch.linspace(-scale, scale, 16))
-        x = features(200, 256, seed=int(scale * 10)).to(device)
-        z = (
-            module.cpu()
-            .double()
-            .hidden(torch.nn.functional.layer_norm(x.cpu().double(), (256,), module.norm.weight, module.norm.bias))[
-                :, 3
-            ]
-        )
-        module.float()
-        wanted = 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
-        assert (run(module, x).cpu() - wanted).abs().max() < 2e-6 + 2e-6 * scale
+    x = torch.linspace(-8, 8, 1 << 17).to(device)
+    y = torch.empty_like(x)
+    _gelu_kernel[(len(x) // 1024,)](x, y, BLOCK=1024)
+    assert (y.cpu() - F.gelu(x.cpu().double())).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("h", [0, 64])
@@ -132,12 +129,37 @@ def test_a_row_that_is_not_finite_scores_nan_and_touches_no_other(h, value, devi
         assert torch.equal(scores[others], clean[others])
 
 
+@pytest.mark.parametrize("h", [0, 64])
+def test_rows_score_nan_by_one_rule_on_every_device(h, dtype, device):
+    """`MAX_MAGNITUDE`: noise, one spike, an offset and a constant row of every size that the dtype holds."""
+    module, noise = scorer(256, h), features(1, 256)[0]
+    rows = []
+    for exponent in range(0, 127, 7):
+        size, spike = 2.0**exponent, torch.zeros(256)
+        spike[100] = size
+        rows += [noise * size, spike, noise + size, noise * size + size, torch.full((256,), size), -spike]
+    x = torch.stack(rows).clamp(-3e38, 3e38)
+    spread = x.double().std(dim=1, unbiased=False)
+    x = x.to(dtype)
+    finite = x.isfinite().all(dim=1)
+    wanted = finite & (x.double().mean(dim=1).abs() < MAX_MAGNITUDE) & (spread < MAX_MAGNITUDE)
+    assert torch.equal(~run(module, x.to(device)).cpu().isnan(), wanted)
+    assert torch.equal(~score_patches(x, module.weights()).isnan(), wanted)
+
+
+@pytest.mark.parametrize("h", [0, 64])
+def test_rows_that_lie_four_gibibytes_apart(h, device):
+    """Offsets beyond 2^31 elements; only the rows themselves are touched memory."""
+    x = torch.empty_strided((3, 256), (2**31, 1), dtype=torch.float16, device=device).copy_(features(3, 256))
+    assert torch.equal(run(scorer(256, h), x), run(scorer(256, h), x.clone(memory_format=torch.contiguous_format)))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="needs 4 GiB on a GPU")
 def test_offsets_beyond_two_to_the_thirty_one_elements(device):
     module = scorer(2560, 0)
     x = torch.zeros(2**31 // 2560 + 100, 2560, dtype=torch.float16, device=device)
     x[-50:] = features(50, 2560).to(device, torch.float16)
-    assert torch.equal(run(module, x, None)[-50:], run(module, x[-50:].clone(), None))
+    assert torch.equal(run(module, x)[-50:], run(module, x[-50:].clone()))
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
@@ -156,3 +178,27 @@ def test_other_sizes_are_left_to_the_reference(d):
     assert supports(torch.zeros(2, 256), scorer(256, 16).weights())
     assert not supports(torch.zeros(2, 256, dtype=torch.float64), scorer(256, 16).weights())
     assert not supports(torch.zeros(256, 256).T, scorer(256, 16).weights())
+
+
+def test_another_feature_size_than_the_weights_is_refused(device):
+    with pytest.raises(ValueError, match="features have size 320, wanted 256"):
+        run(scorer(256, 16), features(3, 320).to(device))
+
+
+@pytest.mark.parametrize("h", [0, 16])
+def test_weights_are_folded_once_for_each_state_of_every_tensor(h, device):
+    weights = scorer(256, h).weights().to(device)
+    first = fold_cached(weights, torch.float16)
+    before = len(score_module._folds)
+    for name, tensor in weights._asdict().items():
+        assert fold_cached(weights, torch.float16) is first
+        if isinstance(tensor, torch.Tensor):
+            tensor.mul_(2)
+            second = fold_cached(weights, torch.float16)
+            assert second is not first, name
+            other = weights._replace(**{name: tensor.clone()})
+            assert fold_cached(other, torch.float16) is not second, name
+            del other
+            first = second
+    assert fold_cached(weights, torch.float32) is not first
+    assert len(score_module._folds) <= before + 2  # an older state gives way, a dead tensor's at the next folding

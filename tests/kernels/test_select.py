@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from vllm_wsi.kernels import select as select_module
-from vllm_wsi.kernels.keys import ABSENT, unpack_keys
+from vllm_wsi.kernels.keys import ABSENT, pack_keys, unpack_keys
 from vllm_wsi.kernels.reference import select_topk
-from vllm_wsi.kernels.select import Workspace
+from vllm_wsi.kernels.select import Workspace, _pack
 
 from .conftest import INTERPRETED
 
@@ -25,6 +27,19 @@ def noise(n, seed=0):
 def nearly_equal(n):
     """All within a few units in the last place of one value: one bin for any filter by leading bits."""
     return (torch.full((n,), 1.0).view(torch.int32) + torch.arange(n).remainder(7).int()).view(torch.float32)
+
+
+def one_bin(n):
+    """One value and its neighbour, one unit in the last place above."""
+    return (torch.full((n,), 1.0).view(torch.int32) + (noise(n) > 1).int()).view(torch.float32)
+
+
+def finite_but_one(n):
+    """31 finite scores, one fewer than the test's k; the rest is NaN."""
+    scores = torch.full((n,), float("nan"))
+    places = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:31]
+    scores[places] = noise(len(places))
+    return scores
 
 
 def mostly_nan(n):
@@ -48,6 +63,8 @@ KINDS = {
     "falling": lambda n: -torch.arange(n).float(),
     "denormal": lambda n: noise(n) * 1e-42,
     "nearly equal": nearly_equal,
+    "one bin": one_bin,
+    "31 finite": finite_but_one,
     "all NaN": lambda n: torch.full((n,), float("nan")),
     "mostly NaN": mostly_nan,
     "infinite": infinite,
@@ -77,6 +94,32 @@ def check(selected, scores, k, slide=0, by_score=False):
 def test_indices_equal_a_stable_sort(kind, n, device):
     scores = KINDS[kind](n)
     check(select_triton(scores.to(device), 32), scores, 32)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter sorts slowly; the reference has the same test")
+@pytest.mark.parametrize("kind", ["random", "falling", "rising", "one bin", "31 finite"])
+@pytest.mark.parametrize("n", [65_536, 100_000, 1_000_000])
+def test_indices_equal_a_stable_sort_in_large_slides(kind, n, device):
+    scores = KINDS[kind](n)
+    check(select_triton(scores.to(device), 32), scores, 32)
+
+
+@triton.jit
+def _pack_kernel(scores_ptr, keys_ptr, n, first_row, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    score = tl.load(scores_ptr + at, mask=at < n, other=0.0)
+    tl.store(keys_ptr + at, _pack(score, first_row + at), mask=at < n)
+
+
+@pytest.mark.parametrize("first_row", [0, 123_456, 2**31 - 1 - 1000])
+def test_the_kernels_keys_are_the_references_for_every_class_of_float(first_row, device):
+    bits = [0, 1, 2, 0x7FFFFF, 0x800000, 0x3F800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF]
+    scores = torch.tensor(bits, dtype=torch.int32)
+    scores = torch.cat((scores, scores | -(2**31))).view(torch.float32)
+    scores = torch.cat((scores, noise(500), noise(400) * 1e-42))
+    keys = torch.empty(len(scores), dtype=torch.int64, device=device)
+    _pack_kernel[(1,)](scores.to(device), keys, len(scores), first_row, BLOCK=1024)
+    assert torch.equal(keys.cpu(), pack_keys(scores, first_row))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 31, 33, 255, 256])
@@ -146,6 +189,28 @@ def test_a_slide_in_chunks_keeps_what_the_whole_slide_keeps(chunk, by_score, dev
         )
     for one, other in zip(running, whole, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("k", [3, 64])
+def test_kept_rows_of_any_size_and_any_strides(k, device):
+    scores = noise(40).to(device)
+    for x in (noise(40 * 4100).reshape(40, 4100), noise(40 * 70).reshape(70, 40).T, noise(40)[:, None].expand(40, 5)):
+        x = x.to(device)
+        selected = select_triton(scores, k, x)
+        m = min(k, 40)
+        assert torch.equal(selected.rows[0, :m], x[selected.indices[0, :m]])
+        assert not selected.rows[0, m:].any()
+
+
+def test_rows_that_lie_four_gibibytes_apart_are_gathered(device):
+    x = torch.empty_strided((3, 96), (2**31, 1), dtype=torch.float16, device=device).copy_(noise(3 * 96).reshape(3, 96))
+    selected = select_triton(torch.tensor([1.0, 3.0, 2.0]).to(device), 2, x)
+    assert torch.equal(selected.rows[0], x[1:].clone(memory_format=torch.contiguous_format))
+
+
+def test_scores_of_any_stride(device):
+    wide = noise(300).reshape(100, 3).to(device)
+    check(select_triton(wide[:, 1], 32), wide[:, 1].cpu(), 32)
 
 
 @pytest.mark.parametrize("d", [64, 100, 1536])
