@@ -1,4 +1,4 @@
-"""`vllm-wsi`: doctor, select, demo, init-checkpoint, train, study."""
+"""`vllm-wsi`: encode, doctor, select, demo, init-checkpoint, train, study."""
 
 from __future__ import annotations
 
@@ -18,6 +18,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    encode = commands.add_parser("encode", help="slide images to feature files (extra: slides)")
+    encode.add_argument("slides", nargs="+", type=Path, metavar="SLIDE", help="slide image, or folder of them")
+    encode.add_argument(
+        "--encoder",
+        required=True,
+        help="colour-texture (built in, for trying things out), a name such as uni2, conch, virchow2 or gigapath, "
+        "hf-hub:OWNER/REPO, or a model's directory",
+    )
+    encode.add_argument("--out", type=Path, required=True, metavar="DIR", help="what is there already is skipped")
+    encode.add_argument("--mpp", type=float, help="microns per pixel of the slides, instead of what they say")
+    encode.add_argument("--patch-px", type=int, default=224, help="edge of a patch in pixels (default 224)")
+    encode.add_argument("--patch-mpp", type=float, default=0.5, help="microns of such a pixel (default 0.5: 20x)")
+    encode.add_argument("--tissue", default="otsu", choices=["otsu", "entropy", "none"], help="(default otsu)")
+    encode.add_argument("--background", type=float, default=0.3, help="largest share beside the tissue (default 0.3)")
+    encode.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="(default float16)")
+    encode.add_argument("--batch-size", type=int, default=32, help="patches encoded at once (default 32)")
+    encode.add_argument("--workers", type=int, metavar="N", help="slides at once (default: by the encoder)")
+    encode.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    encode.set_defaults(run=_encode)
+
     doctor = commands.add_parser("doctor", help="what is in a feature file, and what is wrong with it")
     doctor.add_argument("files", nargs="+", type=Path, metavar="FILE")
     doctor.add_argument("--encoder", help="which features, where a file holds several")
@@ -30,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     select.add_argument("-k", type=int, metavar="K", help="patches to keep (default: the checkpoint's)")
     select.add_argument("--encoder", help="which features, where a file holds several")
     select.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    select.add_argument("--geojson", type=Path, metavar="FILE", help="kept patches for QuPath")
+    select.add_argument("--heatmap", type=Path, metavar="FILE.png", help="all scores by their rank (extra: slides)")
+    select.add_argument("--montage", type=Path, metavar="FILE.png", help="the kept patches (extra: slides)")
+    select.add_argument("--slide", type=Path, metavar="IMAGE", help="slide image to draw upon (default: none)")
+    select.add_argument("--mpp", type=float, help="microns per level-0 pixel, instead of what the file says")
+    select.add_argument("--patch-size-level0", type=float, metavar="PX", help="instead of what the file says")
     select.set_defaults(run=_select)
 
     demo = commands.add_parser("demo", help="a slide, a real server, an answer with its evidence")
@@ -106,13 +132,56 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _encode(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .slides.encode import EncodeSettings
+    from .slides.encode_many import Outcome, count_by_status, encode_many, find_jobs, write_summary
+
+    chosen = ("patch_px", "patch_mpp", "mpp", "tissue", "background", "dtype", "batch_size")
+    settings = EncodeSettings(**{name: getattr(args, name) for name in chosen})
+    jobs = find_jobs(args.slides, args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(jobs), unit="slide", disable=None) as bar:
+
+        def ended(outcome: Outcome) -> None:
+            bar.update()
+            bar.set_postfix_str("")
+            if outcome.status == "failed":
+                bar.write(f"failed: {outcome.reason}", file=sys.stderr)
+            else:
+                patches = f"{outcome.patches:,} patches in {outcome.seconds:.1f} s" if outcome.patches else "is there"
+                bar.write(f"{outcome.status}: {outcome.slide}: {patches}")
+
+        def progress(done: int, total: int) -> None:
+            bar.set_postfix_str(f"{done:,} of {total:,} patches")
+
+        outcomes = encode_many(jobs, args.encoder, settings, args.device, args.workers, ended, progress)
+    counts = count_by_status(outcomes)
+    print(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed; "
+          f"see {write_summary(args.out, outcomes)}")  # fmt: skip
+    return 1 if counts["failed"] else 0
+
+
 def _select(args: argparse.Namespace) -> int:
     from .slides import open_features
 
     with open_features(args.file, args.encoder) as slide:
         from .checkpoint import load_selector
 
-        selection = load_selector(args.checkpoint, args.device).select(slide, args.k)
+        selector = load_selector(args.checkpoint, args.device)
+        selection = selector.select(slide, args.k, keep_every=args.heatmap is not None)
+    if args.geojson or args.heatmap or args.montage:
+        from .evidence import Evidence
+
+        with Evidence(selection, str(args.file), args.slide, args.mpp, args.patch_size_level0) as evidence:
+            for write, path in (
+                (evidence.write_geojson, args.geojson),
+                (evidence.write_heatmap, args.heatmap),
+                (evidence.write_montage, args.montage),
+            ):
+                if path is not None:
+                    write(path)
     print(json.dumps({"file": str(args.file), "checkpoint": args.checkpoint, **selection.record()}))
     return 0
 

@@ -26,7 +26,7 @@ def open_image(path: str | os.PathLike[str]) -> AbstractSlide:
     """Opens a slide image; the caller closes it.
 
     Raises:
-        SlideError: neither openslide nor tifffile can read it.
+        SlideError: neither openslide nor tifffile can read it, or its first pixel is damaged.
     """
     path = Path(path)
     SlideIdentity.of_file(path)  # a pipe would wait for ever
@@ -38,6 +38,11 @@ def open_image(path: str | os.PathLike[str]) -> AbstractSlide:
     if image.detect_format(path) == "generic-tiff" and "<OME" in image.properties.get("tiff.ImageDescription", ""):
         image.close()
         return _open_tiff(path, "OME-TIFF")
+    try:
+        read_scaled(image, str(path), 0, 0, 1, 1, (1, 1))
+    except SlideError:
+        image.close()
+        raise
     return image
 
 
@@ -92,9 +97,10 @@ def read_scaled(
     band = max(1, int(BAND_PX / columns * height / max(1.0, height_px / scale)))  # output rows at a time
     out = np.empty((height, width, 3), np.uint8)
     left = math.floor(x_px / scale)
-    for top in range(0, height, band):
-        rows = min(band, height - top)
-        y0, y1 = ((y_px + height_px * row / height) / scale for row in (top, top + rows))
+    for start in range(0, height, band):
+        # One row more on each side: the filter that scales down reaches that far.
+        top, bottom = max(0, start - 1), min(height, start + band + 1)
+        y0, y1 = ((y_px + height_px * row / height) / scale for row in (top, bottom))
         first = math.floor(y0)
         location = (round(left * scale), round(first * scale))
         try:
@@ -103,12 +109,14 @@ def read_scaled(
             raise SlideError(f"{name}: found damaged pixels ({error}), wanted a readable slide image") from error
         flat = Image.new("RGB", part.size, WHITE)
         flat.paste(part, mask=part.getchannel("A"))
-        box = (x_px / scale - left, y0 - first, x_px / scale - left + width_px / scale, y1 - first)
+        x0 = x_px / scale - left
+        box = (x0, y0 - first, x0 + width_px / scale, y1 - first)
+        rows = bottom - top
         if (width, rows) == (box[2] - box[0], box[3] - box[1]) and box[0] == box[1] == 0:
             flat = flat.crop((0, 0, width, rows))
         else:
             flat = flat.resize((width, rows), Image.Resampling.BILINEAR, box)
-        out[top : top + rows] = np.asarray(flat)
+        out[start : start + band] = np.asarray(flat)[start - top : start - top + band]
     return out
 
 

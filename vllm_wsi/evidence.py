@@ -1,0 +1,115 @@
+"""The evidence as files: GeoJSON, heat map and montage of one selection, upon the slide's image where it is at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .slides import SlideError
+from .slides.features import write_atomically
+from .slides.regions import PatchSize, extent, geojson
+from .sparsify.selector import Selection
+
+if TYPE_CHECKING:
+    from openslide import AbstractSlide
+
+
+class Evidence:
+    """What the decoder was shown of one slide; close it, or use it in a `with`.
+
+    Args:
+        selection: with `every` where a heat map is wanted.
+        name: of the feature file, as errors and GeoJSON ids name it.
+        image_path: the slide image; None: pictures are drawn from the coordinates alone.
+        mpp: microns per level-0 pixel, instead of the feature file's, or the image's where coordinates are microns.
+        patch_size_px: edge of a patch in level-0 pixels, instead of the feature file's.
+
+    Raises:
+        SlideError: patches cannot be placed, or the image is not the one that was encoded.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        name: str,
+        image_path: Path | None = None,
+        mpp: float | None = None,
+        patch_size_px: float | None = None,
+    ) -> None:
+        self._selection, self._name, self._image_name = selection, name, str(image_path)
+        self._mpp = mpp
+        self._size = None if patch_size_px is None else PatchSize(patch_size_px, "px", "given")
+        self._image: AbstractSlide | None = None
+        if image_path is not None:
+            from .slides.image import image_mpp, open_image
+
+            self._image = open_image(image_path)
+            if mpp is None and "mpp" not in selection.metadata and selection.coord_unit == "um":
+                self._mpp = image_mpp(self._image, self._image_name)
+        try:
+            self.rects = selection.rects(name, self._mpp, self._size)
+            self.size_px = self._extent()
+        except SlideError:
+            self.close()
+            raise
+
+    def _extent(self) -> tuple[float, float]:
+        metadata = self._selection.metadata
+        spanned = extent(self.rects, metadata)
+        if self._image is None:
+            every = self._selection.every
+            return spanned if every is None else extent(self._every_rect(), metadata)
+        width, height = self._image.dimensions
+        if spanned[0] > width or spanned[1] > height:
+            found = f"{spanned[0]:g} x {spanned[1]:g}"
+            raise SlideError(
+                f"{self._image_name}: found {width} x {height} pixels, wanted the image that {self._name} "
+                f"was made of, of at least {found}"
+            )
+        return width, height
+
+    def _every_rect(self):
+        return self._selection.every_rect(self._name, self._mpp, self._size)
+
+    def write_geojson(self, path: Path) -> None:
+        """Kept patches for QuPath."""
+        collection = geojson(self.rects, self._selection.scores.tolist(), self._selection.indices.tolist(), self._name)
+        write_atomically(path, json.dumps(collection, indent=1).encode())
+
+    def write_heatmap(self, path: Path) -> None:
+        """PNG of all scores by their rank, kept patches outlined."""
+        from .slides.image import thumbnail
+        from .slides.pictures import HEAT_SIDE, heat_map, heat_overlay, write_png
+
+        assert self._selection.every is not None
+        overlay = heat_overlay(self._every_rect(), self._selection.every.scores.numpy(), self.size_px)
+        under = None if self._image is None else thumbnail(self._image, self._image_name, HEAT_SIDE)
+        write_png(path, heat_map(overlay, under, self.rects, self.size_px))
+
+    def write_montage(self, path: Path) -> None:
+        """PNG of the kept patches, best first."""
+        from .slides.pictures import montage, write_png
+
+        scores, rows = self._selection.scores.tolist(), self._selection.indices.tolist()
+        read = None if self._image is None else self._read_patch
+        write_png(path, montage(self.rects, scores, rows, self.size_px, read))
+
+    def _read_patch(self, rect: tuple[float, float, float, float], edge: int) -> NDArray[np.uint8]:
+        from .slides.image import read_scaled
+
+        assert self._image is not None
+        return read_scaled(self._image, self._image_name, *rect, (edge, edge))
+
+    def close(self) -> None:
+        if self._image is not None:
+            self._image.close()
+
+    def __enter__(self) -> Evidence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
