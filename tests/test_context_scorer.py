@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm_wsi.slides import SlideError, features_in_memory
 from vllm_wsi.sparsify.scorer import ContextScorer, build_scorer, seeded_scorer
@@ -90,6 +91,19 @@ def test_patches_see_each_other_but_never_the_padding(scorer):
     scores = scorer(padded, mask)
     assert torch.allclose(scores[0], alone, atol=1e-5)
     assert torch.allclose(scores[1, :40], scorer(x[:40]), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_memory_grows_with_n_and_not_with_its_square(scorer):
+    """PyTorch's attention that keeps N * N weights is switched off: where nothing else fits, it raises."""
+    x = torch.from_numpy(matrix(300))
+    mask = torch.ones(300, dtype=torch.bool)
+    with torch.no_grad(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        assert len(select(scorer, matrix(300)).indices) == K
+        assert torch.equal(scorer(x), scorer(x[None])[0])
+        assert torch.allclose(scorer(x, mask), scorer(x), atol=1e-5)
+        with pytest.raises(RuntimeError, match="No available kernel"):
+            F.scaled_dot_product_attention(x, x, x)
 
 
 def test_gradients_reach_every_parameter_and_a_frozen_copy_has_none(scorer):

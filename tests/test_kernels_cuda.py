@@ -75,6 +75,15 @@ def test_a_streamed_slide_keeps_what_the_whole_one_does_on_the_gpu():
     assert torch.equal(selection.scores, whole.scores[0].cpu())
 
 
+def test_slides_one_after_another_take_no_more_memory_than_one():
+    selector, x = SlideSelector(weights(), K, "cuda", chunk_rows=3000), features_in_memory(features(10_000).numpy())
+    selector.select(x)
+    before = torch.cuda.memory_reserved()
+    for _ in range(5):
+        selector.select(x)
+    assert torch.cuda.memory_reserved() == before
+
+
 def test_unsupported_sizes_fall_back_and_agree_with_the_cpu():
     scorer = seeded_scorer("patch", 96, 16, seed=0).requires_grad_(False).weights()
     x = torch.randn(3000, 96, generator=torch.Generator().manual_seed(0))

@@ -98,6 +98,15 @@ def test_an_unknown_device_is_refused(weights):
         SlideSelector(weights, 32, "tpu")
 
 
+def test_cuda_is_refused_at_once_where_there_is_none_and_auto_takes_the_cpu(weights, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="found 'cuda', wanted 'cpu' or 'auto': PyTorch finds no CUDA device here"):
+        SlideSelector(weights, 32, "cuda")
+    assert len(SlideSelector(weights, 3, "auto").select(features_in_memory(matrix(9))).indices) == 3
+    assert not torch.cuda.is_initialized()
+
+
 def test_the_real_slide_keeps_the_same_patches_at_every_chunk_size(shared_data):
     weights = seeded_scorer("patch", 512, 256, seed=0).requires_grad_(False).weights()
     kept = []

@@ -81,6 +81,8 @@ class ContextScorer(nn.Module):
         Args:
             mask: bool [..., n], False where a token is padding that no other may see; None: none is.
         """
+        if tokens.ndim == 2:  # without a batch, PyTorch's attention takes the path that needs N * N memory
+            return self.score_tokens(tokens[None], None if mask is None else mask[None])[0]
         keys = None if mask is None else mask[..., None, None, :]
         for block in self.blocks:
             tokens = block(tokens, keys)

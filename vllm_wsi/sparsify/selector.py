@@ -127,6 +127,9 @@ class SlideSelector:
         device: "cpu", "cuda", or "auto" for a GPU where there is one; CUDA starts at the first slide.
         max_patches: longer slides are refused.
         chunk_rows: rows read at once; None: `staging.py` decides by their size.
+
+    Raises:
+        ValueError: an unknown device, or "cuda" where there is none.
     """
 
     def __init__(
@@ -139,6 +142,8 @@ class SlideSelector:
     ) -> None:
         if device not in ("cpu", "cuda", "auto"):
             raise ValueError(f"device: found {device!r}, wanted 'cpu', 'cuda' or 'auto'")
+        if device == "cuda" and not _has_cuda():
+            raise ValueError("device: found 'cuda', wanted 'cpu' or 'auto': PyTorch finds no CUDA device here")
         self.num_slide_tokens = num_slide_tokens
         self.feature_dim = scorer.feature_dim
         self._scorer, self.device_name = scorer, device
@@ -195,6 +200,11 @@ class SlideSelector:
             self._scorer = self._scorer.to(name)
             self._device = torch.device(name)
         return self._device, self._scorer
+
+
+def _has_cuda() -> bool:
+    """Without starting CUDA: PyTorch counts devices through NVML."""
+    return torch.backends.cuda.is_built() and torch.cuda.device_count() > 0
 
 
 class _Kept(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -31,12 +32,28 @@ def _storage(buffer: Tensor) -> NDArray:
     return (buffer.view(torch.uint16) if buffer.dtype == torch.bfloat16 else buffer).numpy()
 
 
+class _ThreadStreams(threading.local):
+    """Each thread's own stream: PyTorch keeps freed memory by stream, so that one for each slide would pile up."""
+
+    def __init__(self) -> None:
+        self._by_device: dict[torch.device, torch.cuda.Stream] = {}
+
+    def on(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._by_device:
+            self._by_device[device] = torch.cuda.Stream(device)
+        return self._by_device[device]
+
+
+_streams = _ThreadStreams()
+
+
 class ChunkStager:
     """Yields a slide's chunks as tensors on the device, in order.
 
-    On CUDA, two pinned buffers take turns: while one is uploaded and scored on this stager's own stream, the next
-    chunk is read into the other, so that a slide takes about max(read, upload) once the kernels are faster. On the
-    CPU there is one buffer, which the next chunk overwrites.
+    On CUDA, two pinned buffers take turns: while one is uploaded and scored on this thread's own stream, the next
+    chunk is read into the other, so that a slide takes about max(read, upload) once the kernels are faster. That is
+    two chunks of pinned and two of device memory for each thread that reads slides; PyTorch keeps the latter for the
+    thread's next slide. On the CPU there is one buffer, which the next chunk overwrites.
 
     Args:
         slide: an open feature file.
@@ -52,11 +69,11 @@ class ChunkStager:
             size = CUDA_CHUNK_BYTES if self._cuda else CPU_CHUNK_BYTES
             chunk_rows = max(ROW_STEP, size // row_bytes // ROW_STEP * ROW_STEP)
         self._chunk_rows = min(chunk_rows, slide.num_patches)
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._stream = _streams.on(device) if self._cuda else None
         self.read_seconds = 0.0
 
     def on_stream(self) -> AbstractContextManager:
-        """Within it, work on the chunks is queued on the stager's stream."""
+        """Within it, work on the chunks is queued on the thread's stream."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def wait(self) -> None:
