@@ -2,15 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench
+.PHONY: setup browser demo test lint bench
 
 setup:
 	@$(PYTHON) tools/setup_env.py
 
+browser: setup
+	@$(BIN)/python tools/setup_browser.py
+
 demo: setup
 	@$(BIN)/vllm-wsi demo
 
-test: setup lint
+test: setup browser lint
 	@$(BIN)/pytest
 
 lint: setup

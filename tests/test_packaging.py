@@ -42,6 +42,13 @@ def test_the_wheel_holds_every_module_of_the_source(wheel):
     assert sources == {name for name in wheel if name.endswith(".py")}
 
 
+def test_the_wheel_holds_the_viewer_and_the_licence_of_what_it_brings(wheel):
+    folder = ROOT / "vllm_wsi/serving/viewer"
+    files = {f"vllm_wsi/{path.relative_to(ROOT / 'vllm_wsi')}" for path in folder.rglob("*") if path.is_file()}
+    assert files <= set(wheel)
+    assert "vllm_wsi/serving/viewer/vendor/openseadragon.LICENSE.txt" in files
+
+
 def test_importing_the_package_imports_neither_torch_nor_vllm_nor_numpy():
     loaded = python(
         "import sys, vllm_wsi; print([m for m in ('torch', 'vllm', 'numpy', 'transformers') if m in sys.modules])"

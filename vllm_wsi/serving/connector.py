@@ -30,14 +30,14 @@ FETCH_SECONDS = 60  # vLLM's default of 5 is meant for photographs
 class SlideMediaIO(MediaIO[SlideRequest]):
     """Turns what a URL leads to into a slide request; reads no features."""
 
-    def __init__(self, k: int | None, encoder: str | None) -> None:
-        self._k, self._encoder = k, encoder
+    def __init__(self, k: int | None, encoder: str | None, keep_every: bool = False) -> None:
+        self._k, self._encoder, self._keep_every = k, encoder, keep_every
 
     def get_max_bytes(self) -> int | None:
         return envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB << 20
 
     def load_file(self, filepath: Path) -> SlideRequest:
-        return SlideRequest(path=filepath.resolve(), k=self._k, encoder=self._encoder)
+        return SlideRequest(path=filepath.resolve(), k=self._k, encoder=self._encoder, keep_every=self._keep_every)
 
     def load_base64(self, media_type: str, data: str) -> SlideRequest:
         try:
@@ -64,7 +64,20 @@ class SlideMediaIO(MediaIO[SlideRequest]):
         slide.load_coords = None if coords is None else lambda: coords
         slide.name = BY_VALUE
         slide.identity = SlideIdentity(f"content:{digest}", len(data))
-        return SlideRequest(slide=slide, k=self._k, encoder=self._encoder)
+        return SlideRequest(slide=slide, k=self._k, encoder=self._encoder, keep_every=self._keep_every)
+
+
+class PathIO(MediaIO[Path]):
+    """The path that a file URL leads to, after vLLM's own check that it lies below the allowed one."""
+
+    def load_file(self, filepath: Path) -> Path:
+        return filepath
+
+    def load_base64(self, media_type: str, data: str) -> Path:
+        raise NotImplementedError
+
+    def load_bytes(self, data: bytes) -> Path:
+        raise NotImplementedError
 
 
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
@@ -77,19 +90,27 @@ class SlideConnector(MediaConnector):
             request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
         except FETCH_ERRORS as error:
             raise _fetch_error(error) from error
-        with naming_the_file_alone(request):
+        with naming_the_file_alone(request.path):
             return service.select(request)
 
-    async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> SelectedSlide:  # type: ignore[override]
-        service, url, media_io = self._prepare(image_url)
+    async def fetch_image_async(  # type: ignore[override]
+        self, image_url: str, *, image_mode: str | None = "RGB", keep_every: bool = False
+    ) -> SelectedSlide:
+        """`keep_every`: with the scores and places of all patches; no URL can ask for that."""
+        service, url, media_io = self._prepare(image_url, keep_every)
         try:
             request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
         except FETCH_ERRORS as error:
             raise _fetch_error(error) from error
-        with naming_the_file_alone(request):
+        with naming_the_file_alone(request.path):
             return await service.select_async(request)
 
-    def _prepare(self, url: str) -> tuple[SelectionService, str, SlideMediaIO]:
+    def local_path(self, url: str) -> Path | None:
+        """The path, below the allowed one, that a file URL names, links unfollowed; None for any other URL."""
+        _, url, _ = self._prepare(url)
+        return self.load_from_url(url, PathIO()) if url[:5].lower() == "file:" else None
+
+    def _prepare(self, url: str, keep_every: bool = False) -> tuple[SelectionService, str, SlideMediaIO]:
         service = current_service()
         if service is None:
             raise SlideError("no slide model is served here, so no slide can be selected")
@@ -98,21 +119,21 @@ class SlideConnector(MediaConnector):
             raise SlideError("file URLs are refused by this server; it was started without --allowed-local-media-path")
         if url[:5].lower() == "data:" and not url.partition(",")[0].endswith(";base64"):
             raise SlideError(f"data URL: found {url[:32]!r}, wanted data:[media type];base64,...")
-        return service, url, SlideMediaIO(**parse_fragment(fragment))
+        return service, url, SlideMediaIO(**parse_fragment(fragment), keep_every=keep_every)
 
 
 FETCH_ERRORS = (aiohttp.ClientError, requests.RequestException, TimeoutError, OSError)
 
 
 @contextmanager
-def naming_the_file_alone(request: SlideRequest) -> Iterator[None]:
+def naming_the_file_alone(path: Path | None) -> Iterator[None]:
     """Errors that leave the server name the file, not its folder (vLLM would blot out the whole path)."""
     try:
         yield
     except SlideError as error:
-        if request.path is None:
+        if path is None:
             raise
-        raise SlideError(str(error).replace(str(request.path), request.path.name)) from error
+        raise SlideError(str(error).replace(str(path), path.name)) from error
 
 
 def _fetch_error(error: Exception) -> Exception:

@@ -1,11 +1,15 @@
-"""`POST /v1/wsi/select`: which patches the model is given, from the same service and cache that serve it."""
+"""What the server shows of its slides, out of the same service and cache that serve them: `/v1/wsi/..` and `/wsi/`.
+
+Everything that tells of slides lies below `/v1`, where vLLM asks for its API key; the viewer page is empty without.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
@@ -14,24 +18,101 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm_wsi.config import SparseWSIConfig
 from vllm_wsi.slides import SlideError
 
-router = APIRouter()
+from .evidence import Evidence, Scale
+from .images import TILE_PX
+from .viewer_page import page_router
+
+PRIVATE = "private, no-cache"  # asked again each time: the answer is «unchanged» as long as the file is
+KEPT = "private, max-age=86400, immutable"  # the URL says which state of the file it wants
+
+router = APIRouter(prefix="/v1/wsi")
+
+
+def evidence(request: Request) -> Evidence:
+    found = getattr(request.app.state, "wsi_evidence", None)
+    if found is None:
+        raise SlideError("no slide model is served here, so no slide can be selected")
+    return found
+
+
+Shown = Annotated[Evidence, Depends(evidence)]
+SlideUrl = Annotated[str, Query(description="of the feature file, as a chat message would name it")]
+Place = Annotated[float, Query(allow_inf_nan=False, description="level-0 pixels")]
+Positive = Annotated[float | None, Field(gt=0, allow_inf_nan=False)]
 
 
 class SelectRequest(BaseModel):
-    """A slide's URL, as a chat message would name it."""
+    """A slide's URL, as a chat message would name it, and what its file does not say."""
 
     model_config = ConfigDict(extra="forbid")
 
     url: str = Field(description="file://, https:// or data:, with #k=NUMBER for another K")
+    mpp: Positive = Field(None, description="microns per level-0 pixel")
+    patch_size_level0: Positive = Field(None, description="edge of a patch in level-0 pixels")
 
 
-@router.post("/v1/wsi/select")
-async def select(body: SelectRequest, request: Request) -> dict[str, Any]:
-    connector = getattr(request.app.state, "wsi_connector", None)
-    if connector is None:
-        raise SlideError("no slide model is served here, so no slide can be selected")
-    selected = await connector.fetch_image_async(body.url)
-    return selected.selection.record()
+@router.post("/select")
+async def select(body: SelectRequest, shown: Shown, format: Literal["json", "geojson"] = "json") -> Response:
+    scale = Scale(body.mpp, body.patch_size_level0)
+    if format == "geojson":
+        return JSONResponse(await shown.geojson(body.url, scale), media_type="application/geo+json")
+    return JSONResponse(await shown.select(body.url, scale))
+
+
+@router.get("/heatmap.png")
+async def heat_map(
+    request: Request,
+    shown: Shown,
+    url: SlideUrl,
+    overlay: bool = False,
+    mpp: Annotated[Positive, Query()] = None,
+    patch_size_level0: Annotated[Positive, Query()] = None,
+) -> Response:
+    picture, etag = await shown.heat_map(url, overlay, Scale(mpp, patch_size_level0))
+    known = request.headers.get("if-none-match")
+    return _picture(None if known is not None and etag in known else picture, "image/png", etag, PRIVATE)
+
+
+@router.get("/slides")
+async def slides(shown: Shown) -> dict[str, Any]:
+    return await shown.slides()
+
+
+@router.get("/slide")
+async def slide(shown: Shown, url: SlideUrl) -> dict[str, Any]:
+    return await shown.slide(url)
+
+
+@router.get("/tile")
+async def tile(
+    request: Request, shown: Shown, url: SlideUrl, level: int, x: int, y: int, version: str | None = None
+) -> Response:
+    jpeg, etag, current = await shown.tile(url, level, x, y, request.headers.get("if-none-match"))
+    return _picture(jpeg, "image/jpeg", etag, KEPT if version == current else PRIVATE)
+
+
+@router.get("/region")
+async def region(
+    request: Request,
+    shown: Shown,
+    url: SlideUrl,
+    x: Place,
+    y: Place,
+    width: Place,
+    height: Place,
+    side: Annotated[int, Query(ge=1, le=TILE_PX, description="longer side of the picture, in its pixels")] = 128,
+    version: str | None = None,
+) -> Response:
+    known = request.headers.get("if-none-match")
+    jpeg, etag, current = await shown.region(url, (x, y, width, height), side, known)
+    return _picture(jpeg, "image/jpeg", etag, KEPT if version == current else PRIVATE)
+
+
+def _picture(data: bytes | None, media_type: str, etag: str, cache: str) -> Response:
+    headers = {"ETag": f'"{etag}"', "Cache-Control": cache, "Vary": "Authorization"}
+    if data is None:
+        return Response(status_code=304, headers=headers)
+    return Response(data, media_type=media_type, headers=headers | {"X-Content-Type-Options": "nosniff"})
 
 
 class SelectEndpoint:
@@ -42,6 +123,7 @@ class SelectEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        app.include_router(page_router)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         model = engine_client.model_config if engine_client is not None else None
@@ -50,8 +132,9 @@ class SelectEndpoint:
         from .connector import CONNECTOR
 
         # The same rules for paths and domains as for chat messages.
-        state.wsi_connector = MEDIA_CONNECTOR_REGISTRY.load(
+        connector = MEDIA_CONNECTOR_REGISTRY.load(
             CONNECTOR,
             allowed_local_media_path=model.allowed_local_media_path,
             allowed_media_domains=model.allowed_media_domains,
         )
+        state.wsi_evidence = Evidence(connector)

@@ -1,0 +1,301 @@
+"""What the endpoints show of a slide: what the model was given of it, where that lies, and the slide itself."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cachetools import LRUCache
+
+from vllm_wsi.slides import SlideError, SlideIdentity, open_features
+from vllm_wsi.slides.regions import Level0Rects, PatchSize, extent, geojson, level0_rects, patch_size
+from vllm_wsi.sparsify.selector import Selection
+
+from .connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
+from .images import MAX_READ_PX, TILE_PX, ImagePool, deep_zoom, read_px, region, tile
+from .selection import SelectedSlide
+from .slide_files import image_of, image_suffixes, list_slides
+
+PICTURE_CACHE_BYTES = 32 << 20
+PATCH_SIDE_PX = 32  # of a patch in a heat map, at most: drawing one costs the square of this
+NO_IMAGE = "found no slide image of its name beside it, wanted one to show the slide"
+
+
+class Scale(NamedTuple):
+    """What a request says instead of the file."""
+
+    mpp: float | None = None  # microns per level-0 pixel
+    patch_size_px: float | None = None  # edge of a patch in level-0 pixels
+
+    @property
+    def size(self) -> PatchSize | None:
+        return None if self.patch_size_px is None else PatchSize(self.patch_size_px, "px", "given")
+
+
+class ImageFacts(NamedTuple):
+    """A slide image that can be read."""
+
+    path: Path
+    digest: str  # of its identity
+    size_px: tuple[int, int]
+    mpp: float | None
+    tiles: dict[str, Any]
+
+
+class Found(NamedTuple):
+    """The slide image of a URL, or why there is none."""
+
+    image: ImageFacts | None = None
+    missing: str | None = None  # one sentence
+
+
+class Evidence:
+    """Answers the endpoints; all reading and drawing is done on threads of its own.
+
+    Args:
+        connector: fetches slides as it does for chat messages, under the same rules.
+    """
+
+    def __init__(self, connector: SlideConnector) -> None:
+        self._connector, self._images = connector, ImagePool()
+        self._pictures: LRUCache[str, bytes] = LRUCache(PICTURE_CACHE_BYTES, getsizeof=len)
+        self._lock = threading.Lock()
+
+    @property
+    def _root(self) -> Path:
+        root = self._connector.allowed_local_media_path
+        if root is None:
+            raise SlideError("this server has no slides of its own; it was started without --allowed-local-media-path")
+        return root
+
+    async def slides(self) -> dict[str, Any]:
+        return await self._images.run(list_slides, self._root)
+
+    async def select(self, url: str, scale: Scale) -> dict[str, Any]:
+        """The record of a selection, with the kept patches' level-0 rectangles or a sentence on why there are none."""
+        selected = await self._connector.fetch_image_async(url)
+        found = await self._images.run(self._find_image, url)
+        chosen, image = selected.selection, found.image
+        record = chosen.record() | {"encoder": _encoder(url, chosen.metadata), "rects": None, "extent_px": None}
+        if scale.size is not None:
+            record["patch_size"] = scale.size._asdict()
+        try:
+            rects = chosen.rects(_name(selected), _mpp(scale, chosen.metadata, image), scale.size)
+        except SlideError as error:
+            return record | {"rects_missing": str(error), "extent_px": None if image is None else image.size_px}
+        if image is not None:
+            size_px: tuple[float, float] | None = image.size_px
+        else:
+            # Without either, only all patches together would tell: the kept ones span less.
+            size_px = extent(rects, chosen.metadata) if _says_size(chosen.metadata) else None
+        return record | {"rects": rects.tolist(), "extent_px": size_px}
+
+    async def geojson(self, url: str, scale: Scale) -> dict[str, Any]:
+        selected = await self._connector.fetch_image_async(url)
+        image = (await self._images.run(self._find_image, url)).image
+        chosen = selected.selection
+        rects = chosen.rects(_name(selected), _mpp(scale, chosen.metadata, image), scale.size)
+        return geojson(rects, chosen.scores.tolist(), chosen.indices.tolist(), _name(selected))
+
+    async def heat_map(self, url: str, overlay: bool, scale: Scale) -> tuple[bytes, str]:
+        """(PNG, ETag) of all scores by rank, upon the slide or, as `overlay`, upon nothing."""
+        selected = await self._connector.fetch_image_async(url, keep_every=True)
+        image = (await self._images.run(self._find_image, url)).image
+        etag = _digest(selected.digest, overlay, scale, None if image is None else image.digest)
+        with self._lock:
+            picture = self._pictures.get(etag)
+        if picture is None:
+            picture = await self._images.run(self._draw, selected, image, overlay, scale)
+            with self._lock:
+                if len(picture) <= self._pictures.maxsize:
+                    self._pictures[etag] = picture
+        return picture, etag
+
+    async def slide(self, url: str) -> dict[str, Any]:
+        return await self._images.run(self._describe, url)
+
+    async def tile(self, url: str, level: int, x: int, y: int, known: str | None) -> tuple[bytes | None, str, str]:
+        """(JPEG, ETag, version of the image); no JPEG where the client knows this ETag already."""
+        return await self._images.run(self._read, url, tile, (level, x, y), known)
+
+    async def region(
+        self, url: str, rect: tuple[float, float, float, float], side: int, known: str | None
+    ) -> tuple[bytes | None, str, str]:
+        """As `tile`, of any part of the slide."""
+        return await self._images.run(self._read, url, region, (rect, side), known)
+
+    def _image_path(self, url: str) -> Path:
+        path = self._connector.local_path(url)
+        if path is None:
+            raise SlideError(f"url: found {url[:32]!r}, wanted a file:// URL, as only a file has an image beside it")
+        image = image_of(path, self._root)
+        if image is None:
+            extra = "" if image_suffixes() else ", and pip install 'vllm-wsi[slides]' to read it"
+            raise SlideError(f"{path.name}: {NO_IMAGE}{extra}")
+        return image
+
+    def _find_image(self, url: str) -> Found:
+        try:
+            path = self._image_path(url)
+            with self._images.image(path) as image:
+                zoom = deep_zoom(image)
+                digest = _digest(SlideIdentity.of_file(path))
+                return Found(
+                    ImageFacts(
+                        path,
+                        digest,
+                        (zoom.width_px, zoom.height_px),
+                        _image_mpp(image.properties),
+                        {
+                            "size_px": TILE_PX,
+                            "min_level": zoom.min_level,
+                            "max_level": zoom.max_level,
+                            "version": digest,
+                        },
+                    )
+                )
+        except ValueError as error:  # of vLLM too: what is wrong with the image takes no selection away
+            return Found(missing=str(error))
+
+    def _describe(self, url: str) -> dict[str, Any]:
+        path = self._connector.local_path(url)
+        if path is None:
+            raise SlideError(f"url: found {url[:32]!r}, wanted a file:// URL of a slide below the allowed path")
+        path = path.resolve()
+        found = self._find_image(url)
+        image = found.image
+        remarks = [] if found.missing is None else [found.missing]
+        with naming_the_file_alone(path), open_features(path, _fragment_encoder(url)) as slide:
+            size_px: tuple[float, float] | None = None
+            if image is not None:
+                size_px = image.size_px
+                if _says_size(slide.metadata) and (said := _said_size(slide.metadata)) != size_px:
+                    remarks.append(
+                        f"{image.path.name}: found {size_px[0]} x {size_px[1]} px, wanted {said[0]:g} x {said[1]:g}, "
+                        f"as {path.name} says; the image may be another slide's"
+                    )
+            else:
+                try:
+                    size_px = self._span(path.name, slide)
+                except SlideError as error:
+                    remarks.append(str(error))
+            return {
+                "name": path.name,
+                "num_patches": slide.num_patches,
+                "encoder": _encoder(url, slide.metadata),
+                "extent_px": size_px,
+                "mpp": _number(slide.metadata.get("mpp")) or (None if image is None else image.mpp),
+                "has_image": image is not None,
+                "tiles": None if image is None else image.tiles,
+                "remarks": remarks,
+            }
+
+    @staticmethod
+    def _span(name: str, slide: Any) -> tuple[float, float]:
+        coords, unit = slide.read_coords(), slide.coord_unit
+        size = None if coords is None else patch_size(slide.metadata, coords, unit)
+        return _finite(name, extent(level0_rects(name, coords, unit, size, slide.metadata), slide.metadata))
+
+    def _read(
+        self, url: str, read: Callable[..., bytes], what: tuple[Any, ...], known: str | None
+    ) -> tuple[bytes | None, str, str]:
+        path = self._image_path(url)
+        version = _digest(SlideIdentity.of_file(path))
+        etag = _digest(version, read.__name__, what)
+        if known is not None and etag in known:
+            return None, etag, version
+        with self._images.image(path) as image:
+            return read(image, path.name, *what), etag, version
+
+    def _draw(self, selected: SelectedSlide, image: ImageFacts | None, overlay: bool, scale: Scale) -> bytes:
+        import numpy as np
+        from PIL import Image
+
+        from vllm_wsi.slides.pictures import HEAT_SIDE, heat_map, heat_overlay, png
+
+        chosen, name = selected.selection, _name(selected)
+        assert chosen.every is not None
+        every, kept = self._rects(name, chosen, image, scale)
+        size_px = image.size_px if image is not None else _finite(name, extent(every, chosen.metadata))
+        longest = float(every[:, 2:].max())
+        side = max(1, min(HEAT_SIDE, int(PATCH_SIDE_PX * max(size_px) / longest)))
+        heat = heat_overlay(every, chosen.every.scores.numpy(), size_px, side)
+        if overlay:
+            return png(heat)
+        if side < HEAT_SIDE:
+            width, height = (max(1, round(length * HEAT_SIDE / max(size_px))) for length in size_px)
+            heat = np.asarray(Image.fromarray(heat).resize((width, height), Image.Resampling.NEAREST))
+        return png(heat_map(heat, self._thumbnail(image, HEAT_SIDE), kept, size_px))
+
+    @staticmethod
+    def _rects(name: str, chosen: Selection, image: ImageFacts | None, scale: Scale) -> tuple[Level0Rects, Level0Rects]:
+        mpp = _mpp(scale, chosen.metadata, image)
+        return chosen.every_rect(name, mpp, scale.size), chosen.rects(name, mpp, scale.size)
+
+    def _thumbnail(self, facts: ImageFacts | None, side: int) -> Any:
+        """None also where the slide has no level that is small enough to be read whole."""
+        if facts is None:
+            return None
+        from vllm_wsi.slides.image import thumbnail
+
+        with self._images.image(facts.path) as image:
+            width, height = facts.size_px
+            if read_px(image, width, height, max(width, height) / side) > MAX_READ_PX:
+                return None
+            return thumbnail(image, facts.path.name, side)
+
+
+def _name(selected: SelectedSlide) -> str:
+    request = selected.request
+    return BY_VALUE if request is None or request.path is None else request.path.name
+
+
+def _fragment_encoder(url: str) -> str | None:
+    return parse_fragment(url.partition("#")[2])["encoder"]
+
+
+def _encoder(url: str, metadata: Mapping[str, str]) -> str | None:
+    return metadata.get("encoder") or _fragment_encoder(url)
+
+
+def _mpp(scale: Scale, metadata: Mapping[str, str], image: ImageFacts | None) -> float | None:
+    """What is given, else what the feature file says (None: it is asked itself), else what the image says."""
+    if scale.mpp is not None or _number(metadata.get("mpp")) or image is None:
+        return scale.mpp
+    return image.mpp
+
+
+def _image_mpp(properties: Mapping[str, str]) -> float | None:
+    found = [_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
+    return None if found[0] is None or found[1] is None else (found[0] + found[1]) / 2
+
+
+def _said_size(metadata: Mapping[str, str]) -> tuple[float, ...]:
+    return tuple(_number(metadata.get(key) or metadata.get(f"level0_{key}")) or 0.0 for key in ("width", "height"))
+
+
+def _says_size(metadata: Mapping[str, str]) -> bool:
+    return min(_said_size(metadata)) > 0
+
+
+def _finite(name: str, size_px: tuple[float, float]) -> tuple[float, float]:
+    if not (all(map(math.isfinite, size_px)) and min(size_px) > 0):
+        raise SlideError(f"{name}: coords: found a slide of {size_px[0]} x {size_px[1]} px, wanted a finite size")
+    return size_px
+
+
+def _number(text: str | None) -> float | None:
+    """A finite number above 0, or None."""
+    try:
+        value = float(text) if text is not None else math.nan
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

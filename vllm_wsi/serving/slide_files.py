@@ -1,0 +1,100 @@
+"""Which slides lie below the allowed path, and which slide image belongs to which feature file."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from vllm_wsi.slides import SlideError
+
+FEATURE_SUFFIXES = frozenset((".safetensors", ".h5", ".npy", ".pt", ".csv"))
+MAX_ENTRIES = 10_000  # files and folders that one listing looks at
+MAX_DEPTH = 8  # folders below the allowed path
+
+
+def image_suffixes() -> frozenset[str]:
+    """Of slide images; none where the extra `slides` is not installed."""
+    try:
+        from vllm_wsi.slides.image import IMAGE_SUFFIXES
+    except ImportError:
+        return frozenset()
+    return IMAGE_SUFFIXES
+
+
+def list_slides(root: Path) -> dict[str, Any]:
+    """Feature files below a folder, each with whether a slide image of its name lies beside it.
+
+    Hidden files are left out, and so are links that lead out of the folder; links to folders are not followed.
+
+    Returns:
+        {"slides": [{"name": path relative to root, "url": file URL, "has_image"}, ..] by name, "truncated": whether
+        `MAX_ENTRIES` or `MAX_DEPTH` ended the search}.
+    """
+    root = root.resolve()
+    images = image_suffixes()
+    slides: list[dict[str, Any]] = []
+    folders = deque([(root, 0)])
+    seen, truncated = 0, False
+    while folders and seen <= MAX_ENTRIES:
+        folder, depth = folders.popleft()
+        features: list[Path] = []
+        stems: set[str] = set()  # that have an image
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    seen += 1
+                    if seen > MAX_ENTRIES:
+                        truncated = True
+                        break
+                    path = Path(entry.path)
+                    suffix = path.suffix.lower()
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        if depth < MAX_DEPTH:
+                            folders.append((path, depth + 1))
+                        else:
+                            truncated = True
+                    elif suffix in FEATURE_SUFFIXES and _is_file_below(entry, root):
+                        features.append(path)
+                    elif suffix in images and _is_file_below(entry, root):
+                        stems.add(path.stem)
+        except OSError:  # a folder that may not be read, or that went away
+            pass
+        for path in features:
+            name = path.relative_to(root).as_posix()
+            slides.append({"name": name, "url": path.as_uri(), "has_image": path.stem in stems})
+    slides.sort(key=lambda slide: slide["name"])
+    return {"slides": slides, "truncated": truncated}
+
+
+def _is_file_below(entry: os.DirEntry[str], root: Path) -> bool:
+    if not entry.is_file():
+        return False
+    try:
+        return not entry.is_symlink() or root in Path(entry.path).resolve().parents
+    except (OSError, RuntimeError):  # a loop of links
+        return False
+
+
+def image_of(features: Path, root: Path) -> Path | None:
+    """The slide image beside a feature file that has its name, links followed; None where there is none.
+
+    Raises:
+        SlideError: it is a link that leads out of `root`.
+    """
+    for suffix in sorted(image_suffixes()):
+        for spelled in (suffix, suffix.upper()):
+            path = features.with_suffix(spelled)
+            if not path.is_file():
+                continue
+            # A MIRAX slide is a file and the folder of its name.
+            parts = [path, path.with_suffix("")] if suffix == ".mrxs" else [path]
+            if any(root not in part.resolve().parents for part in parts):
+                raise SlideError(
+                    f"{path.name}: found a link out of --allowed-local-media-path, wanted a slide image below it"
+                )
+            return path.resolve()
+    return None

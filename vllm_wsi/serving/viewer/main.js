@@ -1,0 +1,262 @@
+// The page: chooses a slide, shows it with its evidence, and hands it to the chat.
+
+import * as api from "./api.js";
+import { Chat } from "./chat.js";
+import { Overlay } from "./overlay.js";
+import { createStage, drawScale, openSlide } from "./stage.js";
+
+const at = (id) => document.getElementById(id);
+const viewer = createStage(at("slide"));
+const overlay = new Overlay(viewer, choosePatch);
+const chat = new Chat();
+const state = { slides: [], url: null, facts: null, patches: [], loading: new AbortController(), heatUrl: null };
+
+function showProblem(error) {
+  if (error?.name === "AbortError") return;
+  at("problem").textContent = error ? error.message : "";
+  at("problem").hidden = !error;
+  if (error?.status === 401) {
+    at("key-box").open = true;
+    at("key").focus();
+  }
+}
+
+// --- slides
+
+async function loadSlides() {
+  showProblem(null);
+  try {
+    const [listed, models] = await Promise.all([api.json("wsi/slides"), api.json("models")]);
+    state.slides = listed.slides;
+    at("slide-note").textContent = listed.truncated ? "There are more slides than are listed here." : "";
+    chat.setModel(models.data[0]?.id);
+    listSlides();
+    openFromHash();
+  } catch (error) {
+    showProblem(error);
+  }
+}
+
+function listSlides() {
+  const words = at("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const found = state.slides.filter(({ name }) => words.every((word) => name.toLowerCase().includes(word)));
+  const shown = found.slice(0, 500);
+  at("slide-list").replaceChildren(
+    ...shown.map((slide) => {
+      const item = document.createElement("li");
+      const link = document.createElement("a");
+      link.href = hashOf(slide.url);
+      const cut = slide.name.lastIndexOf("/") + 1;
+      const folder = document.createElement("small");
+      folder.textContent = slide.name.slice(0, cut);
+      link.append(folder, slide.name.slice(cut));
+      link.title = slide.has_image ? slide.name : `${slide.name} (no slide image beside it)`;
+      link.classList.toggle("without-image", !slide.has_image);
+      if (slide.url === state.url) link.setAttribute("aria-current", "true");
+      item.append(link);
+      return item;
+    }),
+  );
+  const count = state.slides.length;
+  at("slide-count").textContent = found.length === count ? `${count}` : `${found.length} of ${count}`;
+  if (shown.length < found.length) at("slide-count").textContent += `, the first ${shown.length} shown`;
+  if (!count) at("slide-note").textContent = "No feature files below the allowed path.";
+}
+
+const hashOf = (url) => `#slide=${encodeURIComponent(url)}`;
+
+function openFromHash() {
+  const url = new URLSearchParams(location.hash.slice(1)).get("slide");
+  if (url && url !== state.url) open(url);
+  else if (!url && !state.url && state.slides.length) location.replace(hashOf(state.slides[0].url));
+}
+
+// --- one slide
+
+async function open(url) {
+  state.loading.abort();
+  const { signal } = (state.loading = new AbortController());
+  Object.assign(state, { url, facts: null, patches: [] });
+  chat.start(url);
+  overlay.clear();
+  viewer.close();
+  listSlides();
+  listPatches();
+  showProblem(null);
+  setHeat(0);
+  at("remark").hidden = at("geojson").hidden = true;
+  at("kept-note").textContent = "";
+  at("title").textContent = decodeURIComponent(url.split("/").pop());
+  at("empty").hidden = false;
+  at("empty").textContent = "Opening …";
+  try {
+    const facts = await api.json("wsi/slide", { url }, signal);
+    state.facts = facts;
+    at("title").textContent = describe(facts);
+    at("remark").textContent = facts.remarks.join(" ");
+    at("remark").hidden = !facts.remarks.length;
+    if (facts.extent_px) {
+      await openSlide(viewer, url, facts);
+      at("empty").hidden = true;
+    } else at("empty").textContent = "This file does not say where its patches lie.";
+    if (signal.aborted) return;
+    at("kept-note").textContent = "scoring …";
+    await Promise.all([showSelection(url, signal), showHeat(url, facts, signal)]);
+    if (!signal.aborted) await loadPictures(url, signal);
+  } catch (error) {
+    if (signal.aborted) return;
+    at("empty").textContent = at("empty").hidden ? "" : "This slide cannot be shown.";
+    at("kept-note").textContent = "";
+    showProblem(error);
+  }
+}
+
+function describe(facts) {
+  const parts = [facts.name, `${facts.num_patches.toLocaleString("en")} patches`];
+  if (facts.encoder) parts.push(facts.encoder);
+  if (facts.mpp) parts.push(`${Number(facts.mpp.toPrecision(3))} µm/px`);
+  return parts.join(" · ");
+}
+
+async function showSelection(url, signal) {
+  const chosen = await (await api.post(api.address("wsi/select"), { url }, signal)).json();
+  if (signal.aborted) return;
+  const patches = chosen.indices.map((row, i) => ({ row, score: chosen.scores[i], rect: chosen.rects?.[i] }));
+  patches.sort((a, b) => b.score - a.score || a.row - b.row);
+  patches.forEach((patch, i) => (patch.rank = i + 1));
+  state.patches = patches;
+  const nan = chosen.num_nonfinite ? `, ${chosen.num_nonfinite} without a finite score` : "";
+  at("kept-note").textContent = `${patches.length} of ${chosen.num_patches.toLocaleString("en")}${nan}`;
+  if (chosen.rects_missing) {
+    at("remark").textContent = chosen.rects_missing;
+    at("remark").hidden = false;
+  }
+  at("geojson").hidden = !chosen.rects;
+  if (state.facts.extent_px) overlay.show(patches);
+  listPatches();
+}
+
+async function showHeat(url, facts, signal) {
+  if (!facts.extent_px) return;
+  const query = { url, overlay: 1 };
+  const picture = await (await api.ask(api.address("wsi/heatmap.png", query), { signal })).blob();
+  if (signal.aborted) return;
+  if (state.heatUrl) URL.revokeObjectURL(state.heatUrl);
+  state.heatUrl = URL.createObjectURL(picture);
+  overlay.setHeat(state.heatUrl, facts.extent_px);
+  if (!facts.has_image) setHeat(100); // there is nothing else to see
+}
+
+function setHeat(percent) {
+  at("heat").value = percent;
+  at("heat-value").textContent = `${percent} %`;
+  overlay.setOpacity(percent / 100);
+}
+
+// --- kept patches
+
+function listPatches() {
+  at("patches").replaceChildren(
+    ...state.patches.map((patch, i) => {
+      const item = document.createElement("li");
+      const button = document.createElement("button");
+      button.type = "button";
+      button.tabIndex = i === 0 ? 0 : -1;
+      button.disabled = !patch.rect;
+      button.setAttribute("aria-label", `Rank ${patch.rank}, score ${patch.score.toFixed(3)}, row ${patch.row}`);
+      const rank = document.createElement("b");
+      rank.textContent = patch.rank;
+      const score = document.createElement("span");
+      score.textContent = patch.score.toFixed(3);
+      if (state.facts?.tiles && patch.rect) {
+        patch.picture = document.createElement("i");
+        button.append(patch.picture);
+      }
+      button.append(rank, score);
+      button.addEventListener("click", () => choosePatch(patch));
+      patch.button = button;
+      item.append(button);
+      return item;
+    }),
+  );
+}
+
+// Two at a time, and after what is in view: the browser opens six connections.
+async function loadPictures(url, signal) {
+  if (!state.facts.tiles) return;
+  const waiting = state.patches.filter(({ picture }) => picture);
+  const { version } = state.facts.tiles;
+  const work = async () => {
+    for (let patch; (patch = waiting.shift()); ) {
+      const [x, y, width, height] = patch.rect;
+      const query = { url, x, y, width, height, side: 132, version };
+      const blob = await (await api.ask(api.address("wsi/region", query), { signal })).blob();
+      const picture = document.createElement("img");
+      picture.alt = "";
+      picture.src = URL.createObjectURL(blob);
+      picture.addEventListener("load", () => URL.revokeObjectURL(picture.src), { once: true });
+      patch.picture.replaceWith(picture);
+    }
+  };
+  await Promise.all([work(), work()]);
+}
+
+function choosePatch(patch) {
+  for (const other of state.patches) {
+    other.button.setAttribute("aria-pressed", other === patch);
+    other.button.tabIndex = other === patch ? 0 : -1;
+  }
+  patch.button.scrollIntoView({ block: "nearest", inline: "nearest" });
+  if (!patch.rect) return;
+  overlay.mark(patch);
+  overlay.zoomTo(patch);
+}
+
+at("patches").addEventListener("keydown", (event) => {
+  const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+  const index = state.patches.findIndex(({ button }) => button === document.activeElement);
+  if (!step || index < 0) return;
+  event.preventDefault();
+  const next = state.patches[(index + step + state.patches.length) % state.patches.length];
+  state.patches[index].button.tabIndex = -1;
+  next.button.tabIndex = 0;
+  next.button.focus();
+});
+
+// --- controls
+
+at("filter").addEventListener("input", listSlides);
+at("heat").addEventListener("input", () => setHeat(Number(at("heat").value)));
+at("outlines").addEventListener("change", () => overlay.setOutlines(at("outlines").checked));
+at("zoom-in").addEventListener("click", () => viewer.viewport.zoomBy(1.6));
+at("zoom-out").addEventListener("click", () => viewer.viewport.zoomBy(1 / 1.6));
+at("home").addEventListener("click", () => viewer.viewport.goHome());
+at("geojson").addEventListener("click", async (event) => {
+  event.preventDefault();
+  try {
+    const answer = await api.post(api.address("wsi/select", { format: "geojson" }), { url: state.url });
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(await answer.blob());
+    link.download = `${state.facts.name}.geojson`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  } catch (error) {
+    showProblem(error);
+  }
+});
+at("key").value = api.key.get();
+at("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  api.key.set(at("key").value.trim());
+  at("key-box").open = false;
+  state.url = null;
+  loadSlides();
+});
+addEventListener("hashchange", openFromHash);
+viewer.addHandler("update-viewport", () => drawScale(viewer, at("scale"), state.facts?.mpp));
+viewer.addHandler("tile-load-failed", async (event) => {
+  if (!state.facts?.has_image || state.url !== new URL(event.tile.getUrl()).searchParams.get("url")) return;
+  await api.ask(event.tile.getUrl()).catch(showProblem); // for the server's sentence
+});
+
+loadSlides();
