@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# On any CUDA machine: the kernel tests on the GPU itself, then the benchmark, then its plot. Rows go to
-# bench/results/kernels.csv, or to $CSV; the plot lies beside them. Arguments go to bench/kernels.py.
+# On any CUDA machine: the kernel tests on the GPU itself, then the benchmark, its plot, and the time of a new slide.
+# Rows go to bench/results/kernels.csv, or to $CSV, and to cold_slide.csv beside it; so does the plot. Arguments go to
+# bench/kernels.py.
 # Needs torch, triton, pytest, pytest-benchmark and pytest-timeout, for the plot matplotlib; FlashInfer and vLLM are
 # measured where they are installed. Run from the repository root with the project importable.
 set -euo pipefail
@@ -11,3 +12,4 @@ CSV=${CSV:-bench/results/kernels.csv}
 "$PYTHON" -m pytest -q tests/kernels tests/test_kernels_cuda.py
 "$PYTHON" bench/kernels.py --csv "$CSV" "$@"
 "$PYTHON" bench/plot_kernels.py "$CSV" || echo "gpu.sh: no plot; $CSV holds all rows"
+"$PYTHON" bench/cold_slide.py --csv "$(dirname "$CSV")/cold_slide.csv"
