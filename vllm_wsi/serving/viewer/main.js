@@ -95,6 +95,7 @@ async function open(url) {
     at("title").textContent = describe(facts);
     at("remark").textContent = facts.remarks.join(" ");
     at("remark").hidden = !facts.remarks.length;
+    at("patches").classList.toggle("with-pictures", facts.has_image); // takes their room before the view is laid out
     if (facts.extent_px) {
       await openSlide(viewer, url, facts);
       at("empty").hidden = true;
