@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vllm_wsi.cli import main
 from vllm_wsi.slides import open_features
@@ -80,19 +81,39 @@ except SystemExit:
 
 
 @pytest.mark.server
-def test_demo_answers_right_about_a_virtual_slide_and_shows_that_the_evidence_was_kept():
-    done = run("demo")
+def test_demo_goes_from_a_photograph_of_tissue_to_its_evidence_and_answers_right_about_a_virtual_slide(tmp_path):
+    done = run("demo", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "100,000 patches x 64" in done.stdout
-    assert "random weights" not in done.stdout
-    assert done.stdout.count(": right") == 2
-    kept, evidence = re.search(r"(\d+) of the (\d+) patches that decide the answer are shown", done.stdout).groups()
+    photograph, virtual = done.stdout.split("\nslide ")[1:]
+    assert "256 patches x 64" in photograph
+    assert "32 of 256 patches were shown" in photograph
+    assert photograph.count("its answer about tissue means nothing") == 2
+    assert "100,000 patches x 64" in virtual
+    assert "means nothing" not in virtual
+    assert virtual.count(": right") == 2
+    kept, evidence = re.search(r"(\d+) of the (\d+) patches that decide the answer are shown", virtual).groups()
     assert 1 <= int(kept) <= int(evidence) <= 12
+    for slide, width in (("immunohistochemistry", 2048), ("haystack-0-test-0-100000", 2048)):
+        assert len(json.loads((tmp_path / f"{slide}.geojson").read_text())["features"]) == 32
+        assert Image.open(tmp_path / f"{slide}.heatmap.png").width == width
+        assert Image.open(tmp_path / f"{slide}.montage.png").size == (1280, 720)
 
 
 @pytest.mark.server
-def test_demo_answers_about_the_real_slide_with_evidence_and_times(shared_data):
-    done = run("demo", "--slide", str(shared_data / "features/mopadi_TCGA-AD-6964/features.h5"))
+def test_demo_takes_a_slide_image_from_encoding_to_the_answer(shared_data, tmp_path):
+    image = shared_data / "slides/CMU-1-Small-Region.svs"
+    done = run("demo", "--slide", str(image), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "40 patches x 64" in done.stdout
+    assert "32 of 40 patches were shown" in done.stdout
+    assert "random weights" in done.stdout
+    assert (tmp_path / "CMU-1-Small-Region.montage.png").exists()
+
+
+@pytest.mark.server
+def test_demo_answers_about_the_real_slide_with_evidence_and_times(shared_data, tmp_path):
+    slide = shared_data / "features/mopadi_TCGA-AD-6964/features.h5"
+    done = run("demo", "--slide", str(slide), "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "777 patches x 512" in done.stdout
     assert "random weights" in done.stdout

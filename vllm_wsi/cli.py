@@ -59,7 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     select.set_defaults(run=_select)
 
     demo = commands.add_parser("demo", help="a slide, a real server, an answer with its evidence")
-    demo.add_argument("--slide", type=Path, metavar="FILE", help="feature file (default: 100,000 virtual patches)")
+    demo.add_argument(
+        "--slide",
+        type=Path,
+        metavar="FILE",
+        help="feature file or slide image (default: a photograph of tissue, and 100,000 virtual patches)",
+    )
     demo.add_argument("--question", metavar="TEXT")
     demo.add_argument(
         "--checkpoint",
@@ -67,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="(default: the trained demo, or random weights for a slide of yours)",
     )
+    demo.add_argument("--encoder", default="colour-texture", help="of a slide image (default %(default)s)")
+    demo.add_argument("--out", type=Path, default=Path("vllm-wsi-demo"), metavar="DIR", help="(default %(default)s)")
+    demo.add_argument("--view", action="store_true", help="keep the server and its viewer until Ctrl-C")
     demo.set_defaults(run=_demo)
 
     init = commands.add_parser("init-checkpoint", help="write a small checkpoint with random weights")
@@ -190,7 +198,7 @@ def _demo(args: argparse.Namespace) -> int:
     _hide_transformers_progress()
     from .demo import run_demo
 
-    return run_demo(args.slide, args.question, args.checkpoint)
+    return run_demo(args.slide, args.question, args.checkpoint, args.encoder, args.out, args.view)
 
 
 def _init_checkpoint(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`vllm-wsi demo`: a slide, a real server, the official client, an answer with its evidence and stage times."""
+"""`vllm-wsi demo`: slides, a real server, the official client, answers with their evidence and stage times."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ import sys
 import tempfile
 import time
 import urllib.request
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from .checkpoint import load_selector
 from .demo_model import DEMO_CHECKPOINT
 from .evaluation.haystack import HaystackSlide, HaystackWorld
+from .evidence import Evidence
 from .server_process import VllmServer
-from .slides import open_features
+from .slides import SlideIdentity, open_features
+from .slides.formats import is_image
 
 VIRTUAL_PATCHES = 100_000
 VIRTUAL_SLIDE = 0  # number of the slide in haystack's test split
 ANSWER_TOKENS = 32
 QUESTION = "What does this slide show?"
 SECOND_QUESTION = "Which finding supports this?"
+PHOTOGRAPH_MPP = 0.5  # it says none; this number only sets the scale of a demo
+PHOTOGRAPH_PATCH_PX = 32
+UNTRAINED = "random weights: the answer is noise, the path is real"
+UNFAMILIAR = "trained on virtual slides alone: its answer about tissue means nothing, the path is real"
 
 
 class Progress:
@@ -37,60 +45,162 @@ class Progress:
         print(f"{start}done in {time.monotonic() - self._began:.1f} s", file=sys.stderr, flush=True)
 
 
-def run_demo(slide: Path | None, question: str | None, checkpoint: Path | None) -> int:
+@dataclass
+class DemoSlide:
+    """A slide to ask about."""
+
+    features: Path
+    image: Path | None = None
+    virtual: HaystackSlide | None = None  # whose right answers are known
+    questions: tuple[str, str] = (QUESTION, SECOND_QUESTION)
+    note: str = ""
+    facts: str = field(init=False)
+    feature_dim: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        with open_features(self.features) as opened:
+            self.facts = f"{opened.num_patches:,} patches x {opened.feature_dim}, {opened.dtype}, {opened.format}"
+            self.feature_dim = opened.feature_dim
+
+
+def run_demo(
+    slide: Path | None, question: str | None, checkpoint: Path | None, encoder: str, out: Path, view: bool
+) -> int:
     """Runs the demo; returns the exit status.
 
     Args:
-        slide: feature file; None: a virtual slide, asked about with the trained demo checkpoint unless another is
-            given.
-        checkpoint: None, with a slide: random weights that fit it.
+        slide: feature file or slide image; None: a photograph of tissue and a virtual slide of 100,000 patches.
+        question: instead of the demo's own.
+        checkpoint: None: the trained demo checkpoint, or random weights where it does not fit the slide.
+        encoder: of a slide image.
+        out: directory for the evidence.
+        view: the server goes on, with its viewer, until it is interrupted.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-wsi-demo-") as folder:
         work = Path(folder)
-        virtual: HaystackSlide | None = None
-        questions = [question or QUESTION, SECOND_QUESTION]
         if slide is None:
-            progress = Progress(f"making a virtual slide of {VIRTUAL_PATCHES:,} patches")
-            virtual = HaystackWorld().slide("test", VIRTUAL_SLIDE, VIRTUAL_PATCHES)
-            slide = virtual.write(work / f"{virtual.name}.safetensors")
-            progress.done()
-            questions = [question] if question else [virtual.question(0), virtual.question(1)]
-            checkpoint = checkpoint or DEMO_CHECKPOINT
-        slide = slide.resolve()
-        with open_features(slide) as opened:
-            facts = f"{opened.num_patches:,} patches x {opened.feature_dim}, {opened.dtype}, {opened.format}"
-            feature_dim = opened.feature_dim
-        random_weights = checkpoint is None
+            shown = [_photograph(work), _virtual_slide(work)]
+        elif _is_image(slide):
+            shown = [_encoded(slide.resolve(), encoder, work)]
+        else:
+            shown = [DemoSlide(slide.resolve())]
+        if checkpoint is None and slide is None:
+            checkpoint = DEMO_CHECKPOINT
+        untrained = checkpoint is None
         if checkpoint is None:
-            checkpoint = work / "checkpoint"
             progress = Progress("making a small checkpoint with random weights")
             from .init_checkpoint import init_checkpoint
 
-            init_checkpoint(checkpoint, feature_dim, max_position_embeddings=131072)
+            checkpoint = work / "checkpoint"
+            init_checkpoint(checkpoint, shown[0].feature_dim, max_position_embeddings=131072)
             progress.done()
+        for one in shown:
+            if untrained:
+                one.note = UNTRAINED
+            elif checkpoint != DEMO_CHECKPOINT:
+                one.note = ""
+            if question is not None:
+                one.questions = (question, question)
         progress = Progress("starting vllm serve")
         args = ["--max-model-len", "2048", "--max-num-seqs", "8", "--enforce-eager"]
-        args += ["--dtype", "float32"] if random_weights else []
-        with VllmServer(checkpoint, slide.parent, work / "server.log", args, on_wait=progress.tick) as server:
+        args += ["--dtype", "float32"] if untrained else []
+        media = shown[0].features.parent
+        with VllmServer(checkpoint, media, work / "server.log", args, on_wait=progress.tick) as server:
             progress.done()
-            print(f"\nslide      {slide.name}: {facts}")
-            note = "  (random weights: the answer is noise, the path is real)" if random_weights else ""
-            print(f"model      {checkpoint.name}{note}")
-            url = slide.as_uri()
-            first = _ask(server, url, questions[0], virtual)
-            evidence = _post(f"{server.api}/wsi/select", {"url": url})
-            _print_evidence(evidence)
-            if virtual is not None:
-                found = len(set(evidence["indices"]) & set(virtual.evidence_rows.tolist()))
-                print(
-                    f"           {found} of the {len(virtual.evidence_rows)} patches that decide the answer are shown"
-                )
-            second = _ask(server, url, questions[-1], virtual)
-            _print_times(first, second)
+            for one in shown:
+                _show(server, one, checkpoint, out)
+            if view:
+                print(f"\nviewer     {server.root}/wsi/   (Ctrl-C ends it)", flush=True)
+                _wait_for_interrupt(server)
     return 0
 
 
-def _ask(server: VllmServer, url: str, question: str, virtual: HaystackSlide | None) -> dict[str, float]:
+def _is_image(path: Path) -> bool:
+    SlideIdentity.of_file(path)
+    with open(path, "rb") as file:
+        return is_image(path, file.read(64))
+
+
+def _photograph(work: Path) -> DemoSlide:
+    """scikit-image's photograph of stained colon (FHL2, DAB and haematoxylin), as a slide image that is encoded."""
+    import tifffile
+    from skimage import data
+
+    path = work / "immunohistochemistry.tiff"
+    per_cm = 1e4 / PHOTOGRAPH_MPP
+    with tifffile.TiffWriter(path) as file:
+        file.write(
+            data.immunohistochemistry(),
+            tile=(256, 256),
+            photometric="rgb",
+            resolution=(per_cm, per_cm),
+            resolutionunit="CENTIMETER",
+        )
+    return _encoded(path, "colour-texture", work, PHOTOGRAPH_PATCH_PX, "none")
+
+
+def _encoded(image: Path, encoder_name: str, work: Path, patch_px: int = 224, tissue: str = "otsu") -> DemoSlide:
+    from .slides.encode import EncodeSettings, encode_slide
+    from .slides.encoders import load_encoder
+
+    progress = Progress(f"encoding {image.name} with {encoder_name}")
+    encoder = load_encoder(encoder_name)
+    features = work / f"{image.stem}.safetensors"
+    encode_slide(image, features, encoder, EncodeSettings(patch_px=patch_px, tissue=tissue))  # type: ignore[arg-type]
+    progress.done()
+    return DemoSlide(features, image, note=UNFAMILIAR)
+
+
+def _virtual_slide(work: Path) -> DemoSlide:
+    progress = Progress(f"making a virtual slide of {VIRTUAL_PATCHES:,} patches")
+    virtual = HaystackWorld().slide("test", VIRTUAL_SLIDE, VIRTUAL_PATCHES)
+    features = virtual.write(work / f"{virtual.name}.safetensors")
+    progress.done()
+    return DemoSlide(features, virtual=virtual, questions=(virtual.question(0), virtual.question(1)))
+
+
+def _show(server: VllmServer, slide: DemoSlide, checkpoint: Path, out: Path) -> None:
+    """Two questions, the evidence between them, and what each stage took."""
+    print(f"\nslide      {slide.features.name}: {slide.facts}")
+    print(f"model      {checkpoint.name}")
+    url = slide.features.as_uri()
+    first = _ask(server, url, slide.questions[0], slide)
+    evidence = _post(f"{server.api}/wsi/select", {"url": url})
+    _print_evidence(evidence)
+    if slide.virtual is not None:
+        rows = slide.virtual.evidence_rows.tolist()
+        found = len(set(evidence["indices"]) & set(rows))
+        print(f"           {found} of the {len(rows)} patches that decide the answer are shown")
+    _write_evidence(slide, checkpoint, out)
+    second = _ask(server, url, slide.questions[-1], slide)
+    _print_times(first, second)
+
+
+def _write_evidence(slide: DemoSlide, checkpoint: Path, out: Path) -> None:
+    """The same selection once more, here, with all its scores: the same file and checkpoint give the same patches."""
+    with open_features(slide.features) as opened:
+        selection = load_selector(str(checkpoint)).select(opened, keep_every=True)
+        name = opened.name
+    if selection.coords is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    start = out / slide.features.stem
+    with Evidence(selection, name, slide.image) as evidence:
+        evidence.write_geojson(start.with_suffix(".geojson"))
+        evidence.write_heatmap(start.with_suffix(".heatmap.png"))
+        evidence.write_montage(start.with_suffix(".montage.png"))
+    print(f"           written: {start}.geojson (QuPath), .heatmap.png, .montage.png")
+
+
+def _wait_for_interrupt(server: VllmServer) -> None:
+    try:
+        while server.is_alive:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+
+
+def _ask(server: VllmServer, url: str, question: str, slide: DemoSlide) -> dict[str, float]:
     """Asks one streamed question and prints its answer; returns the seconds of each stage."""
     from openai import OpenAI
 
@@ -118,8 +228,11 @@ def _ask(server: VllmServer, url: str, question: str, virtual: HaystackSlide | N
             print("".join(c if c.isprintable() else "\N{MIDDLE DOT}" for c in text), end="", flush=True)
     ended = time.perf_counter()
     print()
-    if virtual is not None and (finding := virtual.option(question, said.strip())) is not None:
-        verdict = "right" if finding == virtual.finding_name else f"wrong, it shows {virtual.finding_name}"
+    if slide.note:
+        print(f"           ({slide.note})")
+    truth = slide.virtual
+    if truth is not None and (finding := truth.option(question, said.strip())) is not None:
+        verdict = "right" if finding == truth.finding_name else f"wrong, it shows {truth.finding_name}"
         print(f"           that is {finding}: {verdict}")
     after = server.metrics()
     names = {

@@ -28,6 +28,7 @@ NPY_MAGIC = b"\x93NUMPY"
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_PROTOCOLS = tuple(bytes([0x80, n]) for n in range(2, 6))
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # most slide images: svs, ndpi, scn, OME-TIFF ...
 MAX_SAFETENSORS_HEADER = 1 << 20  # bytes; two tensors and their metadata need a few hundred
 MAX_TENSOR_PICKLE = 1 << 16  # bytes; that of one tensor needs a few hundred
 SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -99,9 +100,18 @@ def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: 
         return _open_safetensors(path, identity)
     if path.suffix.lower() == ".csv":
         return open_csv(path, identity)
+    if is_image(path, head):
+        raise SlideError(
+            f"{path}: found a slide image, wanted features; encode it once: vllm-wsi encode {path.name} --encoder NAME"
+        )
     kind = "text" if _is_text(head) else "unknown content"
     wanted = "safetensors, h5, npy, pt or csv"
     raise SlideError(f"{path}: found {kind} that begins with {head[:12]!r}, wanted a feature file ({wanted})")
+
+
+def is_image(path: Path, head: bytes) -> bool:
+    """Whether that is a slide image, by its first bytes, or by its name where those say nothing."""
+    return head.startswith(TIFF_MAGIC) or path.suffix.lower() in (".mrxs", ".czi", ".dcm", ".vms", ".vmu")
 
 
 def _is_text(head: bytes) -> bool:
