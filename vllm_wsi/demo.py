@@ -79,7 +79,8 @@ def run_demo(
     with tempfile.TemporaryDirectory(prefix="vllm-wsi-demo-") as folder:
         work = Path(folder)
         if slide is None:
-            shown = [_photograph(work), _virtual_slide(work)]
+            photograph = _encoded(write_photograph(work), "colour-texture", work, PHOTOGRAPH_PATCH_PX, "none")
+            shown = [photograph, _virtual_slide(work)]
         elif _is_image(slide):
             shown = [_encoded(slide.resolve(), encoder, work)]
         else:
@@ -121,13 +122,12 @@ def _is_image(path: Path) -> bool:
         return is_image(path, file.read(64))
 
 
-def _photograph(work: Path) -> DemoSlide:
-    """scikit-image's photograph of stained colon (FHL2, DAB and haematoxylin), as a slide image that is encoded."""
+def write_photograph(folder: Path) -> Path:
+    """scikit-image's photograph of stained colon (FHL2 by DAB, and haematoxylin) as a slide image of 512 x 512."""
     import tifffile
     from skimage import data
 
-    path = work / "immunohistochemistry.tiff"
-    per_cm = 1e4 / PHOTOGRAPH_MPP
+    path, per_cm = folder / "immunohistochemistry.tiff", 1e4 / PHOTOGRAPH_MPP
     with tifffile.TiffWriter(path) as file:
         file.write(
             data.immunohistochemistry(),
@@ -136,7 +136,7 @@ def _photograph(work: Path) -> DemoSlide:
             resolution=(per_cm, per_cm),
             resolutionunit="CENTIMETER",
         )
-    return _encoded(path, "colour-texture", work, PHOTOGRAPH_PATCH_PX, "none")
+    return path
 
 
 def _encoded(image: Path, encoder_name: str, work: Path, patch_px: int = 224, tissue: str = "otsu") -> DemoSlide:
