@@ -10,6 +10,7 @@ import pytest
 FOLDER = Path(__file__).parent / "kernels"
 
 
+@pytest.mark.timeout(1800)  # minutes of interpreting, which busy cores double
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
 def test_the_interpreted_kernels_pass(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]

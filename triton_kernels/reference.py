@@ -18,10 +18,10 @@ so that a row's score has the same bits however the slide is cut into chunks. Sm
 temporaries stay on the heap: larger ones go back to the kernel and fault in again for every block."""
 
 MAX_MAGNITUDE = 2.0**50
-"""A patch's score is NaN, on every device, unless its features' mean and standard deviation in fp32 lie below this.
+"""By `ScorerWeights` a patch scores NaN, on every device, unless its features' mean and deviation lie below this.
 
-Features that are NaN or infinite give a NaN mean; larger ones are no embedding, and their squares would overflow fp32
-here and not there, depending on the order of sums. Below it nothing overflows up to d = 2560. fp16 never reaches it.
+NaN and infinite features have no finite mean; larger ones are no embedding, and their squares would overflow fp32 here
+and not there, depending on the order of sums. Below it nothing overflows up to d = 2560. fp16 never reaches it.
 """
 
 

@@ -176,9 +176,9 @@ def test_many_slides_at_once(device):
 @pytest.mark.parametrize("by_score", [False, True])
 @pytest.mark.parametrize("chunk", [1, 50, 64, 1000])
 def test_a_slide_in_chunks_keeps_what_the_whole_slide_keeps(chunk, by_score, device):
-    n = 12 if chunk == 1 else 200
+    n = 8 if chunk == 1 else 200
     scores = noise(n).round(decimals=1)
-    scores[5:9] = float("nan")
+    scores[3:5] = float("nan")
     features = noise(n * 96, 1).reshape(n, 96).to(device)
     whole = select_triton(scores.to(device), 33, features, by_score=by_score)
     running = None
@@ -203,8 +203,8 @@ def test_kept_rows_of_any_size_and_any_strides(k, device):
 
 
 def test_rows_that_lie_four_gibibytes_apart_are_gathered(device):
-    x = torch.empty_strided((3, 96), (2**31, 1), dtype=torch.float16, device=device).copy_(noise(3 * 96).reshape(3, 96))
-    selected = select_triton(torch.tensor([1.0, 3.0, 2.0]).to(device), 2, x)
+    x = torch.empty_strided((2, 96), (2**31, 1), dtype=torch.float16, device=device).copy_(noise(192).reshape(2, 96))
+    selected = select_triton(torch.tensor([1.0, 3.0]).to(device), 1, x)
     assert torch.equal(selected.rows[0], x[1:].clone(memory_format=torch.contiguous_format))
 
 
