@@ -28,8 +28,10 @@ export function createStage(element) {
   return viewer;
 }
 
+const nextFrame = () => new Promise(requestAnimationFrame);
+
 // Opens a slide as `GET /v1/wsi/slide` describes it; resolves when its first view is laid out.
-export function openSlide(viewer, url, facts) {
+export async function openSlide(viewer, url, facts) {
   const [width, height] = facts.extent_px;
   const { tiles } = facts;
   const source = tiles
@@ -38,13 +40,16 @@ export function openSlide(viewer, url, facts) {
         getTileUrl: (level, x, y) => api.address("wsi/tile", { url, level, x, y, version: tiles.version }),
       }
     : { width, height, tileWidth: width, tileHeight: height, tileOverlap: 0, minLevel: 0, maxLevel: 0, getTileUrl: () => GREY };
-  return new Promise((resolve, reject) => {
+  await new Promise((resolve, reject) => {
     viewer.close();
-    viewer.forceResize(); // what stands below the slide may have moved
     viewer.addOnceHandler("open", resolve);
     viewer.addOnceHandler("open-failed", (event) => reject(new Error(event.message)));
     viewer.open({ tileSource: source, loadTilesWithAjax: Boolean(tiles), ajaxHeaders: tiles ? api.headers() : {} });
   });
+  // What stands below the slide may have moved with it; OpenSeadragon sees that one frame later.
+  await nextFrame();
+  await nextFrame();
+  viewer.viewport.goHome(true);
 }
 
 // The bar in the corner: a round number of micrometres.
