@@ -71,10 +71,8 @@ def list_slides(root: Path) -> dict[str, Any]:
 
 
 def _is_file_below(entry: os.DirEntry[str], root: Path) -> bool:
-    if not entry.is_file():
-        return False
     try:
-        return not entry.is_symlink() or root in Path(entry.path).resolve().parents
+        return entry.is_file() and (not entry.is_symlink() or root in Path(entry.path).resolve().parents)
     except (OSError, RuntimeError):  # a loop of links
         return False
 
