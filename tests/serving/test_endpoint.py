@@ -42,6 +42,7 @@ def media(tmp_path_factory) -> Path:
     (folder / "out.safetensors").symlink_to(outside / "linked.safetensors")
     make_slide(folder / "out-image.safetensors", 10)
     (folder / "out-image.tiff").symlink_to(make_grid_image(outside / "secret.tiff"))
+    (folder / "loop.h5").symlink_to(folder / "loop.h5")
     make_slide(folder / "broken.safetensors", 10)
     (folder / "broken.svs").write_bytes(b"II*\0 no slide at all")
     return folder
@@ -253,9 +254,13 @@ def test_a_tile_is_sent_once_and_kept_where_its_version_is_named(http, grid):
         ({"url": "data:x;base64,AAAA"}, "wanted a file:// URL"),
         ({"url": "https://example.org/a.h5"}, "wanted a file:// URL"),
         ({"url": "nonsense"}, "wanted a file:// URL"),
+        ({"url": "{media}/loop.h5"}, "loop.h5: found a loop of links"),
+        ({"url": "{media}/a%00b.h5"}, "null byte"),
+        ({"url": "{media}/" + "long" * 200}, "File name too long"),
     ],
 )
-def test_a_tile_that_is_not_there_is_refused(http, grid, where, sentence):
+def test_a_tile_that_is_not_there_is_refused(http, grid, media, where, sentence):
+    where = {key: value.format(media=media.as_uri()) if key == "url" else value for key, value in where.items()}
     assert sentence in refusal(http.get("tile", params={"url": grid, "level": 11, "x": 0, "y": 0} | where))
 
 

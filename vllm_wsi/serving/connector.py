@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs
 
 import aiohttp
@@ -109,6 +110,13 @@ class SlideConnector(MediaConnector):
         """The path, below the allowed one, that a file URL names, links unfollowed; None for any other URL."""
         _, url, _ = self._prepare(url)
         return self.load_from_url(url, PathIO()) if url[:5].lower() == "file:" else None
+
+    def _load_file_url(self, url_spec: Any, media_io: MediaIO[Any]) -> Any:
+        try:
+            return super()._load_file_url(url_spec, media_io)
+        except RuntimeError as error:  # what Path.resolve raises
+            name = Path(url_spec.path or "").name
+            raise SlideError(f"{name}: found a loop of links, wanted a feature file") from error
 
     def _prepare(self, url: str, keep_every: bool = False) -> tuple[SelectionService, str, SlideMediaIO]:
         service = current_service()

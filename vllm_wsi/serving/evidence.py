@@ -16,7 +16,7 @@ from vllm_wsi.slides.regions import Level0Rects, PatchSize, extent, geojson, lev
 from vllm_wsi.sparsify.selector import Selection
 
 from .connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
-from .images import MAX_READ_PX, TILE_PX, ImagePool, deep_zoom, read_px, region, tile
+from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
 from .selection import SelectedSlide
 from .slide_files import image_of, image_suffixes, list_slides
 
@@ -54,7 +54,7 @@ class Found(NamedTuple):
 
 
 class Evidence:
-    """Answers the endpoints; all reading and drawing is done on threads of its own.
+    """Answers the endpoints; reading headers and drawing pixels are each done on threads of their own.
 
     Args:
         connector: fetches slides as it does for chat messages, under the same rules.
@@ -62,6 +62,7 @@ class Evidence:
 
     def __init__(self, connector: SlideConnector) -> None:
         self._connector, self._images = connector, ImagePool()
+        self._headers, self._pixels = Threads("wsi-headers"), Threads("wsi-pixels")
         self._pictures: LRUCache[str, bytes] = LRUCache(PICTURE_CACHE_BYTES, getsizeof=len)
         self._lock = threading.Lock()
 
@@ -73,12 +74,12 @@ class Evidence:
         return root
 
     async def slides(self) -> dict[str, Any]:
-        return await self._images.run(list_slides, self._root)
+        return await self._headers.run(list_slides, self._root)
 
     async def select(self, url: str, scale: Scale) -> dict[str, Any]:
         """The record of a selection, with the kept patches' level-0 rectangles or a sentence on why there are none."""
         selected = await self._connector.fetch_image_async(url)
-        found = await self._images.run(self._find_image, url)
+        found = await self._headers.run(self._find_image, url)
         chosen, image = selected.selection, found.image
         record = chosen.record() | {"encoder": _encoder(url, chosen.metadata), "rects": None, "extent_px": None}
         if scale.size is not None:
@@ -96,7 +97,7 @@ class Evidence:
 
     async def geojson(self, url: str, scale: Scale) -> dict[str, Any]:
         selected = await self._connector.fetch_image_async(url)
-        image = (await self._images.run(self._find_image, url)).image
+        image = (await self._headers.run(self._find_image, url)).image
         chosen = selected.selection
         rects = chosen.rects(_name(selected), _mpp(scale, chosen.metadata, image), scale.size)
         return geojson(rects, chosen.scores.tolist(), chosen.indices.tolist(), _name(selected))
@@ -104,29 +105,29 @@ class Evidence:
     async def heat_map(self, url: str, overlay: bool, scale: Scale) -> tuple[bytes, str]:
         """(PNG, ETag) of all scores by rank, upon the slide or, as `overlay`, upon nothing."""
         selected = await self._connector.fetch_image_async(url, keep_every=True)
-        image = (await self._images.run(self._find_image, url)).image
+        image = (await self._headers.run(self._find_image, url)).image
         etag = _digest(selected.digest, overlay, scale, None if image is None else image.digest)
         with self._lock:
             picture = self._pictures.get(etag)
         if picture is None:
-            picture = await self._images.run(self._draw, selected, image, overlay, scale)
+            picture = await self._pixels.run(self._draw, selected, image, overlay, scale)
             with self._lock:
                 if len(picture) <= self._pictures.maxsize:
                     self._pictures[etag] = picture
         return picture, etag
 
     async def slide(self, url: str) -> dict[str, Any]:
-        return await self._images.run(self._describe, url)
+        return await self._headers.run(self._describe, url)
 
     async def tile(self, url: str, level: int, x: int, y: int, known: str | None) -> tuple[bytes | None, str, str]:
         """(JPEG, ETag, version of the image); no JPEG where the client knows this ETag already."""
-        return await self._images.run(self._read, url, tile, (level, x, y), known)
+        return await self._pixels.run(self._read, url, tile, (level, x, y), known)
 
     async def region(
         self, url: str, rect: tuple[float, float, float, float], side: int, known: str | None
     ) -> tuple[bytes | None, str, str]:
         """As `tile`, of any part of the slide."""
-        return await self._images.run(self._read, url, region, (rect, side), known)
+        return await self._pixels.run(self._read, url, region, (rect, side), known)
 
     def _image_path(self, url: str) -> Path:
         path = self._connector.local_path(url)

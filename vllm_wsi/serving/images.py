@@ -41,21 +41,28 @@ class _Open:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class ImagePool:
-    """Opens slide images once and keeps the last few open, each under its file's identity.
+class Threads:
+    """A few threads for work that may be slow: it holds up its own kind, but neither the event loop nor selections."""
 
-    One slow image can hold up the others' tiles, but neither the event loop nor any selection.
-    """
-
-    def __init__(self, size: int = OPEN_IMAGES, threads: int = THREADS) -> None:
-        self._size = size
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="wsi-image")
-        self._lock = threading.Lock()
-        self._open: OrderedDict[SlideIdentity, _Open] = OrderedDict()
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix=name)
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
-        """Runs a function on one of the pool's threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        """Raises SlideError also where a file or a folder may not be read."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        except OSError as error:
+            name = Path(str(error.filename or "file")).name
+            raise SlideError(f"{name}: found no way to read it ({error.strerror or error}), wanted a slide") from error
+
+
+class ImagePool:
+    """Opens slide images once and keeps the last few open, each under its file's identity."""
+
+    def __init__(self, size: int = OPEN_IMAGES) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._open: OrderedDict[SlideIdentity, _Open] = OrderedDict()
 
     @contextmanager
     def image(self, path: Path) -> Iterator[AbstractSlide]:

@@ -68,7 +68,7 @@ const hashOf = (url) => `#slide=${encodeURIComponent(url)}`;
 function openFromHash() {
   const url = new URLSearchParams(location.hash.slice(1)).get("slide");
   if (url && url !== state.url) open(url);
-  else if (!url && !state.url && state.slides.length) location.replace(hashOf(state.slides[0].url));
+  else if (!url && !state.url && state.slides.length) location.replace(hashOf((state.slides.find((slide) => slide.has_image) ?? state.slides[0]).url));
 }
 
 // --- one slide
@@ -86,7 +86,7 @@ async function open(url) {
   setHeat(0);
   at("remark").hidden = at("geojson").hidden = true;
   at("kept-note").textContent = "";
-  at("title").textContent = decodeURIComponent(url.split("/").pop());
+  at("title").textContent = "";
   at("empty").hidden = false;
   at("empty").textContent = "Opening …";
   try {
@@ -96,18 +96,17 @@ async function open(url) {
     at("remark").textContent = facts.remarks.join(" ");
     at("remark").hidden = !facts.remarks.length;
     at("patches").classList.toggle("with-pictures", facts.has_image); // takes their room before the view is laid out
-    if (facts.extent_px) {
-      await openSlide(viewer, url, facts);
-      at("empty").hidden = true;
-    } else at("empty").textContent = "This file does not say where its patches lie.";
+    if (facts.extent_px) await openSlide(viewer, url, facts);
     if (signal.aborted) return;
+    at("empty").textContent = "This file does not say where its patches lie.";
+    at("empty").hidden = Boolean(facts.extent_px);
     at("kept-note").textContent = "scoring …";
     await Promise.all([showSelection(url, signal), showHeat(url, facts, signal)]);
     if (!signal.aborted) await loadPictures(url, signal);
   } catch (error) {
     if (signal.aborted) return;
     at("empty").textContent = at("empty").hidden ? "" : "This slide cannot be shown.";
-    at("kept-note").textContent = "";
+    if (!state.patches.length) at("kept-note").textContent = "";
     showProblem(error);
   }
 }
@@ -182,7 +181,7 @@ function listPatches() {
   );
 }
 
-// Two at a time, and after what is in view: the browser opens six connections.
+// Two at a time, after what is in view.
 async function loadPictures(url, signal) {
   if (!state.facts.tiles) return;
   const waiting = state.patches.filter(({ picture }) => picture);

@@ -91,14 +91,11 @@ export class Overlay {
       other.outline.classList.toggle("chosen", chosen);
       other.outline.setAttribute("tabindex", chosen ? 0 : -1);
     }
-    if (patch?.outline && document.activeElement !== patch.outline) {
-      const focused = document.activeElement;
-      this.outlines.append(patch.outline); // above the others
-      focused?.focus?.({ preventScroll: true });
-    }
+    // Above the others; what is moved would lose the focus.
+    if (patch?.outline && document.activeElement !== patch.outline) this.outlines.append(patch.outline);
   }
 
-  // The best patch below a place in the viewer; of overlapping ones the chosen comes first.
+  // The patch at a place in the viewer, of overlapping ones the best.
   at(position) {
     if (this.outlines.style.display === "none") return null;
     const x = (position.x - this.origin.x) / this.scale;

@@ -11,7 +11,7 @@ export function createStage(element) {
     drawer: "canvas",
     showNavigationControl: false,
     loadTilesWithAjax: true,
-    imageLoaderLimit: 4, // of the six connections that a browser opens: the chat needs one
+    imageLoaderLimit: 3, // of the six connections that a browser opens: two are for the strip, one for the chat
     maxZoomPixelRatio: 4,
     minZoomImageRatio: 0.6,
     visibilityRatio: 0.3,
