@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .slides import FeatureFile, SlideError, open_features
 
@@ -17,6 +17,10 @@ SLIDE_MARK = "<image>"
 
 FEATURE_SUFFIXES = (".safetensors", ".h5", ".npy", ".pt", ".csv")
 MAX_PROBLEMS = 10
+
+
+class NoFeaturesError(SlideError):
+    """A slide that no feature file is there for."""
 
 
 class SlideSource(Protocol):
@@ -73,8 +77,12 @@ class QuestionError(ValueError):
 
 def multiple_choice(where: str, slide: SlideSource, stem: str, options: Mapping[str, str], letter: str) -> SlideItem:
     """A question as SlideChat asks it: the stem, then one line for each option."""
-    lines = [stem, *(f"{key}. {text}" for key, text in options.items())]
-    return SlideItem(where, (slide,), ((f"{SLIDE_MARK}\n" + "\n".join(lines), letter),), dict(options))
+    return SlideItem(where, (slide,), ((f"{SLIDE_MARK}\n{choice_text(stem, options)}", letter),), dict(options))
+
+
+def choice_text(stem: str, options: Mapping[str, str]) -> str:
+    """What SlideChat asks beside the slide: the stem, then one line for each option."""
+    return "\n".join([stem, *(f"{key}. {text}" for key, text in options.items())])
 
 
 def read_questions(path: str | Path, features: str | Path) -> list[SlideItem]:
@@ -91,12 +99,12 @@ def read_questions(path: str | Path, features: str | Path) -> list[SlideItem]:
     path, features = Path(path), Path(features)
     if not features.is_dir():
         raise QuestionError([f"{features}: found no directory, wanted one of feature files"])
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {".json": _json_rows, ".csv": _csv_rows}
+    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {".json": json_rows, ".csv": csv_rows}
     parsers = {".json": _parse_conversation, ".csv": _parse_choice}
     if path.suffix not in readers:
         raise QuestionError([f"{path}: found the suffix {path.suffix!r}, wanted one of {', '.join(readers)}"])
     items, problems = [], []
-    find = _FeatureFinder(features)
+    find = FeatureFinder(features)
     for where, row in readers[path.suffix](path):
         try:
             items.append(parsers[path.suffix](where, row, find))
@@ -110,7 +118,7 @@ def read_questions(path: str | Path, features: str | Path) -> list[SlideItem]:
     return items
 
 
-class _FeatureFinder:
+class FeatureFinder:
     """Feature files below a directory, by relative path or by name."""
 
     def __init__(self, root: Path) -> None:
@@ -128,7 +136,9 @@ class _FeatureFinder:
             files = self._by_stem.get(stem, [])
             files = [file for file in files if file.parent == path.parent] or files
             if not files:
-                raise SlideError(f"found no features of slide {name!r} in {self._root.name}, wanted a feature file")
+                raise NoFeaturesError(
+                    f"found no features of slide {name!r} in {self._root.name}, wanted a feature file"
+                )
             if len(files) > 1:
                 found = ", ".join(str(file.relative_to(self._root)) for file in files)
                 raise SlideError(f"found several files of slide {name!r} ({found}), wanted one")
@@ -136,7 +146,8 @@ class _FeatureFinder:
         return FeaturePath(path)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a JSON list; QuestionError where it is none."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -147,7 +158,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path.name}, item {number}", row
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row by column name) of a CSV file, with or without a byte-order mark."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
@@ -182,16 +194,37 @@ def _parse_conversation(where: str, row: Any, find: Callable[[str], FeaturePath]
 
 
 def _parse_choice(where: str, row: Mapping[str, str | None], find: Callable[[str], FeaturePath]) -> SlideItem:
-    slide, stem, letter = (_cell(row, name) for name in ("Slide", "Question", "Answer"))
+    slide, stem, options, letter = parse_choice_row(row)
+    return multiple_choice(where, find(slide), stem, options, letter)
+
+
+class ChoiceRow(NamedTuple):
+    """A row of SlideBench."""
+
+    slide: str
+    stem: str
+    options: dict[str, str]  # letter -> text, without the empty ones
+    letter: str  # of the right option
+
+
+def parse_choice_row(row: Mapping[str, str | None]) -> ChoiceRow:
+    """Reads Slide, Question, A .. H, Answer of a CSV row.
+
+    Raises:
+        KeyError: a column is not there.
+        ValueError: nothing in a cell that must have text, fewer than two options, an answer that is none of them.
+    """
+    slide, stem, letter = (cell(row, name) for name in ("Slide", "Question", "Answer"))
     options = {key: text.strip() for key in string.ascii_uppercase[:8] if (text := row.get(key) or "").strip()}
     if len(options) < 2:
         raise ValueError(f"found {len(options)} options, wanted at least two in the columns A, B, ...")
     if letter not in options:
         raise ValueError(f"Answer: found {letter!r}, wanted one of {', '.join(options)}")
-    return multiple_choice(where, find(slide), stem, options, letter)
+    return ChoiceRow(slide, stem, options, letter)
 
 
-def _cell(row: Mapping[str, str | None], name: str) -> str:
+def cell(row: Mapping[str, str | None], name: str) -> str:
+    """The text of a cell; KeyError without its column, ValueError without text."""
     value = (row[name] or "").strip()
     if not value:
         raise ValueError(f"{name}: found nothing, wanted text")
