@@ -90,6 +90,8 @@ def test_an_image_that_failed_is_not_used_again(tmp_path, opened):
     with pytest.raises(SlideError, match=r"^a\.tiff: found damaged pixels \(no luck\)"), pool.image(path):
         raise RuntimeError("no luck")
     assert opened == [("opened", "a.tiff"), ("closed", "a.tiff")]
+    with pytest.raises(SlideError, match="level: found 99"), pool.image(path) as image:  # a fault of the request
+        tile(image, path.name, 99, 0, 0)
     with pool.image(path):
         pass
     assert len(opened) == 3

@@ -33,6 +33,10 @@ JPEG_QUALITY = 85
 T = TypeVar("T")
 
 
+class NotThere(SlideError):
+    """A part of an image was asked for that it has not; the image itself is well."""
+
+
 @dataclass
 class _Open:
     image: AbstractSlide
@@ -76,6 +80,8 @@ class ImagePool:
             try:
                 with entry.lock if type(entry.image).__name__ != "OpenSlide" else _no_lock():
                     yield entry.image
+            except NotThere:
+                raise
             except Exception as error:
                 self._drop(entry)
                 if isinstance(error, ValueError):
@@ -168,7 +174,8 @@ def tile(image: AbstractSlide, name: str, level: int, x: int, y: int) -> bytes:
     """JPEG of one tile, at most `TILE_PX` wide and high.
 
     Raises:
-        SlideError: there is no such tile, or its pixels are damaged.
+        NotThere: there is no such tile.
+        SlideError: its pixels are damaged.
     """
     from PIL import Image as Images
 
@@ -176,12 +183,12 @@ def tile(image: AbstractSlide, name: str, level: int, x: int, y: int) -> bytes:
 
     zoom = deep_zoom(image)
     if not zoom.min_level <= level <= zoom.max_level:
-        raise SlideError(f"{name}: level: found {level}, wanted {zoom.min_level} .. {zoom.max_level}")
+        raise NotThere(f"{name}: level: found {level}, wanted {zoom.min_level} .. {zoom.max_level}")
     scale = zoom.scale(level)
     side = TILE_PX * scale
     columns, rows = (math.ceil(length / side) for length in (zoom.width_px, zoom.height_px))
     if not (0 <= x < columns and 0 <= y < rows):
-        raise SlideError(f"{name}: tile: found {x}, {y} at level {level}, wanted 0 .. {columns - 1}, 0 .. {rows - 1}")
+        raise NotThere(f"{name}: tile: found {x}, {y} at level {level}, wanted 0 .. {columns - 1}, 0 .. {rows - 1}")
     left, top = x * side, y * side
     width, height = min(side, zoom.width_px - left), min(side, zoom.height_px - top)
     size = (max(1, round(width / scale)), max(1, round(height / scale)))
@@ -193,7 +200,8 @@ def region(image: AbstractSlide, name: str, rect: tuple[float, float, float, flo
     """JPEG of x, y, width, height in level-0 pixels, its longer side of so many pixels.
 
     Raises:
-        SlideError: it is out of bounds, or its pixels are damaged.
+        NotThere: it lies outside the slide, or would cost too much to read.
+        SlideError: its pixels are damaged.
     """
     from PIL import Image as Images
 
@@ -203,10 +211,10 @@ def region(image: AbstractSlide, name: str, rect: tuple[float, float, float, flo
     slide_width, slide_height = image.dimensions
     if not (width > 0 and height > 0 and -width < x < slide_width and -height < y < slide_height):
         found = ", ".join(f"{value:g}" for value in rect)
-        raise SlideError(f"{name}: region: found {found}, wanted one within {slide_width} x {slide_height} px")
+        raise NotThere(f"{name}: region: found {found}, wanted one within {slide_width} x {slide_height} px")
     scale = max(width, height) / side
     if (pixels := read_px(image, width, height, scale)) > MAX_READ_PX:
-        raise SlideError(f"{name}: region: found {pixels:.3g} pixels to read, wanted at most {MAX_READ_PX:.3g}")
+        raise NotThere(f"{name}: region: found {pixels:.3g} pixels to read, wanted at most {MAX_READ_PX:.3g}")
     size = (max(1, round(width / scale)), max(1, round(height / scale)))
     return jpeg(Images.fromarray(read_scaled(image, name, x, y, width, height, size)))
 

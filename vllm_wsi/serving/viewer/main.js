@@ -67,8 +67,9 @@ const hashOf = (url) => `#slide=${encodeURIComponent(url)}`;
 
 function openFromHash() {
   const url = new URLSearchParams(location.hash.slice(1)).get("slide");
+  const first = state.slides.find((slide) => slide.has_image) ?? state.slides[0];
   if (url && url !== state.url) open(url);
-  else if (!url && !state.url && state.slides.length) location.replace(hashOf((state.slides.find((slide) => slide.has_image) ?? state.slides[0]).url));
+  else if (!url && !state.url && first) location.replace(hashOf(first.url));
 }
 
 // --- one slide
