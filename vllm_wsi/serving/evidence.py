@@ -21,7 +21,6 @@ from .selection import SelectedSlide
 from .slide_files import image_of, image_suffixes, list_slides
 
 PICTURE_CACHE_BYTES = 32 << 20
-PATCH_SIDE_PX = 32  # of a patch in a heat map, at most: drawing one costs the square of this
 NO_IMAGE = "found no slide image of its name beside it, wanted one to show the slide"
 
 
@@ -213,23 +212,15 @@ class Evidence:
             return read(image, path.name, *what), etag, version
 
     def _draw(self, selected: SelectedSlide, image: ImageFacts | None, overlay: bool, scale: Scale) -> bytes:
-        import numpy as np
-        from PIL import Image
-
         from vllm_wsi.slides.pictures import HEAT_SIDE, heat_map, heat_overlay, png
 
         chosen, name = selected.selection, _name(selected)
         assert chosen.every is not None
         every, kept = self._rects(name, chosen, image, scale)
         size_px = image.size_px if image is not None else _finite(name, extent(every, chosen.metadata))
-        longest = float(every[:, 2:].max())
-        side = max(1, min(HEAT_SIDE, int(PATCH_SIDE_PX * max(size_px) / longest)))
-        heat = heat_overlay(every, chosen.every.scores.numpy(), size_px, side)
+        heat = heat_overlay(every, chosen.every.scores.numpy(), size_px)
         if overlay:
             return png(heat)
-        if side < HEAT_SIDE:
-            width, height = (max(1, round(length * HEAT_SIDE / max(size_px))) for length in size_px)
-            heat = np.asarray(Image.fromarray(heat).resize((width, height), Image.Resampling.NEAREST))
         return png(heat_map(heat, self._thumbnail(image, HEAT_SIDE), kept, size_px))
 
     @staticmethod

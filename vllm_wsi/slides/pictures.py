@@ -57,21 +57,18 @@ def heat_overlay(
     """
     scale = max(size_px) / max_side
     width, height = (max(1, round(side / scale)) for side in size_px)
+    overlay = np.zeros((height, width, 4), np.uint8)
     values = rank_normalise(scores)
     order = np.argsort(np.where(np.isnan(values), -1, values), kind="stable")  # where patches overlap, the higher wins
     paint = np.concatenate([colours(values), np.full((len(values), 1), 255, np.uint8)], axis=1)[order]
-    left_top = np.floor(rects[order, :2] / scale).astype(np.int64)
-    right_bottom = np.maximum(np.floor((rects[order, :2] + rects[order, 2:]) / scale).astype(np.int64), left_top + 1)
-    extent, number = right_bottom - left_top, np.arange(len(order))
-    top = np.full((height, width), -1)  # number of the patch that each pixel shows
-    for dy in range(int(extent[:, 1].max())):
-        for dx in range(int(extent[:, 0].max())):
-            x, y = left_top[:, 0] + dx, left_top[:, 1] + dy
-            inside = (dx < extent[:, 0]) & (dy < extent[:, 1]) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            x, y, new = x[inside], y[inside], number[inside]
-            higher = new > top[y, x]
-            top[y[higher], x[higher]] = new[higher]  # of equal places the last, and so the highest, stays
-    return np.where(top[..., None] >= 0, paint[top], 0).astype(np.uint8)
+    # What lies beyond the slide is cut off; coordinates may be anything.
+    corners = np.clip(rects[order], -max(size_px), 2 * max(size_px))
+    left_top = np.floor(corners[:, :2] / scale).astype(np.int64)
+    right_bottom = np.maximum(np.floor((corners[:, :2] + corners[:, 2:]) / scale).astype(np.int64), left_top + 1)
+    places = np.concatenate([np.maximum(left_top, 0), np.maximum(right_bottom, 0)], axis=1).tolist()
+    for (left, top, right, bottom), colour in zip(places, paint, strict=True):
+        overlay[top:bottom, left:right] = colour
+    return overlay
 
 
 def heat_map(
