@@ -74,16 +74,14 @@ def level0_rects(
     if coords is None or unit is None:
         raise SlideError(f"{name}: coords: found none, wanted the place of each patch to show it on the slide")
     if size is None:
-        raise SlideError(
-            f"{name}: patch_size_level0: found none, wanted the size of a patch in level-0 pixels (--patch-size-level0)"
-        )
+        raise SlideError(f"{name}: patch_size_level0: found none, wanted the size of a patch in level-0 pixels")
     scales = {"px": 1.0}
     if "um" in (unit, size.unit):
         mpp = mpp if mpp is not None else _number(metadata.get("mpp"))
         if mpp is None or not (np.isfinite(mpp) and mpp > 0):
             raise SlideError(
                 f"{name}: mpp: found {mpp or 'none'} with coordinates in microns, "
-                "wanted microns per level-0 pixel to place them (--mpp)"
+                "wanted microns per level-0 pixel to place them"
             )
         scales["um"] = 1 / mpp
     rects = np.empty((len(coords), 4))
