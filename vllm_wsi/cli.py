@@ -1,4 +1,4 @@
-"""`vllm-wsi`: encode, doctor, select, demo, init-checkpoint, train, study."""
+"""`vllm-wsi`: encode, doctor, select, demo, init-checkpoint, train, study, eval."""
 
 from __future__ import annotations
 
@@ -118,6 +118,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     study.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the model (default cpu)")
     study.add_argument("--out", type=Path, required=True, metavar="DIR")
     study.set_defaults(run=_study)
+
+    evaluate = commands.add_parser("eval", help="a benchmark's questions to any endpoint, scored (extra: eval)")
+    evaluate.add_argument("--task", required=True, help="slidebench-tcga, slidebench-bcnb, wsi-vqa, wsi-bench, "
+                          "multipathqa, or csv")  # fmt: skip
+    evaluate.add_argument("--data", type=Path, required=True, metavar="FILE", help="the benchmark's question file")
+    evaluate.add_argument("--features", type=Path, required=True, metavar="DIR", help="feature files of its slides")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="a run that was stopped there goes on")
+    how = evaluate.add_mutually_exclusive_group()
+    how.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, with /v1; the key is in OPENAI_API_KEY")
+    how.add_argument("--offline", metavar="CHECKPOINT", help="vLLM in this process instead")
+    how.add_argument("--export-batch", type=Path, metavar="FILE", help="write the requests as an OpenAI batch file")
+    how.add_argument("--import-batch", type=Path, metavar="FILE", help="score a batch's output")
+    evaluate.add_argument("--model", help="as the server names it (default: its first); needed for batches")
+    evaluate.add_argument("--mode", default="generate", choices=["generate", "choice", "both"], help="written answers, "
+                          "probabilities of the options' letters, or both (default generate)")  # fmt: skip
+    evaluate.add_argument("--baselines", default="blind,constant,random-32,uniform-32", metavar="NAME,...",
+                          help="asked beside it, or none (default %(default)s)")  # fmt: skip
+    evaluate.add_argument("--skip-slides", type=Path, metavar="FILE", help="slides to leave out, one a line")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N questions alone")
+    evaluate.add_argument("--columns", default="", metavar="NAME=COLUMN,...", help="of --task csv: slide, question, "
+                          "answer, A .. H, key, category")  # fmt: skip
+    evaluate.add_argument("--features-url", metavar="URL", help="DIR as the server sees it (default: its file:// URL)")
+    evaluate.add_argument("--work", type=Path, metavar="DIR", help="for the slides of 32 patches "
+                          "(default: a hidden folder in --features)")  # fmt: skip
+    evaluate.add_argument("--compare", type=Path, nargs="+", default=[], metavar="DIR", help="--out of earlier runs")
+    evaluate.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default 8)")
+    evaluate.add_argument("--retries", type=int, default=5, metavar="N", help="of a request (default 5)")
+    evaluate.add_argument("--timeout", type=float, default=600, metavar="S", help="of an attempt (default 600)")
+    evaluate.add_argument("--max-tokens", type=int, default=500, metavar="N", help="of an answer (default 500)")
+    evaluate.add_argument(
+        "--engine-args", type=json.loads, default={}, metavar="JSON", help="of vllm.LLM, for --offline"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of random-32 and of the intervals")
+    evaluate.set_defaults(run=_eval)
 
     args = parser.parse_args(argv)
     try:
@@ -243,6 +277,13 @@ def _study(args: argparse.Namespace) -> int:
 
     options = vars(args)
     return run_study(**{name: value for name, value in options.items() if name not in ("run", "command")})
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from .evaluation.eval_command import run_eval_command
+
+    options = vars(args)
+    return run_eval_command(**{name: value for name, value in options.items() if name not in ("run", "command")})
 
 
 def _hide_transformers_progress() -> None:

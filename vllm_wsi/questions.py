@@ -119,13 +119,14 @@ def read_questions(path: str | Path, features: str | Path) -> list[SlideItem]:
 
 
 class FeatureFinder:
-    """Feature files below a directory, by relative path or by name."""
+    """Feature files below a directory, by relative path or by name; hidden folders are not searched by name."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._by_stem: dict[str, list[Path]] = {}
         for path in sorted(root.rglob("*")):
-            if path.suffix in FEATURE_SUFFIXES:
+            hidden = any(part.startswith(".") for part in path.relative_to(root).parts[:-1])
+            if path.suffix in FEATURE_SUFFIXES and not hidden:
                 self._by_stem.setdefault(path.stem, []).append(path)
 
     def __call__(self, name: str) -> FeaturePath:
@@ -144,6 +145,10 @@ class FeatureFinder:
                 raise SlideError(f"found several files of slide {name!r} ({found}), wanted one")
             path = files[0]
         return FeaturePath(path)
+
+    def names_of_case(self, case: str) -> list[str]:
+        """Names of the slides of a case: those that begin with its barcode."""
+        return sorted(name for name in self._by_stem if name.startswith(f"{case}-"))
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:

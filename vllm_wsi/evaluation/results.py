@@ -1,0 +1,139 @@
+"""One JSONL file for each run: what was asked and how, then a line for each question, appended as it is answered."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+Status = Literal["answered", "missing", "error"]
+NOT_IDENTITY = ("endpoint", "versions", "encoders", "started")
+"""What may change between a run and its continuation."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question of one run."""
+
+    key: str
+    slide: str
+    status: Status  # missing: no usable features, so not asked; error: the server gave no answer
+    gold: str
+    label: str | None = None  # that the answer names
+    rule: str = ""  # how the label was found
+    correct: bool = False
+    other: Mapping[str, float] = field(default_factory=dict)
+    output: str = ""
+    logprobs: Mapping[str, float] | None = None  # label -> log-probability at the first place of the answer
+    categories: Mapping[str, str] = field(default_factory=dict)
+    options: int = 0  # how many; 0: an open question
+    num_patches: int | None = None
+    encoder: str | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    seconds: float | None = None  # with retries
+
+
+class ResultsFile:
+    """An append-only results file, locked against a second run. Use it in a `with`.
+
+    The last line of a key counts. A torn last line, as a killed run leaves it, is cut off.
+
+    Args:
+        path: made with its folder if need be.
+        run: settings, as JSON; a file of other settings is refused, except for `NOT_IDENTITY`.
+
+    Raises:
+        ValueError: the file belongs to other settings, or is no results file, or another process writes it.
+    """
+
+    def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b", buffering=0)
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"{self.path}: found another process writing it, wanted it alone") from None
+            self._file.seek(0)
+            whole = self._file.read()
+            kept = whole.rfind(b"\n") + 1
+            if kept < len(whole):
+                self._file.truncate(kept)
+            if kept:
+                self.run, rows = _parse(self.path, whole[:kept])
+                _compare(self.path, self.run, run)
+            else:
+                self.run, rows = dict(run), []
+                self._write({"run": self.run})
+        except BaseException:
+            self._file.close()
+            raise
+        self.rows = {row.key: row for row in rows}
+
+    def done(self, key: str) -> bool:
+        """Whether a question has its answer; missing slides and errors are tried again."""
+        return key in self.rows and self.rows[key].status == "answered"
+
+    def append(self, row: Row) -> None:
+        """Writes a line with one system call; it survives the death of the process."""
+        before = self.rows.get(row.key)
+        self.rows[row.key] = row
+        if before != row:
+            self._write(asdict(row))
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        line = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        while line:
+            line = line[os.write(self._file.fileno(), line) :]
+
+    def __enter__(self) -> ResultsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._file.close()
+
+
+def read_results(path: str | Path) -> tuple[dict[str, Any], dict[str, Row]]:
+    """(settings, last row of each key) of a results file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    path = Path(path)
+    whole = path.read_bytes()
+    run, rows = _parse(path, whole[: whole.rfind(b"\n") + 1])
+    return run, {row.key: row for row in rows}
+
+
+def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Row]]:
+    lines = data.decode("utf-8", "replace").split("\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            if number == 1:
+                run = dict(value["run"])
+                rows = []
+            else:
+                rows.append(Row(**value))
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = "a row of results" if number > 1 else "the run's settings"
+            raise ValueError(f"{path}, line {number}: found no {wanted} ({error}), wanted one") from None
+    if not lines:
+        raise ValueError(f"{path}: found nothing, wanted results")
+    return run, rows
+
+
+def _compare(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name in {*before, *now} - {*NOT_IDENTITY}:
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{path}: {name}: found results of {before.get(name)!r}, wanted {now.get(name)!r}; "
+                "take another --out, or delete the file"
+            )
