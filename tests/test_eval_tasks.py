@@ -3,10 +3,13 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 
+from vllm_wsi.evaluation.slide_files import SlideFiles
 from vllm_wsi.evaluation.tasks import read_task, score, to_messages
-from vllm_wsi.questions import QuestionError
+from vllm_wsi.questions import NoFeaturesError, QuestionError
+from vllm_wsi.slides import SlideError, write_features
 
 TCGA = "TCGA-A1-A0SB-01Z-00-DX1.B34C267B-CAAA-4AB6-AD5C-276C26F997A1"
 
@@ -115,9 +118,17 @@ def test_multipathqa_numbers_its_options(tmp_path, options, answer):
 
 
 def test_multipathqa_grades_have_no_options(tmp_path):
-    row = {"benchmark_name": "panda", "image_path": "a.tiff", "answer": "4", "options": "", "prompt": "Grade?"}
+    row = {
+        "benchmark_name": "panda",
+        "image_path": "a.tiff",
+        "answer": "4",
+        "options": "",
+        "prompt": 'Grade? As {{"isup_grade": N}}',
+    }
     (question,) = read_task("multipathqa", write_csv(tmp_path / "q.csv", row))
-    assert question.text == "Grade?"
+    assert question.text == 'Grade? As {"isup_grade": N}'
+    report = 'Gleason 4+4=8.\n```json\n{\n  "primary_pattern": 4,\n  "total_score": 8,\n  "isup_grade": 4\n}\n```'
+    assert score(question, report).correct
     assert score(question, '{"isup_grade": 4}').correct
     assert not score(question, "3").correct
 
@@ -145,3 +156,19 @@ def test_bad_rows_are_named_all_at_once(tmp_path):
         read_task("csv", path, {"slide": "nosuch"})
     with pytest.raises(QuestionError, match="found no 'Id'"):
         read_task("wsi-vqa", write_json(tmp_path / "q.json", {"Question": "?"}))
+
+
+def test_slides_are_found_by_barcode(tmp_path):
+    names = (TCGA, "TCGA-A1-A0SD-01Z-00-DX1.X", "TCGA-A1-A0SD-01Z-00-DX2.Y", "TCGA-A1-A0SE-01Z-00-DX2.X",
+             "TCGA-A1-A0SE-01Z-00-DX3.Y", "1-2")  # fmt: skip
+    for name in names:
+        write_features(tmp_path / f"{name}.safetensors", np.ones((3, 4), np.float32))
+    files = SlideFiles(tmp_path)
+    for asked in (TCGA, "TCGA-A1-A0SB-01Z-00-DX1", "TCGA-A1-A0SB"):
+        assert files.find(asked).path.name == f"{TCGA}.safetensors"
+    assert files.find("TCGA-A1-A0SD").path.name.startswith("TCGA-A1-A0SD-01Z-00-DX1")
+    with pytest.raises(SlideError, match="several slides of case"):
+        files.find("TCGA-A1-A0SE")
+    for asked in ("1", "TCGA-A1-A0SX"):
+        with pytest.raises(NoFeaturesError):
+            files.find(asked)

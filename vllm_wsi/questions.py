@@ -147,8 +147,8 @@ class FeatureFinder:
         return FeaturePath(path)
 
     def names_of_case(self, case: str) -> list[str]:
-        """Names of the slides of a case: those that begin with its barcode."""
-        return sorted(name for name in self._by_stem if name.startswith(f"{case}-"))
+        """Names of the slides of a case, or of a slide without its UUID: those that begin with the barcode."""
+        return sorted(name for name in self._by_stem if name.startswith((f"{case}-", f"{case}.")))
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 STATED = (
-    r"(?:\b(?:answer|option|choice|diagnosis)\b[^\w\n.:=]{0,4}(?:\s*(?:is|would be|should be|must be)\b\s*:?|[:=])"
+    r"(?:\b(?:answer|option|choice|diagnosis|isup_grade)\b[^\w\n.:=]{0,4}"
+    r"(?:\s*(?:is|would be|should be|must be)\b\s*:?|[:=])"
     r"|\b(?:choose|select|pick)\b(?:\s+(?:option|answer|choice))?|答案(?:是|为|：|:|\s)?)"
 )
 NEGATED = re.compile(r"\b(?:not|no|without|than|unlike|excludes?|excluded|excluding)\W+(?:an?\W+)?$", re.IGNORECASE)

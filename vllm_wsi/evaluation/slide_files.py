@@ -69,7 +69,7 @@ class SlideFiles:
         return Path(os.path.commonpath([self.features, self._work]))
 
     def find(self, name: str) -> SlideFile:
-        """The file of a slide, or of a TCGA case: its only slide, or its only -DX1.
+        """The file of a slide, also by its TCGA barcode without UUID, or of a TCGA case: its only slide, or only -DX1.
 
         Raises:
             NoFeaturesError: there is none.
@@ -97,7 +97,9 @@ class SlideFiles:
         try:
             return self._finder(name).path
         except NoFeaturesError:
-            if not re.fullmatch(r"TCGA-\w{2}-\w{4}", name) or not (names := self._finder.names_of_case(name)):
+            if not re.fullmatch(r"TCGA-\w{2}-\w{4}(-\w{3}-\w{2}-\w{3,4})?", name) or not (
+                names := self._finder.names_of_case(name)
+            ):
                 raise
         first = [one for one in names if "-DX1" in one]
         chosen = names if len(names) == 1 else first

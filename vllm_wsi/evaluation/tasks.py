@@ -60,8 +60,8 @@ def score(question: Question, output: str) -> Score:
     """Judges a written answer.
 
     Multiple choice: the label that `parsing` reads. Where answers are options' texts (WSI-VQA), `nearest_choice` is the
-    benchmark's own number beside it: the option nearest to the answer by difflib's ratio. Open: `correct` is equality
-    of the normalised words, and `token_f1` the F1 of the two bags of words.
+    benchmark's own number beside it: by difflib's quick_ratio, no option is nearer to the answer than the right one.
+    Open: `correct` is equality of the normalised words, and `token_f1` the F1 of the two bags of words.
     """
     if not question.options:
         found, wanted = normalise(output).split(), normalise(question.gold).split()
@@ -69,15 +69,11 @@ def score(question: Question, output: str) -> Score:
         f1 = 2 * both / (len(found) + len(wanted)) if found or wanted else 0.0
         return Score(None, "open", found == wanted, {"token_f1": f1})
     parsed = parse_label(output, question.options)
-    written = output.casefold().strip()
     ratios = {
-        label: difflib.SequenceMatcher(None, written, text.casefold()).ratio()
-        for label, text in question.options.items()
+        label: difflib.SequenceMatcher(None, output, text).quick_ratio() for label, text in question.options.items()
     }
-    nearest = max(ratios, key=lambda label: ratios[label])
-    return Score(
-        parsed.label, parsed.rule, parsed.label == question.gold, {"nearest_choice": float(nearest == question.gold)}
-    )
+    nearest = float(ratios[question.gold] >= max(ratios.values()))
+    return Score(parsed.label, parsed.rule, parsed.label == question.gold, {"nearest_choice": nearest})
 
 
 def read_task(name: str, path: str | Path, columns: Mapping[str, str] | None = None) -> list[Question]:
@@ -170,7 +166,10 @@ def _wsi_bench(row: dict, number: int, columns: Mapping[str, str]) -> Question:
 
 
 def _multipathqa(row: dict, number: int, columns: Mapping[str, str]) -> Question:
-    """Options are numbered from 1, as the prompts of its authors say; without options the answer is a grade 0 .. 5."""
+    """Options are numbered from 1, as the prompts of its authors say; without options the answer is a grade 0 .. 5.
+
+    Prompts are templates of `str.format`: `{options}`, and doubled braces for single ones.
+    """
     slide, prompt, gold = (cell(row, name) for name in ("image_path", "prompt", "answer"))
     listed = (row.get("options") or "").strip()
     if listed:
@@ -185,6 +184,7 @@ def _multipathqa(row: dict, number: int, columns: Mapping[str, str]) -> Question
         text = prompt.replace("{options}", block) if "{options}" in prompt else choice_text(prompt, options)
     else:
         options, text = {str(i): f"grade {i}" for i in range(6)}, prompt
+    text = text.replace("{{", "{").replace("}}", "}")
     gold = gold.removesuffix(".0")
     label = gold if gold in options else _label_of(gold, options)
     name = cell(row, "benchmark_name")
