@@ -240,6 +240,13 @@ def test_skipped_slides_and_urls_of_another_machine(bench):
     assert "https://host/slides/.vllm-wsi-eval/0.uniform-32.safetensors" in urls
 
 
+def test_a_folder_that_cannot_be_written_ends_the_run_instead_of_passing_for_missing_slides(bench, capsys):
+    (bench / "features/.vllm-wsi-eval").write_text("in the way")
+    with FakeServer() as server:
+        assert main(command(bench, "--endpoint", server.url, "--baselines", "random-32")) == 1
+    assert "wanted a --work" in capsys.readouterr().err
+
+
 def test_a_run_of_other_settings_is_not_mixed_in(bench, capsys):
     with FakeServer() as server:
         assert main(command(bench, "--endpoint", server.url, "--limit", "2", "--baselines", "none")) == 0

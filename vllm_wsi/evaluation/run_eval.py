@@ -125,11 +125,23 @@ class Evaluation:
         return ResultsFile(settings.out / arm.file_name, run)
 
     def prepare(self, question: Question, arm: Arm) -> tuple[SlideFile, str | None]:
-        """(the slide's file, the URL to ask about). Raises SlideError where there is no usable one."""
+        """(the slide's file, the URL to ask about).
+
+        Raises:
+            SlideError, OSError: there is no usable file.
+            RuntimeError: the 32 patches of a baseline cannot be written, which is no fault of the slide.
+        """
         slide = self.files.find(question.slide)
         if arm.arm == "blind":
             return slide, None
-        return slide, self.files.url(slide, None if arm.arm == MAIN else arm.arm)
+        if arm.arm == MAIN:
+            return slide, self.files.url(slide)
+        try:
+            return slide, self.files.url(slide, arm.arm)
+        except OSError as error:
+            raise RuntimeError(
+                f"{error}: found no way to write the patches of {arm.arm}, wanted a --work for them"
+            ) from None
 
 
 def missing_row(question: Question, reason: str) -> Row:
