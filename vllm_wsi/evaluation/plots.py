@@ -30,7 +30,7 @@ def draw_tables(out: str | Path) -> list[Path]:
         if table.exists():
             with open(table, newline="") as file:
                 rows = list(csv.DictReader(file))
-            drawn.append(_save(out / f"{name}.png", partial(draw, rows=rows)))
+            drawn.append(save_figure(out / f"{name}.png", partial(draw, rows=rows)))
     return drawn
 
 
@@ -55,10 +55,10 @@ def draw_umap(path: str | Path, features: NDArray, kept: NDArray, evidence: NDAr
         axes.set(xticks=[], yticks=[], title=title)
         axes.legend(frameon=False, fontsize=8)
 
-    return _save(Path(path), draw)
+    return save_figure(Path(path), draw)
 
 
-def _save(path: Path, draw: Callable[[Any], None]) -> Path:
+def save_figure(path: Path, draw: Callable[[Any], None]) -> Path:
     try:
         import matplotlib
     except ImportError:

@@ -223,7 +223,7 @@ def _interval(line: Mapping[str, Any], name: str = "accuracy") -> str:
 
 
 def _draw_lengths(path: Path, lines: Sequence[Mapping[str, Any]]) -> Path:
-    from .plots import _save
+    from .plots import save_figure
 
     bins = [f"<{LENGTH_EDGES[0]}", *(length_bin(edge) for edge in LENGTH_EDGES)]
     used = [name for name in bins if any(line["group"] == name for line in lines)]
@@ -242,4 +242,4 @@ def _draw_lengths(path: Path, lines: Sequence[Mapping[str, Any]]) -> Path:
         axes.set(xlabel="patches of the slide; questions", ylabel="accuracy, 95 % over slides", ylim=(0, 1.02))
         axes.legend(frameon=False, fontsize=8)
 
-    return _save(path, draw)
+    return save_figure(path, draw)

@@ -191,7 +191,7 @@ async def ask_endpoint(evaluation: Evaluation, endpoint: Endpoint) -> None:
         questions = evaluation.asked(arm.mode)
         with (
             evaluation.open(arm, model, endpoint.url, {"server": found}) as results,
-            progress(arm, questions, results) as record,
+            Progress(arm, questions, results) as record,
         ):
             await _ask_arm(evaluation, endpoint, arm, questions, results, record)
 
@@ -241,7 +241,7 @@ async def _ask_arm(
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-class progress:
+class Progress:
     """A bar with the accuracy so far; calling it records a row."""
 
     def __init__(self, arm: Arm, questions: Sequence[Question], results: ResultsFile) -> None:
@@ -259,7 +259,7 @@ class progress:
         self._bar.set_postfix_str(f"accuracy {self._right / max(1, self._asked):.3f}", refresh=False)
         self._bar.update()
 
-    def __enter__(self) -> progress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
