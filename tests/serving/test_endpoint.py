@@ -176,7 +176,7 @@ def test_a_slide_without_an_image_has_its_heat_map_on_grey(http, media):
 def test_one_patch_as_large_as_the_slide_is_drawn_at_once(http, media):
     path = media / "giant.safetensors"
     write_features(path, random_features(1, 1), np.array([(0, 0)]), {"patch_size_level0": "100000"})
-    assert picture(http.get("heatmap.png", params={"url": path.as_uri(), "overlay": 1})).shape == (32, 32, 4)
+    assert picture(http.get("heatmap.png", params={"url": path.as_uri(), "overlay": 1})).shape == (2048, 2048, 4)
 
 
 def test_slides_are_listed_with_what_they_have_and_nothing_from_elsewhere(http, media):
