@@ -56,7 +56,7 @@ def install() -> list[str]:
     failures: list[str | None] = []
     if os.geteuid() == 0 and shutil.which("apt-get"):
         failures.append(_run("apt-get", "-q", "update"))
-        failures.append(_run("apt-get", "-q", "-y", "--no-install-recommends", "install", "chromium"))
+        failures.append(_run("apt-get", "-q", "-y", "install", "chromium"))
     if find_browser() is None:
         failures.append(_run(sys.executable, "-m", "playwright", "install", "chromium"))
     return [failure for failure in failures if failure is not None]
