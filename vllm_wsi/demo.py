@@ -15,7 +15,7 @@ from .demo_model import DEMO_CHECKPOINT
 from .evaluation.haystack import HaystackSlide, HaystackWorld
 from .evidence import Evidence
 from .server_process import VllmServer
-from .slides import SlideIdentity, open_features
+from .slides import SlideError, SlideIdentity, open_features
 from .slides.formats import is_image
 
 VIRTUAL_PATCHES = 100_000
@@ -181,11 +181,14 @@ def _write_evidence(slide: DemoSlide, checkpoint: Path, out: Path) -> None:
     with open_features(slide.features) as opened:
         selection = load_selector(str(checkpoint)).select(opened, keep_every=True)
         name = opened.name
-    if selection.coords is None:
+    try:
+        placed = Evidence(selection, name, slide.image)
+    except SlideError as error:  # the answers go on: the file does not say where its patches lie
+        print(f"           nothing written: {error}")
         return
     out.mkdir(parents=True, exist_ok=True)
     start = out / slide.features.stem
-    with Evidence(selection, name, slide.image) as evidence:
+    with placed as evidence:
         evidence.write_geojson(start.with_suffix(".geojson"))
         evidence.write_heatmap(start.with_suffix(".heatmap.png"))
         evidence.write_montage(start.with_suffix(".montage.png"))
