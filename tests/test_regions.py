@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 
 from vllm_wsi.slides import SlideError
-from vllm_wsi.slides.regions import PatchSize, extent, geojson, level0_rects, patch_size
+from vllm_wsi.slides.regions import PatchSize, extent, geojson, level0_rects, patch_size, positive_number, said_size
 
 GRID = np.array([[x, y] for y in (0, 512, 1024) for x in (0, 512, 1536)])
+NO_NUMBERS = ["", "x", "nan", "inf", "-inf", "1e999", "0", "-0.0", "-1", "True", "0.5 um"]  # as a file may hold them
+
+
+@pytest.mark.parametrize(
+    "said", [*NO_NUMBERS, None, True, False, 0, 0.0, -1.0, 10**400, float("nan"), float("inf"), float("-inf")]
+)
+def test_a_size_or_a_scale_is_a_finite_number_above_0_and_nothing_else(said):
+    assert positive_number(said) is None
+
+
+def test_numbers_are_read_from_a_files_text_and_from_what_is_given():
+    assert [positive_number(said) for said in ("0.499", " 448 ", "1e3", 2, 0.25)] == [0.499, 448, 1000, 2, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -16,8 +28,7 @@ GRID = np.array([[x, y] for y in (0, 512, 1024) for x in (0, 512, 1536)])
     [
         ({"patch_size_level0": "448"}, "px", PatchSize(448, "px", "file")),
         ({"patch_size_level0": "448.0"}, "px", PatchSize(448, "px", "file")),
-        ({"patch_size_level0": "nonsense"}, "px", PatchSize(512, "px", "grid")),
-        ({"patch_size_level0": "0"}, "px", PatchSize(512, "px", "grid")),
+        *(({"patch_size_level0": said}, "px", PatchSize(512, "px", "grid")) for said in NO_NUMBERS),
         ({"patch_size_level0": "448"}, "um", PatchSize(512, "um", "grid")),
         ({"tile_size_um": "256"}, "um", PatchSize(256, "um", "file")),
         ({}, "px", PatchSize(512, "px", "grid")),
@@ -54,10 +65,31 @@ def test_a_size_given_in_pixels_fits_coordinates_in_microns():
     assert rects[1].tolist() == [1024, 0, 100, 100]
 
 
-@pytest.mark.parametrize("mpp", [None, 0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("mpp", [None, 0.0, -1.0, True, float("nan"), float("inf")])
 def test_microns_without_mpp_never_pass_for_pixels(mpp):
-    with pytest.raises(SlideError, match=r"a: mpp: found .* with coordinates in microns, wanted"):
+    found = "none" if mpp is None else mpp
+    with pytest.raises(SlideError, match=f"a: mpp: found {found} with coordinates in microns, wanted"):
         level0_rects("a", GRID, "um", PatchSize(256, "um", "file"), {}, mpp)
+
+
+@pytest.mark.parametrize("said", NO_NUMBERS)
+def test_an_mpp_of_the_file_that_is_no_number_above_0_is_shown_in_the_error(said):
+    with pytest.raises(SlideError, match=f"^a: mpp: found '{said}' with coordinates in microns, wanted [^\n]*$"):
+        level0_rects("a", GRID, "um", PatchSize(256, "um", "file"), {"mpp": said})
+
+
+def test_an_error_shows_the_beginning_of_a_long_text_alone():
+    with pytest.raises(SlideError) as error:
+        level0_rects("a", GRID, "um", PatchSize(256, "um", "file"), {"mpp": "long\n" * 1000})
+    assert len(str(error.value)) < 200
+    assert "\n" not in str(error.value)
+
+
+def test_a_place_that_is_not_finite_is_refused():
+    size = PatchSize(256, "um", "file")
+    for coords, mpp in ((GRID, 1e-320), (np.where(GRID == 512, np.nan, GRID), 0.5)):
+        with pytest.raises(SlideError, match="a: coords: found a place that is not finite, wanted finite level-0 pix"):
+            level0_rects("a", coords, "um", size, {}, mpp)
 
 
 def test_what_is_missing_is_named():
@@ -72,7 +104,18 @@ def test_a_slides_extent_is_what_the_file_says_and_never_less_than_its_patches()
     assert extent(rects, {}) == (2048, 1536)
     assert extent(rects, {"width": "9000", "height": "8000"}) == (9000, 8000)
     assert extent(rects, {"level0_width": "9000", "level0_height": "8000"}) == (9000, 8000)
-    assert extent(rects, {"width": "100", "height": "x"}) == (2048, 1536)
+    assert extent(rects, {"width": "100", "height": "100"}) == (2048, 1536)
+    assert extent(rects, {"width": "9000"}) == (2048, 1536)
+
+
+@pytest.mark.parametrize("said", NO_NUMBERS)
+@pytest.mark.parametrize("key", ["width", "height"])
+def test_a_slides_size_is_two_numbers_above_0_or_not_said(key, said):
+    rects = level0_rects("a", GRID, "px", PatchSize(512, "px", "file"), {})
+    half_said = {"width": "9000", "height": "8000"} | {key: said}
+    assert said_size(half_said) is None
+    assert extent(rects, half_said) == (2048, 1536)
+    assert said_size(half_said | {"level0_width": "9000", "level0_height": "8000"}) == (9000, 8000)
 
 
 def test_geojson_holds_closed_rings_in_level0_pixels_and_the_score_as_a_measurement():

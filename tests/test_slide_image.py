@@ -1,6 +1,7 @@
 """Slide images: what opens, what is refused, and that pixels come from where they are said to."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,9 +99,18 @@ def test_mpp_is_the_slides_or_what_is_given_and_never_a_guess(tmp_path):
     with open_image(write_tiff(tmp_path / "b.tiff", RANDOM, mpp=0.5)) as image:
         assert image_mpp(image, "b.tiff") == pytest.approx(0.5)
         assert image_mpp(image, "b.tiff", 0.3) == 0.3
-        for wrong in (0.0, -1.0, float("nan"), float("inf")):
-            with pytest.raises(SlideError, match="wanted microns per pixel"):
+        for wrong in (0.0, -1.0, True, float("nan"), float("inf")):
+            with pytest.raises(SlideError, match=f"mpp: found {wrong} given, wanted microns per pixel"):
                 image_mpp(image, "b.tiff", wrong)
+
+
+@pytest.mark.parametrize("said", ["", "x", "nan", "inf", "0", "-1", "True"])
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_an_mpp_of_the_slide_that_is_no_number_above_0_is_refused_as_it_was_found(axis, said):
+    properties = {"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.5", f"openslide.mpp-{axis}": said}
+    found = f"'{said}' x '0.5'" if axis == "x" else f"'0.5' x '{said}'"
+    with pytest.raises(SlideError, match=f"^a.svs: mpp: found {found} in the slide, wanted finite numbers above 0"):
+        image_mpp(SimpleNamespace(properties=properties), "a.svs")
 
 
 def test_pixels_that_are_not_square_are_refused(tmp_path):

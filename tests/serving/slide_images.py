@@ -18,14 +18,18 @@ def grid_colour(column: int, row: int) -> tuple[int, int, int]:
     return 20 + 25 * column, 20 + 35 * row, 230 - 20 * column
 
 
-def make_grid_image(path: Path) -> Path:
-    """A slide of 8 x 6 patches of one colour each, 1600 x 1200 px with a margin of one patch; 0.5 microns a pixel."""
+def make_grid_image(path: Path, resolution: tuple[int, int] = (20_000, 20_000)) -> Path:
+    """A slide of 8 x 6 patches of one colour each, 1600 x 1200 px with a margin of one patch.
+
+    Args:
+        resolution: pixels per centimetre in each direction; the default is 0.5 microns a pixel.
+    """
     pixels = np.full(((ROWS + 2) * CELL, (COLUMNS + 2) * CELL, 3), 255, np.uint8)
     for row in range(ROWS):
         for column in range(COLUMNS):
             y, x = (row + 1) * CELL, (column + 1) * CELL
             pixels[y : y + CELL, x : x + CELL] = grid_colour(column, row)
-    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", resolution=(20_000, 20_000), resolutionunit=3)
+    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", resolution=resolution, resolutionunit=3)
     return path
 
 

@@ -131,6 +131,21 @@ def test_microns_are_placed_by_the_images_own_mpp(http, media):
     assert np.allclose(found["rects"], [[2 * x, 2 * y, 200, 200] for x, y in found["coords"]])
 
 
+def test_microns_are_not_placed_by_an_image_whose_pixels_are_not_square(http, media):
+    shutil.copyfile(media / "microns.h5", media / "oblong.h5")
+    make_grid_image(media / "oblong.tiff", resolution=(20_000, 30_000))
+    url = (media / "oblong.h5").as_uri()
+    assert "mpp: found none" in http.post("select", json={"url": url}).json()["rects_missing"]
+    found = http.get("slide", params={"url": url}).json()
+    assert (found["mpp"], found["has_image"], found["extent_px"]) == (None, True, [2000, 1600])
+
+
+def test_a_scale_so_small_that_no_place_is_finite_is_no_failure_of_the_server(http, media):
+    tiny = {"url": (media / "microns.h5").as_uri(), "mpp": 1e-320}
+    assert "coords: found a place that is not finite" in http.post("select", json=tiny).json()["rects_missing"]
+    assert "not finite" in refusal(http.post("select", params={"format": "geojson"}, json=tiny))
+
+
 def test_geojson_holds_the_same_rectangles(http, grid):
     found = http.post("select", json={"url": grid}).json()
     answer = http.post("select", params={"format": "geojson"}, json={"url": grid})

@@ -7,18 +7,30 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cachetools import LRUCache
 
 from vllm_wsi.slides import SlideError, SlideIdentity, open_features
-from vllm_wsi.slides.regions import Level0Rects, PatchSize, extent, geojson, level0_rects, patch_size
+from vllm_wsi.slides.regions import (
+    Level0Rects,
+    PatchSize,
+    extent,
+    geojson,
+    level0_rects,
+    patch_size,
+    positive_number,
+    said_size,
+)
 from vllm_wsi.sparsify.selector import Selection
 
 from .connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
 from .selection import SelectedSlide
 from .slide_files import image_of, image_suffixes, list_slides
+
+if TYPE_CHECKING:
+    from openslide import AbstractSlide
 
 PICTURE_CACHE_BYTES = 32 << 20
 NO_IMAGE = "found no slide image of its name beside it, wanted one to show the slide"
@@ -91,7 +103,7 @@ class Evidence:
             size_px: tuple[float, float] | None = image.size_px
         else:
             # Without either, only all patches together would tell: the kept ones span less.
-            size_px = extent(rects, chosen.metadata) if _says_size(chosen.metadata) else None
+            size_px = None if said_size(chosen.metadata) is None else extent(rects, chosen.metadata)
         return record | {"rects": rects.tolist(), "extent_px": size_px}
 
     async def geojson(self, url: str, scale: Scale) -> dict[str, Any]:
@@ -149,7 +161,7 @@ class Evidence:
                         path,
                         digest,
                         (zoom.width_px, zoom.height_px),
-                        _image_mpp(image.properties),
+                        _image_mpp(image, path.name),
                         {
                             "size_px": TILE_PX,
                             "min_level": zoom.min_level,
@@ -173,7 +185,8 @@ class Evidence:
             size_px: tuple[float, float] | None = None
             if image is not None:
                 size_px = image.size_px
-                if _says_size(slide.metadata) and (said := _said_size(slide.metadata)) != size_px:
+                said = said_size(slide.metadata)
+                if said is not None and said != size_px:
                     remarks.append(
                         f"{image.path.name}: found {size_px[0]} x {size_px[1]} px, wanted {said[0]:g} x {said[1]:g}, "
                         f"as {path.name} says; the image may be another slide's"
@@ -188,7 +201,7 @@ class Evidence:
                 "num_patches": slide.num_patches,
                 "encoder": _encoder(url, slide.metadata),
                 "extent_px": size_px,
-                "mpp": _number(slide.metadata.get("mpp")) or (None if image is None else image.mpp),
+                "mpp": positive_number(slide.metadata.get("mpp")) or (None if image is None else image.mpp),
                 "has_image": image is not None,
                 "tiles": None if image is None else image.tiles,
                 "remarks": remarks,
@@ -256,37 +269,25 @@ def _encoder(url: str, metadata: Mapping[str, str]) -> str | None:
 
 def _mpp(scale: Scale, metadata: Mapping[str, str], image: ImageFacts | None) -> float | None:
     """What is given, else what the feature file says (None: it is asked itself), else what the image says."""
-    if scale.mpp is not None or _number(metadata.get("mpp")) or image is None:
+    if scale.mpp is not None or positive_number(metadata.get("mpp")) or image is None:
         return scale.mpp
     return image.mpp
 
 
-def _image_mpp(properties: Mapping[str, str]) -> float | None:
-    found = [_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
-    return None if found[0] is None or found[1] is None else (found[0] + found[1]) / 2
+def _image_mpp(image: AbstractSlide, name: str) -> float | None:
+    """None where the image says none that can be used: it is shown all the same, only microns are not placed by it."""
+    from vllm_wsi.slides.image import image_mpp
 
-
-def _said_size(metadata: Mapping[str, str]) -> tuple[float, ...]:
-    return tuple(_number(metadata.get(key) or metadata.get(f"level0_{key}")) or 0.0 for key in ("width", "height"))
-
-
-def _says_size(metadata: Mapping[str, str]) -> bool:
-    return min(_said_size(metadata)) > 0
+    try:
+        return image_mpp(image, name)
+    except SlideError:
+        return None
 
 
 def _finite(name: str, size_px: tuple[float, float]) -> tuple[float, float]:
     if not (all(map(math.isfinite, size_px)) and min(size_px) > 0):
         raise SlideError(f"{name}: coords: found a slide of {size_px[0]} x {size_px[1]} px, wanted a finite size")
     return size_px
-
-
-def _number(text: str | None) -> float | None:
-    """A finite number above 0, or None."""
-    try:
-        value = float(text) if text is not None else math.nan
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value > 0 else None
 
 
 def _digest(*parts: object) -> str:

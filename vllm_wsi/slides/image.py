@@ -12,6 +12,7 @@ from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, AbstractSlide, O
 from PIL import Image
 
 from .features import SlideError, SlideIdentity
+from .regions import positive_number
 
 # Of the files that a folder is searched for; what a file is, its content says.
 IMAGE_SUFFIXES = frozenset(
@@ -59,18 +60,21 @@ def image_mpp(image: AbstractSlide, name: str, given: float | None = None) -> fl
     """Microns per level-0 pixel: what is given, or else what the slide says.
 
     Raises:
-        SlideError: nothing says it, or it makes no sense; nothing is guessed, not from the objective power either.
+        SlideError: nothing says it, or it is no finite number above 0, or the slide's pixels are not square; nothing
+            is guessed, not from the objective power either.
     """
     if given is not None:
-        if not (math.isfinite(given) and given > 0):
-            raise SlideError(f"{name}: mpp: found {given} given, wanted microns per pixel")
-        return given
-    found = [image.properties.get(key) for key in (PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y)]
-    try:
-        x, y = (float(value) for value in found if value is not None)
-    except ValueError:
-        raise SlideError(f"{name}: mpp: found none in the slide, wanted it given (--mpp)") from None
-    if not (math.isfinite(x) and math.isfinite(y) and min(x, y) > 0 and max(x, y) / min(x, y) <= MAX_ASPECT):
+        if (mpp := positive_number(given)) is None:
+            raise SlideError(f"{name}: mpp: found {given!r} given, wanted microns per pixel, a finite number above 0")
+        return mpp
+    said = [image.properties.get(key) for key in (PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y)]
+    if None in said:
+        raise SlideError(f"{name}: mpp: found none in the slide, wanted it given (--mpp)")
+    found = " x ".join(f"{text!r:.40}" for text in said)  # a header's text may be long
+    x, y = map(positive_number, said)
+    if x is None or y is None:
+        raise SlideError(f"{name}: mpp: found {found} in the slide, wanted finite numbers above 0, or it given (--mpp)")
+    if max(x, y) / min(x, y) > MAX_ASPECT:
         raise SlideError(f"{name}: mpp: found {x} x {y} in the slide, wanted one size for both directions (--mpp)")
     return (x + y) / 2
 

@@ -6,6 +6,7 @@ microns into pixels, and what draws or exports takes nothing else.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NewType
@@ -23,6 +24,17 @@ KEPT_COLOUR = (255, 200, 0)
 GRID_SAMPLE = 1 << 14  # coordinates that the spacing is looked up in: this runs for each slide that is selected
 
 
+def positive_number(said: str | float | None) -> float | None:
+    """A finite number above 0, as every size and scale here must be; None for anything else, NaN and text included."""
+    if said is None or isinstance(said, bool):
+        return None
+    try:
+        value = float(said)
+    except (ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
 class PatchSize(NamedTuple):
     """Edge of a file's square patches."""
 
@@ -38,11 +50,8 @@ def patch_size(metadata: Mapping[str, str], coords: NDArray, unit: CoordUnit) ->
         coords: [N, 2] of all patches, in `unit`.
     """
     key = "patch_size_level0" if unit == "px" else "tile_size_um"
-    try:
-        said = float(metadata.get(key, "nan"))
-    except ValueError:
-        said = float("nan")
-    if np.isfinite(said) and said > 0:
+    said = positive_number(metadata.get(key))
+    if said is not None:
         return PatchSize(said, unit, "file")
     coords = coords[:GRID_SAMPLE]
     order = np.lexsort((coords[:, 0], coords[:, 1]))
@@ -69,7 +78,8 @@ def level0_rects(
         mpp: microns per level-0 pixel, needed where anything is in microns.
 
     Raises:
-        SlideError: there are no coordinates, no size, or microns and no mpp.
+        SlideError: there are no coordinates, no size, or microns and no mpp that is a finite number above 0; or a
+            place is not finite.
     """
     if coords is None or unit is None:
         raise SlideError(f"{name}: coords: found none, wanted the place of each patch to show it on the slide")
@@ -77,29 +87,36 @@ def level0_rects(
         raise SlideError(f"{name}: patch_size_level0: found none, wanted the size of a patch in level-0 pixels")
     scales = {"px": 1.0}
     if "um" in (unit, size.unit):
-        mpp = mpp if mpp is not None else _number(metadata.get("mpp"))
-        if mpp is None or not (np.isfinite(mpp) and mpp > 0):
+        said = metadata.get("mpp") if mpp is None else mpp
+        scale = positive_number(said)
+        if scale is None:
+            found = "none" if said is None else f"{said!r:.40}"  # a header's text may be long
             raise SlideError(
-                f"{name}: mpp: found {mpp or 'none'} with coordinates in microns, "
-                "wanted microns per level-0 pixel to place them"
+                f"{name}: mpp: found {found} with coordinates in microns, "
+                "wanted microns per level-0 pixel, a finite number above 0, to place them"
             )
-        scales["um"] = 1 / mpp
+        scales["um"] = 1 / scale
     rects = np.empty((len(coords), 4))
-    rects[:, :2] = np.asarray(coords, np.float64) * scales[unit]
-    rects[:, 2:] = size.value * scales[size.unit]
+    with np.errstate(all="ignore"):  # what overflows is refused below
+        rects[:, :2] = np.asarray(coords, np.float64) * scales[unit]
+        rects[:, 2:] = size.value * scales[size.unit]
+    if not np.isfinite(rects).all():  # NaN in the file, or an mpp so small that pixels overflow
+        raise SlideError(f"{name}: coords: found a place that is not finite, wanted finite level-0 pixels")
     return Level0Rects(rects)
 
 
-def _number(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None
+def said_size(metadata: Mapping[str, str]) -> tuple[float, float] | None:
+    """(width, height) of the slide in level-0 pixels as the file says; None: it does not say both."""
+    width, height = (
+        positive_number(metadata.get(key)) or positive_number(metadata.get(f"level0_{key}"))
+        for key in ("width", "height")
+    )
+    return None if width is None or height is None else (width, height)
 
 
 def extent(rects: Level0Rects, metadata: Mapping[str, str]) -> tuple[float, float]:
-    """(width, height) of the slide in level-0 pixels: what the file says, or what its patches span."""
-    width, height = (_number(metadata.get(key) or metadata.get(f"level0_{key}")) or 0.0 for key in ("width", "height"))
+    """(width, height) of the slide in level-0 pixels: what the file says, and never less than its patches span."""
+    width, height = said_size(metadata) or (0.0, 0.0)
     right, bottom = (rects[:, :2] + rects[:, 2:]).max(axis=0)
     return max(width, float(right)), max(height, float(bottom))
 
