@@ -2,14 +2,17 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from vllm_wsi.evaluation.slide_files import SlideFiles
+from vllm_wsi.evaluation.question_slides import SlideFiles
 from vllm_wsi.evaluation.tasks import read_task, score, to_messages
 from vllm_wsi.questions import NoFeaturesError, QuestionError
 from vllm_wsi.slides import SlideError, write_features
+from vllm_wsi.slides.formats import IMAGE_SUFFIXES
 
 TCGA = "TCGA-A1-A0SB-01Z-00-DX1.B34C267B-CAAA-4AB6-AD5C-276C26F997A1"
 
@@ -102,6 +105,19 @@ def test_wsi_bench_inline_options_and_a_gold_with_a_quote(tmp_path):
     assert closed.text == human.removeprefix("<image>\n")
     assert not free.options
     assert free.gold == "A solid tumour of nests."
+
+
+@pytest.mark.parametrize("suffix", ["", ".h5", ".B34C267B", *sorted(IMAGE_SUFFIXES)])
+def test_a_slide_is_named_without_the_suffix_of_its_image(tmp_path, suffix):
+    names = [f"S.1{suffix}", f"S.1{suffix.upper()}"]
+    rows = [{"Slide": name, "Task": "ER", "Question": "ER?", "A": "+", "B": "-", "Answer": "A"} for name in names]
+    found = [question.slide for question in read_task("slidebench-bcnb", write_csv(tmp_path / "q.csv", *rows))]
+    assert found == (["S.1", "S.1"] if suffix in IMAGE_SUFFIXES else names)
+
+
+def test_questions_are_read_where_no_image_can_be():
+    code = "import sys; sys.modules['openslide'] = None; import vllm_wsi.evaluation.tasks"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("options", ['["Lung", "Liver"]', "['Lung', 'Liver']"])

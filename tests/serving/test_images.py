@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vllm_wsi.serving import slide_files
+from vllm_wsi.serving import slide_folder
 from vllm_wsi.serving.images import MAX_READ_PX, ImagePool, deep_zoom, read_px, tile
-from vllm_wsi.serving.slide_files import image_of, list_slides
+from vllm_wsi.serving.slide_folder import image_of, list_slides
 from vllm_wsi.slides import SlideError
 
 from .slide_images import make_grid_image, make_grid_slide
@@ -125,14 +125,14 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
 def test_a_listing_is_bounded_in_entries_and_depth(tmp_path, monkeypatch):
     for i in range(30):
         (tmp_path / f"{i:02}.h5").touch()
-    monkeypatch.setattr(slide_files, "MAX_ENTRIES", 20)
+    monkeypatch.setattr(slide_folder, "MAX_ENTRIES", 20)
     found = list_slides(tmp_path)
     assert (len(found["slides"]), found["truncated"]) == (20, True)
     deep = tmp_path / "deep"
     (deep / "/".join("abc")).mkdir(parents=True)
     (deep / "a" / "in.h5").touch()
     (deep / "a" / "b" / "c" / "out.h5").touch()
-    monkeypatch.setattr(slide_files, "MAX_DEPTH", 2)
+    monkeypatch.setattr(slide_folder, "MAX_DEPTH", 2)
     found = list_slides(deep)
     assert ([slide["name"] for slide in found["slides"]], found["truncated"]) == (["a/in.h5"], True)
 

@@ -19,8 +19,8 @@ from vllm_wsi import __version__
 from vllm_wsi.slides import SlideError
 
 from .client import FATAL, Answer, Endpoint, Mode
+from .question_slides import RULES, SlideFile, SlideFiles
 from .results import ResultsFile, Row
-from .slide_files import RULES, SlideFile, SlideFiles
 from .tasks import Question, read_task, to_messages
 
 MAIN = "slide"

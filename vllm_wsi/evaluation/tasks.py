@@ -15,15 +15,15 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from vllm_wsi.questions import QuestionError, cell, choice_text, csv_rows, json_rows, parse_choice_row
+from vllm_wsi.slides.formats import IMAGE_SUFFIXES
 
 from .parsing import normalise, parse_label
 
 LETTERS = string.ascii_uppercase
-IMAGE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn")
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,8 @@ def _text(row: dict, name: str) -> str:
 
 def _slide_name(name: str) -> str:
     """Without the suffix of a slide image, which feature files do not have."""
-    return next((name[: -len(end)] for end in IMAGE_SUFFIXES if name.lower().endswith(end)), name)
+    path = PurePath(name)
+    return name.removesuffix(path.suffix) if path.suffix.lower() in IMAGE_SUFFIXES else name
 
 
 Reader = Callable[[Path], Iterator[tuple[str, Any]]]

@@ -27,7 +27,7 @@ from vllm_wsi.sparsify.selector import Selection
 from .connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
 from .selection import SelectedSlide
-from .slide_files import image_of, image_suffixes, list_slides
+from .slide_folder import image_of, image_suffixes, list_slides
 
 if TYPE_CHECKING:
     from openslide import AbstractSlide

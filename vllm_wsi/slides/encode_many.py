@@ -18,8 +18,7 @@ from typing import Literal
 from .encode import EncodeResult, EncodeSettings, encode_slide
 from .encoders import PatchEncoder, load_encoder
 from .features import SlideError, write_atomically
-from .formats import open_features
-from .image import IMAGE_SUFFIXES
+from .formats import IMAGE_SUFFIXES, open_features
 
 SUMMARY = "encode_summary.csv"
 

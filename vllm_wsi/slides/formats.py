@@ -29,6 +29,9 @@ ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_PROTOCOLS = tuple(bytes([0x80, n]) for n in range(2, 6))
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # most slide images: svs, ndpi, scn, OME-TIFF ...
+NON_TIFF_SUFFIXES = frozenset((".mrxs", ".czi", ".dcm", ".vms", ".vmu"))  # of slide images whose first bytes say little
+# Of the slide images that a folder is searched for or a benchmark names; what a file is, its content says.
+IMAGE_SUFFIXES = NON_TIFF_SUFFIXES | {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".qptiff"}
 MAX_SAFETENSORS_HEADER = 1 << 20  # bytes; two tensors and their metadata need a few hundred
 MAX_TENSOR_PICKLE = 1 << 16  # bytes; that of one tensor needs a few hundred
 SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -111,7 +114,7 @@ def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: 
 
 def is_image(path: Path, head: bytes) -> bool:
     """Whether that is a slide image, by its first bytes, or by its name where those say nothing."""
-    return head.startswith(TIFF_MAGIC) or path.suffix.lower() in (".mrxs", ".czi", ".dcm", ".vms", ".vmu")
+    return head.startswith(TIFF_MAGIC) or path.suffix.lower() in NON_TIFF_SUFFIXES
 
 
 def _is_text(head: bytes) -> bool:

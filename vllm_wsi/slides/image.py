@@ -14,10 +14,6 @@ from PIL import Image
 from .features import SlideError, SlideIdentity
 from .regions import positive_number
 
-# Of the files that a folder is searched for; what a file is, its content says.
-IMAGE_SUFFIXES = frozenset(
-    (".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm", ".qptiff")
-)
 MAX_ASPECT = 1.02  # of the two mpp of one slide
 BAND_PX = 1 << 24  # level pixels that are held at once while a region is scaled down
 WHITE = (255, 255, 255)

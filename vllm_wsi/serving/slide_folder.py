@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_wsi.slides import SlideError
+from vllm_wsi.slides.formats import IMAGE_SUFFIXES
 
 FEATURE_SUFFIXES = frozenset((".safetensors", ".h5", ".npy", ".pt", ".csv"))
 MAX_ENTRIES = 10_000  # files and folders that one listing looks at
@@ -17,7 +18,7 @@ MAX_DEPTH = 8  # folders below the allowed path
 def image_suffixes() -> frozenset[str]:
     """Of slide images; none where the extra `slides` is not installed."""
     try:
-        from vllm_wsi.slides.image import IMAGE_SUFFIXES
+        import vllm_wsi.slides.image  # noqa: F401
     except ImportError:
         return frozenset()
     return IMAGE_SUFFIXES
