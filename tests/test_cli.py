@@ -5,10 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from vllm_wsi import demo
+from vllm_wsi.checkpoint import load_selector
 from vllm_wsi.cli import main
 from vllm_wsi.slides import open_features
 
@@ -97,6 +101,25 @@ def test_demo_goes_from_a_photograph_of_tissue_to_its_evidence_and_answers_right
         assert len(json.loads((tmp_path / f"{slide}.geojson").read_text())["features"]) == 32
         assert Image.open(tmp_path / f"{slide}.heatmap.png").width == width
         assert Image.open(tmp_path / f"{slide}.montage.png").size == (1280, 720)
+
+
+def test_demo_asks_on_where_the_file_does_not_say_where_its_patches_lie(
+    checkpoint, shared_data, tmp_path, capsys, monkeypatch
+):
+    """The server is stood in for by its own selection: what is tried here is what the demo prints and writes."""
+    path, asked = tmp_path / "no-places.npy", []
+    with open_features(shared_data / "features/mopadi_TCGA-AD-6964/features.h5") as slide:
+        np.save(path, slide.read_rows(0, slide.num_patches))
+    with open_features(path) as slide:
+        record = load_selector(str(checkpoint)).select(slide).record()
+    monkeypatch.setattr(demo, "_post", lambda url, body: record)
+    monkeypatch.setattr(demo, "_ask", lambda server, url, question, slide: asked.append(question) or {"read": 0.0})
+    demo._show(SimpleNamespace(api=""), demo.DemoSlide(path), checkpoint, tmp_path / "out")
+    assert asked == [demo.QUESTION, demo.SECOND_QUESTION]
+    printed = capsys.readouterr().out
+    assert "32 of 777 patches were shown to the decoder; the best five (coordinates: none)" in printed
+    assert re.search(r"^ +nothing written: \S*no-places\.npy: coords: found none, wanted .+$", printed, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.server
