@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from vllm_wsi.init_checkpoint import init_checkpoint
+from vllm_wsi.server_process import VllmServer
 from vllm_wsi.slides import write_features
 
 D = 48
+KEY = "s3cret"  # of `shared_server`
 
 
 def make_slide(path, n, seed=0, d=D, dtype="float32"):
@@ -37,3 +39,22 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "qwen2"
     init_checkpoint(path, D, hidden_size=64, scorer_hidden_size=32)
     return path
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """What `shared_server` may read: every file of tests has a folder of its own in it."""
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="session")
+def shared_server(checkpoint, shared_folder, tmp_path_factory):
+    """One `vllm serve` with an API key for all tests that take it as it is, since a start costs a minute.
+
+    Its counters go on from file to file: only their differences say something. What stalls, kills or configures a
+    server starts its own.
+    """
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4", "--api-key", KEY]
+    with VllmServer(checkpoint, shared_folder, log, args, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}) as running:
+        yield running

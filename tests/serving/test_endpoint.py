@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import shutil
 from pathlib import Path
 
@@ -11,23 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_wsi.server_process import VllmServer
 from vllm_wsi.slides import write_features
 from vllm_wsi.slides.pictures import INFERNO
 
-from .conftest import make_slide, slide_message
+from .conftest import KEY, make_slide, slide_message
 from .slide_images import CELL, COLUMNS, grid_colour, make_grid_image, make_grid_slide, make_real_slide, random_features
 
 pytestmark = pytest.mark.server
-KEY = "s3cret"
 ROUTES = ["slides", "slide?url=x", "tile?url=x&level=1&x=0&y=0", "heatmap.png?url=x", "select"]
 ROUTES += ["region?url=x&x=0&y=0&width=1&height=1"]
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory) -> Path:
+def media(shared_folder, tmp_path_factory) -> Path:
     """Slides with and without images and places, and what must not be shown."""
-    folder = tmp_path_factory.mktemp("media")
+    folder = shared_folder / "endpoint"
+    folder.mkdir()
     outside = tmp_path_factory.mktemp("outside")
     make_grid_slide(folder)
     (folder / "deep").mkdir()
@@ -48,17 +48,15 @@ def media(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(checkpoint, media, tmp_path_factory):
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4", "--api-key", KEY]
-    with VllmServer(checkpoint, media, log, args, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}) as running:
-        yield running
+@pytest.fixture
+def server(shared_server):
+    return shared_server
 
 
 @pytest.fixture(scope="module")
-def http(server):
-    with httpx.Client(base_url=f"{server.api}/wsi/", headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as client:
+def http(shared_server):
+    base_url, headers = f"{shared_server.api}/wsi/", {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=base_url, headers=headers, timeout=120) as client:
         yield client
 
 
@@ -197,14 +195,14 @@ def test_one_patch_as_large_as_the_slide_is_drawn_at_once(http, media):
 def test_slides_are_listed_with_what_they_have_and_nothing_from_elsewhere(http, media):
     found = http.get("slides").json()
     has_image = {slide["name"]: slide["has_image"] for slide in found["slides"]}
-    assert has_image["grid.safetensors"] is True
-    assert has_image["deep/no-places.npy"] is False
-    assert has_image["out-image.safetensors"] is False
-    assert not {".hidden.safetensors", "out.safetensors"} & set(has_image)
+    assert has_image["endpoint/grid.safetensors"] is True
+    assert has_image["endpoint/deep/no-places.npy"] is False
+    assert has_image["endpoint/out-image.safetensors"] is False
+    assert not {"endpoint/.hidden.safetensors", "endpoint/out.safetensors"} & set(has_image)
     assert list(has_image) == sorted(has_image)
     assert not found["truncated"]
     by_name = {slide["name"]: slide["url"] for slide in found["slides"]}
-    assert by_name["grid.safetensors"] == (media / "grid.safetensors").as_uri()
+    assert by_name["endpoint/grid.safetensors"] == (media / "grid.safetensors").as_uri()
 
 
 def test_a_slide_is_described(http, grid, media):
@@ -279,9 +277,11 @@ def test_a_tile_that_is_not_there_is_refused(http, grid, media, where, sentence)
     assert sentence in refusal(http.get("tile", params={"url": grid, "level": 11, "x": 0, "y": 0} | where))
 
 
-def test_tiles_of_a_slide_outside_the_allowed_path_are_refused(http, media):
-    outside = make_grid_slide(media.parent, "elsewhere")
-    for url in (outside.as_uri(), f"{media.as_uri()}/../elsewhere.safetensors", "file:///etc/passwd"):
+def test_tiles_of_a_slide_outside_the_allowed_path_are_refused(http, media, shared_folder, tmp_path):
+    outside = make_grid_slide(tmp_path, "elsewhere")
+    by_dots = shared_folder / Path(os.path.relpath(outside, shared_folder))
+    assert by_dots.is_file()
+    for url in (outside.as_uri(), f"file://{by_dots}", "file:///etc/passwd"):
         for route in ("tile", "slide", "heatmap.png", "region"):
             more = {"level": 11, "x": 0, "y": 0, "width": 9, "height": 9}
             assert "allowed-local-media-path" in refusal(http.get(route, params={"url": url} | more))

@@ -162,13 +162,6 @@ def test_a_follow_up_question_finds_the_slide_in_the_prefix_cache_and_answers_al
     assert found.num_cached_tokens >= 32
 
 
-def test_another_k_of_the_server_keeps_that_many(checkpoint, slides):
-    llm = start_engine(checkpoint, slides[0].parent, mm_processor_kwargs={"num_slide_tokens": 7})
-    output = llm.chat(slide_message(slides[3].as_uri()), use_tqdm=False)[0]
-    token = AutoTokenizer.from_pretrained(checkpoint).convert_tokens_to_ids("<|slide|>")
-    assert list(output.prompt_token_ids).count(token) == 7
-
-
 def test_a_tokenizer_without_the_slide_token_ends_the_start_with_one_sentence(checkpoint, slides, tmp_path):
     for file in checkpoint.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -15,15 +15,12 @@ import openai
 import pytest
 from PIL import Image
 
-from vllm_wsi.server_process import VllmServer
-
-from .conftest import make_slide, slide_message
+from .conftest import KEY, make_slide, slide_message
 from .slide_images import CELL, grid_colour, make_grid_slide, make_real_slide
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parents[2]
-KEY = "s3cret"
 KEPT = np.array([255, 200, 0])
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-sync", "--no-first-run"]
@@ -42,19 +39,17 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("media")
+def media(shared_folder) -> Path:
+    folder = shared_folder / "browsed"  # before the other files' folders: the page opens the first slide with an image
+    folder.mkdir()
     make_grid_slide(folder)
     make_slide(folder / "bare.safetensors", 300)
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(chromium, checkpoint, media, tmp_path_factory):
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4", "--api-key", KEY]
-    with VllmServer(checkpoint, media, log, args, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}) as running:
-        yield running
+@pytest.fixture
+def server(chromium, shared_server):  # without a browser no server is started
+    return shared_server
 
 
 @pytest.fixture
@@ -301,8 +296,8 @@ def test_the_keyboard_alone_is_enough(new_page, server, media, tmp_path):
         raise AssertionError(f"the Tab key does not reach {selector}")
 
     tab_to("#filter")
-    page.keyboard.type("grid")
-    assert page.locator("#slide-list a").all_inner_texts() == ["grid.safetensors"]
+    page.keyboard.type("browsed grid")
+    assert page.locator("#slide-list a").all_text_contents() == ["browsed/grid.safetensors"]
     tab_to("#slide-list a")
     page.keyboard.press("Enter")
     page.wait_for_selector("#patches button")
@@ -331,7 +326,7 @@ def test_the_keyboard_alone_is_enough(new_page, server, media, tmp_path):
     page.wait_for_selector("#log .assistant", state="attached")
     page.reload()  # the address keeps the slide
     page.wait_for_selector("#patches button")
-    assert page.locator("#slide-list a[aria-current]").inner_text() == "grid.safetensors"
+    assert page.locator("#slide-list a[aria-current]").text_content() == "browsed/grid.safetensors"
 
 
 def test_without_the_key_the_page_asks_for_it(new_page, server, media):
@@ -343,7 +338,7 @@ def test_without_the_key_the_page_asks_for_it(new_page, server, media):
     page.locator("#key").fill(KEY)
     page.keyboard.press("Enter")
     page.wait_for_selector("#patches button")
-    page.locator("#slide-list a", has_text="grid").click()
+    page.locator("#slide-list a", has_text="browsed/grid").click()
     page.wait_for_selector("#patches.with-pictures img")
     until(page, f"{VIEWER}.world.getItemAt(0)?.getFullyLoaded()")
     assert page.locator("#problem").is_hidden()
@@ -369,7 +364,7 @@ def test_a_slide_that_cannot_be_read_is_an_error_in_one_sentence_and_the_next_wo
     page.goto(f"{server.root}/wsi/#slide={quote(gone, safe='')}")
     page.wait_for_selector("#problem:not([hidden])")
     assert "gone.safetensors: found no readable file" in page.locator("#problem").inner_text()
-    page.locator("#slide-list a", has_text="grid").click()
+    page.locator("#slide-list a", has_text="browsed/grid").click()
     page.wait_for_selector("#patches button")
     assert page.locator("#problem").is_hidden()
 
