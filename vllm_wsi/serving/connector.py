@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -16,12 +17,12 @@ from urllib.parse import parse_qs
 import aiohttp
 import requests
 import vllm.envs as envs
-from vllm.exceptions import VLLMUnprocessableEntityError
+from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
 
 from vllm_wsi.slides import SlideError, SlideIdentity, open_features
 
-from .selection import SelectedSlide, SelectionService, SlideRequest, current_service
+from .selection import SelectedSlide, SelectionService, SlideRequest, SlidesStalled, current_service
 
 CONNECTOR = "vllm_wsi"
 BY_VALUE = "slide sent by value"
@@ -91,7 +92,7 @@ class SlideConnector(MediaConnector):
             request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
         except FETCH_ERRORS as error:
             raise _fetch_error(error) from error
-        with naming_the_file_alone(request.path):
+        with naming_the_file_alone(request.path), stalls_as_503():
             return service.select(request)
 
     async def fetch_image_async(  # type: ignore[override]
@@ -99,12 +100,16 @@ class SlideConnector(MediaConnector):
     ) -> SelectedSlide:
         """`keep_every`: with the scores and places of all patches; no URL can ask for that."""
         service, url, media_io = self._prepare(image_url, keep_every)
-        try:
-            request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
-        except FETCH_ERRORS as error:
-            raise _fetch_error(error) from error
-        with naming_the_file_alone(request.path):
-            return await service.select_async(request)
+        with stalls_as_503():
+            try:
+                if url[:5].lower() == "file:":
+                    request = await service.look_up(self.load_from_url, url, media_io)
+                else:
+                    request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
+            except FETCH_ERRORS as error:
+                raise _fetch_error(error) from error
+            with naming_the_file_alone(request.path):
+                return await service.select_async(request)
 
     def local_path(self, url: str) -> Path | None:
         """The path, below the allowed one, that a file URL names, links unfollowed; None for any other URL."""
@@ -142,6 +147,15 @@ def naming_the_file_alone(path: Path | None) -> Iterator[None]:
         if path is None:
             raise
         raise SlideError(str(error).replace(str(path), path.name)) from error
+
+
+@contextmanager
+def stalls_as_503() -> Iterator[None]:
+    """The status for which clients ask again by themselves, and load balancers elsewhere."""
+    try:
+        yield
+    except SlidesStalled as error:
+        raise GracefulHTTPError(f"The slide cannot be read now: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
 
 
 def _fetch_error(error: Exception) -> Exception:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cachetools import LRUCache
 from prometheus_client import Counter
@@ -16,7 +19,11 @@ from torch import Tensor, nn
 from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, open_features
 from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 
+T = TypeVar("T")
+
 THREADS = 16
+LOOK_UP_THREADS = 64
+STALL_SECONDS = 60  # that new slides may queue while no slide is begun or done
 CACHE_BYTES = 256 << 20
 
 SELECTIONS = Counter("vllm_wsi:selections", "Slides that were read and scored.")
@@ -25,6 +32,50 @@ CACHE_HITS = Counter("vllm_wsi:selection_cache_hits", "Requests that were answer
 JOINED = Counter("vllm_wsi:selections_joined", "Requests that waited for a selection already under way.")
 READ_SECONDS = Counter("vllm_wsi:read_seconds", "Seconds spent in reading features.")
 SCORE_SECONDS = Counter("vllm_wsi:score_seconds", "Seconds spent in scoring features and in Top-K.")
+
+
+class SlidesStalled(Exception):
+    """Work on a slide was refused, because it would wait behind slides that stand still; one sentence."""
+
+
+class StallingPool:
+    """Threads for work that may wait for a disk, from which no thread can be called off.
+
+    While all of them wait, further work queues for `STALL_SECONDS`; from then on it is refused until something is begun
+    or done, so that what waits stays bounded.
+
+    Args:
+        name: of the threads.
+        threads: at most so many, made as they are needed.
+    """
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._pool, self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name), threads
+        self._lock = threading.Lock()
+        self._unfinished = 0
+        self._moved = time.monotonic()  # when something was last begun or done
+
+    def submit(self, function: Callable[..., T], *args: object) -> Future[T]:
+        """Raises SlidesStalled."""
+        with self._lock:
+            seconds = time.monotonic() - self._moved
+            if self._unfinished >= self._threads and seconds >= STALL_SECONDS:
+                raise SlidesStalled(
+                    f"its {self._threads} readers have waited {seconds:.0f} s for other slides; ask again later"
+                )
+            self._unfinished += 1
+        future = self._pool.submit(self._run, function, *args)
+        future.add_done_callback(self._done)  # also where a client that went away cancelled it
+        return future
+
+    def _run(self, function: Callable[..., T], *args: object) -> T:
+        self._moved = time.monotonic()
+        return function(*args)
+
+    def _done(self, _: Future) -> None:
+        with self._lock:
+            self._unfinished -= 1
+            self._moved = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -93,13 +144,19 @@ class SelectionService:
     ) -> None:
         self.selector, self.scorer, self.max_slide_tokens = selector, scorer, max_slide_tokens
         self.default_k = selector.num_slide_tokens
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="wsi-selection")
+        self._pool = StallingPool("wsi-selection", threads)
+        self._look_ups = StallingPool("wsi-look-up", LOOK_UP_THREADS)
         self._lock = threading.Lock()
         self._done: LRUCache[str, SelectedSlide] = LRUCache(cache_bytes, getsizeof=lambda done: done.num_bytes)
         self._under_way: dict[str, Future[SelectedSlide]] = {}
 
     def submit(self, request: SlideRequest) -> Future[SelectedSlide]:
-        """For a known slide a stat and a look-up. Raises SlideError where there is no such file or K."""
+        """For a known slide a stat and a look-up.
+
+        Raises:
+            SlideError: there is no such file or K.
+            SlidesStalled: it is a new slide, and all threads have long been waiting for others.
+        """
         k = self.default_k if request.k is None else request.k
         if not 1 <= k <= self.max_slide_tokens:
             if request.slide is not None:
@@ -114,7 +171,12 @@ class SelectionService:
                 JOINED.inc()
                 future = under_way
             elif done is None:
-                future = self._pool.submit(self._run, request, k, identity, digest)
+                try:
+                    future = self._pool.submit(self._run, request, k, identity, digest)
+                except SlidesStalled:
+                    if request.slide is not None:
+                        request.slide.close()
+                    raise
                 self._under_way[digest] = future
                 return future
             else:
@@ -130,9 +192,15 @@ class SelectionService:
 
     async def select_async(self, request: SlideRequest) -> SelectedSlide:
         """Awaits the selection; a client that goes away cancels its own wait, not the others' selection."""
-        # The stat of a stalled mount must not stop the event loop.
-        future = await asyncio.to_thread(self.submit, request)
+        future = self.submit(request) if request.slide is not None else await self.look_up(self.submit, request)
         return await asyncio.shield(asyncio.wrap_future(future))
+
+    async def look_up(self, function: Callable[..., T], *args: object) -> T:
+        """Runs what a mount that does not answer would hold up: paths and stats.
+
+        On many threads of its own: neither the event loop waits, nor vLLM's few threads for all media, nor asyncio's.
+        """
+        return await asyncio.wrap_future(self._look_ups.submit(function, *args))
 
     def _run(self, request: SlideRequest, k: int, identity: SlideIdentity, digest: str) -> SelectedSlide:
         try:
