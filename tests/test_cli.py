@@ -61,6 +61,8 @@ def test_doctor_names_what_the_real_slide_holds(shared_data, capsys):
     [
         (["select", "nosuch.h5", "--checkpoint", "x"], "nosuch.h5: found no readable file"),
         (["init-checkpoint", ".", "--feature-dim", "8"], "wanted a new directory"),
+        (["init-checkpoint", "new", "--feature-dim", "8", "--text-config", __file__], "found no JSON"),
+        (["init-checkpoint", "new", "--feature-dim", "8", "--text-config", "nosuch.json"], "nosuch.json"),
         (["demo", "--slide", "nosuch.h5"], "nosuch.h5: found no readable file"),
     ],
 )

@@ -14,7 +14,7 @@ from .sparsify.scorer import build_scorer
 from .sparsify.selector import FrozenScorer, SlideSelector, frozen_scorer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PREFIX = "scorer."
+SCORER_PREFIX = "scorer."
 
 
 def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
@@ -29,21 +29,23 @@ def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
         files = {Path(single)}
     elif (index := cached_file(model, INDEX, **find)) is not None:
         names = json.loads(Path(index).read_text())["weight_map"]
-        shards = {file for key, file in names.items() if key.startswith(PREFIX)}
+        shards = {file for key, file in names.items() if key.startswith(SCORER_PREFIX)}
         files = {Path(cached_file(model, shard, revision=revision)) for shard in shards}
     else:
         raise ValueError(f"{model}: found neither {SINGLE} nor {INDEX}, wanted a checkpoint in safetensors")
     state: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            keys = [key for key in tensors.keys() if key.startswith(PREFIX)]  # noqa: SIM118
-            state |= {key.removeprefix(PREFIX): tensors.get_tensor(key) for key in keys}
+            keys = [key for key in tensors.keys() if key.startswith(SCORER_PREFIX)]  # noqa: SIM118
+            state |= {key.removeprefix(SCORER_PREFIX): tensors.get_tensor(key) for key in keys}
     scorer = build_scorer(feature_dim=config.feature_dim, **config.scorer)
     try:
         scorer.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{model}: {PREFIX}*: found other weights than config.json describes: {reason}") from error
+        raise ValueError(
+            f"{model}: {SCORER_PREFIX}*: found other weights than config.json describes: {reason}"
+        ) from error
     return frozen_scorer(scorer)
 
 

@@ -89,6 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     init.add_argument("--num-slide-tokens", type=int, default=32, metavar="K")
     init.add_argument("--position-ids", default="original", choices=["original", "packed"])
     init.add_argument("--seed", type=int, default=0)
+    init.add_argument(
+        "--text-config",
+        type=Path,
+        metavar="FILE",
+        help="config.json of a decoder of any size, instead of a small one; written without the decoder's weights, for "
+        "`vllm serve --load-format dummy`: to measure what that size costs",
+    )
     init.set_defaults(run=_init_checkpoint)
 
     train = commands.add_parser("train", help="train a checkpoint (extra: train)")
@@ -237,8 +244,24 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _init_checkpoint(args: argparse.Namespace) -> int:
     _hide_transformers_progress()
-    from .init_checkpoint import init_checkpoint
+    from .init_checkpoint import init_checkpoint, init_shape
 
+    options = {
+        "scorer_kind": args.scorer,
+        "scorer_hidden_size": args.scorer_hidden_size,
+        "num_slide_tokens": args.num_slide_tokens,
+        "position_ids": args.position_ids,
+        "seed": args.seed,
+    }
+    serve = f"vllm serve {args.out} --plugin vllm_wsi --allowed-local-media-path DIR"
+    if args.text_config is not None:
+        try:
+            text_config = json.loads(args.text_config.read_text())
+        except ValueError as error:
+            raise ValueError(f"{args.text_config}: found no JSON ({error}), wanted a decoder's config.json") from error
+        init_shape(args.out, args.feature_dim, text_config, **options)
+        print(f"{args.out}: a shape without the decoder's weights. Serve it with\n  {serve} --load-format dummy")
+        return 0
     init_checkpoint(
         args.out,
         args.feature_dim,
@@ -246,14 +269,9 @@ def _init_checkpoint(args: argparse.Namespace) -> int:
         hidden_size=args.hidden_size,
         num_layers=args.layers,
         max_position_embeddings=args.max_positions,
-        scorer_kind=args.scorer,
-        scorer_hidden_size=args.scorer_hidden_size,
-        num_slide_tokens=args.num_slide_tokens,
-        position_ids=args.position_ids,
-        seed=args.seed,
+        **options,
     )
-    print(f"{args.out}: random weights from seed {args.seed}; its answers mean nothing. Serve it with\n"
-          f"  vllm serve {args.out} --plugin vllm_wsi --allowed-local-media-path DIR")  # fmt: skip
+    print(f"{args.out}: random weights from seed {args.seed}; its answers mean nothing. Serve it with\n  {serve}")
     return 0
 
 

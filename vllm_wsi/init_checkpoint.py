@@ -1,4 +1,4 @@
-"""A small checkpoint from a seed: random weights, real contract. For demos, tests and benchmarks."""
+"""Checkpoints from a seed: random weights, real contract. For demos, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFast
 
+from .checkpoint import SCORER_PREFIX, SINGLE
 from .config import SLIDE_TOKEN, SparseWSIConfig
 from .modeling import SparseWSIForConditionalGeneration
+from .sparsify.scorer import build_scorer
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [TURN_END, TURN_START, SLIDE_TOKEN]
@@ -151,9 +154,68 @@ def init_checkpoint(out: str | Path, feature_dim: int, **options: Any) -> None:
     Raises:
         ValueError: an unknown decoder, or a directory with content.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: found a file or a directory with content, wanted a new directory")
+    out = _new_directory(out)
     model, tokenizer = new_model(feature_dim, **options)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def init_shape(
+    out: str | Path,
+    feature_dim: int,
+    text_config: dict[str, Any],
+    *,
+    scorer_kind: str = "patch",
+    scorer_hidden_size: int = 256,
+    num_slide_tokens: int = 32,
+    position_ids: str = "original",
+    seed: int = 0,
+) -> None:
+    """Writes a checkpoint directory whose decoder has a shape and no weights: for `vllm serve --load-format dummy`.
+
+    What a decoder of real size costs can so be measured without its download. Only the scorer has (random) weights:
+    it works in the API server, which reads it from safetensors whatever `--load-format` says. The tokenizer knows
+    bytes; the decoder's further tokens decode to nothing.
+
+    Args:
+        out: a directory that does not exist yet, or is empty.
+        feature_dim: d of the features that it takes.
+        text_config: the decoder's `config.json`, with `model_type` and `architectures`.
+
+    Raises:
+        ValueError: a configuration that names no decoder or fewer tokens than bytes, or a directory with content.
+    """
+    for key in ("model_type", "architectures", "vocab_size"):
+        if not text_config.get(key):
+            raise ValueError(f"text_config: {key}: found none, wanted a decoder's config.json")
+    tokenizer = byte_tokenizer()
+    if text_config["vocab_size"] < len(tokenizer):
+        raise ValueError(
+            f"text_config: vocab_size: found {text_config['vocab_size']}, wanted at least {len(tokenizer)}"
+        )
+    eos = tokenizer.convert_tokens_to_ids(TURN_END)
+    config = SparseWSIConfig(
+        text_config=text_config | {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos},
+        feature_dim=feature_dim,
+        num_slide_tokens=num_slide_tokens,
+        scorer={"kind": scorer_kind, "hidden_size": scorer_hidden_size},
+        position_ids=position_ids,
+        slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        scorer = build_scorer(feature_dim=feature_dim, **config.scorer)
+    out = _new_directory(out)
+    config.save_pretrained(out)
+    GenerationConfig(eos_token_id=eos, pad_token_id=eos).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    state = {f"{SCORER_PREFIX}{name}": value for name, value in scorer.state_dict().items()}
+    save_file(state, out / SINGLE, metadata={"format": "pt"})
+
+
+def _new_directory(out: str | Path) -> Path:
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: found a file or a directory with content, wanted a new directory")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
