@@ -224,6 +224,17 @@ def test_a_damaged_byte_gives_a_refusal_or_rows_and_no_other_error(name: str, le
     assert refused > least
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_patch_that_lies_nowhere_is_named_when_places_are_read(bad: float, tmp_path: Path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["features"] = np.ones((3, 4), "f4")
+        file["coords"] = np.array([[0, 0], [256, bad], [512, 0]])
+    said = r"a\.h5: coords: found \[256.0, .* in row 1, wanted"
+    with open_features(path) as slide, pytest.raises(SlideError, match=said):
+        slide.read_coords()
+
+
 @pytest.mark.parametrize("name", [name for name in WHOLE if name != "coords-last.safetensors"])
 def test_an_encoder_asked_of_a_file_with_one_set_is_refused(name: str, tmp_path: Path):
     WHOLE[name](tmp_path / name)

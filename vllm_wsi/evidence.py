@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .slides import SlideError
 from .slides.features import write_atomically
-from .slides.regions import PatchSize, extent, geojson
+from .slides.regions import PatchSize, extent, geojson, positive_number
 from .sparsify.selector import Selection
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Evidence:
             from .slides.image import image_mpp, open_image
 
             self._image = open_image(image_path)
-            if mpp is None and "mpp" not in selection.metadata and selection.coord_unit == "um":
+            if mpp is None and positive_number(selection.metadata.get("mpp")) is None and selection.coord_unit == "um":
                 self._mpp = image_mpp(self._image, self._image_name)
         try:
             self.rects = selection.rects(name, self._mpp, self._size)

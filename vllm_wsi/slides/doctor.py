@@ -10,6 +10,7 @@ import numpy as np
 
 from .features import FeatureFile, SlideError
 from .formats import open_features
+from .regions import positive_number
 
 CHUNK_ROWS = 4096
 
@@ -53,7 +54,7 @@ def examine(path: str | Path, encoder: str | None = None) -> Report:
                 low, high = coords.min(axis=0).tolist(), coords.max(axis=0).tolist()
                 unit = "level-0 pixels" if slide.coord_unit == "px" else "microns"
                 report.facts["coords"] = f"x {low[0]} .. {high[0]}, y {low[1]} .. {high[1]} ({unit})"
-                if slide.coord_unit == "um" and "mpp" not in slide.metadata:
+                if slide.coord_unit == "um" and positive_number(slide.metadata.get("mpp")) is None:
                     report.findings.append("coords: microns without mpp cannot be placed on the slide's pixels")
                 if len(np.unique(coords, axis=0)) < len(coords):
                     report.findings.append("coords: some patches share one place")

@@ -97,8 +97,16 @@ class FeatureFile:
         return FLOAT_DTYPES[self.dtype]
 
     def read_coords(self) -> NDArray | None:
-        """[N, 2] x, y of each patch's top-left corner in `coord_unit` (px: level-0 pixels), or None."""
-        return None if self.load_coords is None else self.load_coords()
+        """[N, 2] x, y of each patch's top-left corner in `coord_unit` (px: level-0 pixels), or None.
+
+        Raises:
+            SlideError: a patch lies nowhere (NaN, infinity).
+        """
+        coords = None if self.load_coords is None else self.load_coords()
+        if coords is not None and not (finite := np.isfinite(coords).all(axis=1)).all():
+            row = int(np.argmin(finite))
+            raise SlideError(f"{self.name}: coords: found {coords[row].tolist()} in row {row}, wanted finite numbers")
+        return coords
 
     def read_rows(self, start: int, stop: int, out: NDArray | None = None) -> NDArray:
         """Rows start .. stop-1.
