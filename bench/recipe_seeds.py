@@ -1,4 +1,4 @@
-"""The demo's whole recipe from several seeds: `python bench/recipe_seeds.py RUNS`, five minutes a seed on two cores.
+"""The demo's whole recipe from several seeds: `python bench/recipe_seeds.py RUNS`, seven minutes a seed on two cores.
 
 Trains `vllm-wsi train haystack --seed S` into RUNS/S, for S = 0 to 4, unless a finished run is there: a decoder, a
 projector and a scorer of their own, from first to last. Each is judged on haystack's test slides against its own oracle

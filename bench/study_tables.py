@@ -1,4 +1,4 @@
-"""Writes the study's tables into README.md, between its `<!-- study:NAME -->` marks: `python bench/study_tables.py`.
+"""Writes the study's tables into its page, between the `<!-- study:NAME -->` marks: `python bench/study_tables.py`.
 
 All numbers come from the CSV files in `bench/results/study/`.
 """
@@ -6,12 +6,12 @@ All numbers come from the CSV files in `bench/results/study/`.
 from __future__ import annotations
 
 import csv
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from record import RESULTS, ROOT
+from record import RESULTS
+from tables import table, write_tables
 
-README = ROOT / "README.md"
+PAGE = RESULTS / "study" / "README.md"
 RULES = {
     "learned": "learned",
     "mmr of learned": "learned, made diverse (MMR)",
@@ -29,13 +29,8 @@ Row = dict[str, str]
 
 
 def main() -> None:
-    text = README.read_text()
-    for name, table in (("policies", policies()), ("ablations", ablations()), ("recipe_seeds", recipe_seeds())):
-        mark, end = f"<!-- study:{name} -->\n", f"<!-- study:{name} end -->\n"
-        text, count = re.subn(f"{mark}.*?{end}", lambda _, new=mark + table + end: new, text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"{README}: found {count} parts {mark.strip()}, wanted one")
-    README.write_text(text)
+    tables = {"policies": policies(), "ablations": ablations(), "recipe_seeds": recipe_seeds()}
+    write_tables(PAGE, {f"study:{name}": table for name, table in tables.items()})
 
 
 def policies() -> str:
@@ -89,11 +84,6 @@ def spread(rows: Sequence[Row], column: str) -> str:
     """mean (least - most)"""
     values = [float(row[column]) for row in rows]
     return f"{sum(values) / len(values):.3f} ({min(values):.2f} - {max(values):.2f})"
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = "|".join(["", "---", *["--:"] * (len(head) - 1), ""])
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
 
 
 def rows_of(name: str) -> list[Row]:
