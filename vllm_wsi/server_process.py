@@ -88,13 +88,15 @@ class VllmServer:
 
     def metrics(self) -> dict[str, float]:
         """Sums of the server's Prometheus samples by name, over all labels."""
-        with urllib.request.urlopen(f"{self.root}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
         sums: dict[str, float] = {}
-        for family in text_string_to_metric_families(text):
+        for family in text_string_to_metric_families(self.metrics_text()):
             for sample in family.samples:
                 sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
         return sums
+
+    def metrics_text(self) -> str:
+        with urllib.request.urlopen(f"{self.root}/metrics", timeout=10) as answer:
+            return answer.read().decode()
 
     def log_tail(self, lines: int = 30) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from vllm_wsi.serving.selection import SelectionService, SlideRequest
+from vllm_wsi.serving.selection import SelectionService, SlideRequest, finished
 from vllm_wsi.slides import SlideError, SlideIdentity, features_in_memory, open_features
 from vllm_wsi.slides.rows import RawRows
 from vllm_wsi.sparsify.scorer import seeded_scorer
@@ -167,7 +167,7 @@ def test_equal_arrays_are_one_slide_and_other_arrays_another(service, selector):
 async def test_a_client_that_goes_away_does_not_cancel_the_others(service, selector, tmp_path):
     selector.hold = threading.Event()
     request = SlideRequest(make_slide(tmp_path / "a.safetensors", 100))
-    gone, stays = (asyncio.create_task(service.select_async(request)) for _ in range(2))
+    gone, stays = (asyncio.create_task(finished(service.submit(request))) for _ in range(2))
     await asyncio.sleep(0.05)
     gone.cancel()
     selector.hold.set()
@@ -213,11 +213,12 @@ async def test_a_stalled_stat_does_not_stop_the_event_loop(service, tmp_path, mo
         return stat(path)
 
     monkeypatch.setattr(SlideIdentity, "of_file", stalled)
-    waiting = asyncio.create_task(service.select_async(SlideRequest(make_slide(tmp_path / "a.safetensors", 20))))
+    request = SlideRequest(make_slide(tmp_path / "a.safetensors", 20))
+    waiting = asyncio.create_task(service.look_up(service.submit, request))
     await asyncio.sleep(0.05)  # returns only if the loop runs
     assert not waiting.done()
     release.set()
-    assert (await waiting).selection.num_patches == 20
+    assert (await finished(await waiting)).selection.num_patches == 20
 
 
 def test_metadata_count_towards_the_caches_bound(service, tmp_path):

@@ -8,6 +8,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -22,7 +23,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, Medi
 
 from vllm_wsi.slides import SlideError, SlideIdentity, open_features
 
-from .selection import SelectedSlide, SelectionService, SlideRequest, SlidesStalled, current_service
+from .selection import SelectedSlide, SelectionService, SlideRequest, SlidesStalled, current_service, finished
 
 CONNECTOR = "vllm_wsi"
 BY_VALUE = "slide sent by value"
@@ -103,13 +104,22 @@ class SlideConnector(MediaConnector):
         with stalls_as_503():
             try:
                 if url[:5].lower() == "file:":
-                    request = await service.look_up(self.load_from_url, url, media_io)
+                    path, future = await service.look_up(self._submit_file, service, url, media_io)
                 else:
                     request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
+                    path, future = None, service.submit(request)
             except FETCH_ERRORS as error:
                 raise _fetch_error(error) from error
-            with naming_the_file_alone(request.path):
-                return await service.select_async(request)
+            with naming_the_file_alone(path):
+                return await finished(future)
+
+    def _submit_file(
+        self, service: SelectionService, url: str, media_io: SlideMediaIO
+    ) -> tuple[Path | None, Future[SelectedSlide]]:
+        """All that a stalled mount can hold up before the selection, in one thread: each hop costs half a ms."""
+        request = self.load_from_url(url, media_io)
+        with naming_the_file_alone(request.path):
+            return request.path, service.submit(request)
 
     def local_path(self, url: str) -> Path | None:
         """The path, below the allowed one, that a file URL names, links unfollowed; None for any other URL."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -44,6 +45,9 @@ MAX_SLIDE_TOKENS = 256
 SERVER_OPTIONS = ("num_slide_tokens", "selection_device", "device")
 """`selection_device` is ours: vLLM takes `device` only on a CPU or on an instance that runs no language model, because
 a processor's memory is not in its budget. A selection's is small and bounded (`sparsify/staging.py`)."""
+
+
+_checked_tokenizers: WeakSet = WeakSet()  # encoding the slide token costs a quarter of a ms, at each chat request
 
 
 class SlideItems(ProcessorBatchItems[SelectedSlide]):
@@ -132,11 +136,14 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
         tokenizer = self.ctx.tokenizer
-        ids = None if tokenizer is None else tokenizer.encode(SLIDE_TOKEN, add_special_tokens=False)
-        if ids is not None and ids != [config.slide_token_id]:
+        if tokenizer is None or tokenizer in _checked_tokenizers:
+            return
+        ids = tokenizer.encode(SLIDE_TOKEN, add_special_tokens=False)
+        if ids != [config.slide_token_id]:
             raise ValueError(
                 f"tokenizer: found {SLIDE_TOKEN} as {ids}, wanted [{config.slide_token_id}] (slide_token_id)"
             )
+        _checked_tokenizers.add(tokenizer)
 
     def get_hf_config(self) -> SparseWSIConfig:
         return self.ctx.get_hf_config(SparseWSIConfig)

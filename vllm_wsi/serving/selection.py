@@ -190,11 +190,6 @@ class SelectionService:
     def select(self, request: SlideRequest) -> SelectedSlide:
         return self.submit(request).result()
 
-    async def select_async(self, request: SlideRequest) -> SelectedSlide:
-        """Awaits the selection; a client that goes away cancels its own wait, not the others' selection."""
-        future = self.submit(request) if request.slide is not None else await self.look_up(self.submit, request)
-        return await asyncio.shield(asyncio.wrap_future(future))
-
     async def look_up(self, function: Callable[..., T], *args: object) -> T:
         """Runs what a mount that does not answer would hold up: paths and stats.
 
@@ -231,6 +226,11 @@ class SelectionService:
         finally:
             with self._lock:
                 self._under_way.pop(digest, None)
+
+
+async def finished(future: Future[SelectedSlide]) -> SelectedSlide:
+    """Awaits a selection; a client that goes away cancels its own wait, not the others' selection."""
+    return future.result() if future.done() else await asyncio.shield(asyncio.wrap_future(future))
 
 
 _services: dict[tuple, SelectionService] = {}

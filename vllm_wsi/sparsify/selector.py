@@ -222,7 +222,7 @@ def _select_in_stream(
     running: ScoredTopK | None = None
     num_nonfinite: Tensor | int = 0
     for start, features in stager.chunks():
-        with stager.on_stream():
+        with stager.scoring():
             running = score_topk(features, weights, k, first_row=start, running=running)
             num_nonfinite = num_nonfinite + (~torch.isfinite(running.all_scores)).sum()
             if all_scores is not None:
@@ -240,7 +240,7 @@ def _select_in_context(
     """Tokens of all patches, then the blocks, then Top-K; the kept rows are read once more."""
     tokens = torch.empty(slide.num_patches, scorer.hidden_size, device=stager.device)
     for start, features in stager.chunks():
-        with stager.on_stream():
+        with stager.scoring():
             map_blocks(features, start, scorer.embed, tokens[start : start + len(features)])
     with stager.on_stream():
         # One NaN would reach every patch: rows that are not finite stand aside.
