@@ -31,7 +31,7 @@ import openai
 from numpy.typing import NDArray
 from record import RESULTS, append_row, check_header
 from slow_slides import LEASE_SECONDS, StalledFiles, TrickleServer
-from soak_slides import D, Slides
+from soak_slides import MAX_PATCHES, D, Slides
 
 from vllm_wsi.init_checkpoint import init_checkpoint
 from vllm_wsi.server_process import VllmServer
@@ -94,7 +94,8 @@ class Load:
         Raises:
             SystemExit: a slow slide was not slow for so long.
         """
-        paths = [self._slides.new("safetensors")[0] for _ in range(stalling + waiting + trickling)]
+        # Of a MiB each, which trickles for 13 s: longer than any arm.
+        paths = [self._slides.new("safetensors", MAX_PATCHES)[0] for _ in range(stalling + waiting + trickling)]
         stalled = StalledFiles(paths[:stalling])
         self._web.slow.set()
         urls = [path.as_uri() for path in paths[: stalling + waiting]]
