@@ -96,11 +96,12 @@ def test_once_all_threads_stood_still_too_long_new_slides_alone_are_refused(serv
 def test_a_slide_by_value_that_is_refused_is_closed(service, tmp_path, disk, monkeypatch, open_files_below):
     stall_all(service, tmp_path)
     monkeypatch.setattr(selection, "STALL_SECONDS", 0)
-    before = open_files_below()
+    while open_files_below() < THREADS:  # the stalled ones are being opened
+        pass
     opened = open_features(slide(tmp_path, "new"))
     with pytest.raises(SlidesStalled):
         service.submit(SlideRequest(slide=opened))
-    assert open_files_below() == before
+    assert open_files_below() == THREADS
 
 
 async def test_clients_are_told_503_so_that_they_ask_again(service, client, tmp_path, disk, monkeypatch):
