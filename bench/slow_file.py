@@ -75,6 +75,11 @@ class Load:
             raise SystemExit("answer: found no token, wanted one")
         return (first - began) * 1e3
 
+    async def get_to_know(self) -> None:
+        """Asks about each known slide once: as new ones they would wait behind the slow ones."""
+        for url in self._known:
+            await self.first_token_ms(url)
+
     async def ordinary(self, seconds: float) -> list[float]:
         """Times to the first token [ms] of what `IN_FLIGHT` busy clients ask in that time."""
         times: list[float] = []
@@ -156,6 +161,7 @@ async def run(work: Path, rounds: int, seconds: float) -> dict[str, list[NDArray
         VllmServer(work / "checkpoint", media, work / "server.log", SERVER_ARGS) as server,
     ):
         load = Load(server, slides, web)
+        await load.get_to_know()
         for number in range(rounds + 1):
             for arm in random.sample(list(ARMS), len(ARMS)):
                 found = await load.arm(*ARMS[arm], seconds)
