@@ -75,11 +75,6 @@ class Load:
             raise SystemExit("answer: found no token, wanted one")
         return (first - began) * 1e3
 
-    async def get_to_know(self) -> None:
-        """Asks about each known slide once: as new ones they would wait behind the slow ones."""
-        for url in self._known:
-            await self.first_token_ms(url)
-
     async def ordinary(self, seconds: float) -> list[float]:
         """Times to the first token [ms] of what `IN_FLIGHT` busy clients ask in that time."""
         times: list[float] = []
@@ -101,7 +96,7 @@ class Load:
         """
         # Of a MiB each, which trickles for 13 s: longer than any arm.
         paths = [self._slides.new("safetensors", MAX_PATCHES)[0] for _ in range(stalling + waiting + trickling)]
-        stalled = StalledFiles(paths[:stalling])
+        stalled, began = StalledFiles(paths[:stalling]), time.monotonic()
         self._web.slow.set()
         urls = [path.as_uri() for path in paths[: stalling + waiting]]
         urls += [f"{self._web.root}/{path.name}" for path in paths[stalling + waiting :]]
@@ -111,8 +106,12 @@ class Load:
                 await asyncio.sleep(0.01)
             slow += [asyncio.create_task(self.first_token_ms(url)) for url in urls[stalling:]]
             times = await self.ordinary(seconds)
-            if done := sum(task.done() for task in slow):
-                raise SystemExit(f"slow slides: found {done} of {len(slow)} answered before their time, wanted none")
+            if done := [task for task in slow if task.done()]:
+                ends = {repr(task.exception() or "an answer") for task in done}
+                raise SystemExit(
+                    f"slow slides: found {len(done)} of {len(slow)} done before their time ({', '.join(sorted(ends))}) "
+                    f"after {time.monotonic() - began:.0f} s of {seconds:.0f}, wanted none"
+                )
         finally:
             stalled.release()
             self._web.slow.clear()
@@ -161,7 +160,7 @@ async def run(work: Path, rounds: int, seconds: float) -> dict[str, list[NDArray
         VllmServer(work / "checkpoint", media, work / "server.log", SERVER_ARGS) as server,
     ):
         load = Load(server, slides, web)
-        await load.get_to_know()
+        await load.ordinary(seconds)  # a server's first requests can take longer than a file can be held
         for number in range(rounds + 1):
             for arm in random.sample(list(ARMS), len(ARMS)):
                 found = await load.arm(*ARMS[arm], seconds)
