@@ -7,12 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from vllm_wsi.kernels import score_patches, score_topk
-from vllm_wsi.kernels.reference import BLOCK_ROWS, select_topk
+from vllm_wsi.kernels import block_rows, score_patches, score_topk
+from vllm_wsi.kernels.reference import select_topk
 
 from vllm_wsi.sparsify.scorer import PatchScorer, build_scorer, seeded_scorer
 
 D = 64
+BLOCK = block_rows(D)
 
 
 def scorer(hidden: int = 32, d: int = D):
@@ -31,7 +32,7 @@ def oracle(scores: torch.Tensor, k: int) -> list[int]:
 
 @pytest.mark.parametrize("hidden", [0, 32])
 @pytest.mark.parametrize("k", [1, 31, 32, 33, 256])
-@pytest.mark.parametrize("n", [1, 31, 32, 33, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 5000])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, BLOCK - 1, BLOCK, BLOCK + 1, 5000])
 def test_indices_equal_a_stable_sort_of_the_scores(n, k, hidden):
     x, weights = features(n), scorer(hidden).weights()
     top, wanted = score_topk(x, weights, k), oracle(score_patches(x, weights), k)
@@ -136,7 +137,7 @@ assert torch.equal(compiled(x), score_topk(x * 2, weights, 5).indices)
 
 @pytest.mark.parametrize("hidden", [0, 32, 256])
 def test_scores_have_the_same_bits_for_every_cut_of_the_slide(hidden):
-    x, weights = features(3 * BLOCK_ROWS + 77, 512), scorer(hidden, 512).weights()
+    x, weights = features(3 * block_rows(512) + 77, 512), scorer(hidden, 512).weights()
     whole = score_patches(x, weights)
     for size in (1000, 1024, 1500, 2048):
         parts = [score_patches(x[i : i + size], weights, first_row=i) for i in range(0, len(x), size)]

@@ -9,7 +9,8 @@ if __name__ == "triton_kernels":
         "package for vLLM, so take the folder that holds it off sys.path"
     )
 
+from .blocks import block_rows, map_blocks
 from .op import ScoredTopK, score_topk
-from .reference import ScorerWeights, map_blocks, score_patches, select_topk
+from .reference import ScorerWeights, score_patches, select_topk
 
-__all__ = ["ScoredTopK", "ScorerWeights", "map_blocks", "score_patches", "score_topk", "select_topk"]
+__all__ = ["ScoredTopK", "ScorerWeights", "block_rows", "map_blocks", "score_patches", "score_topk", "select_topk"]

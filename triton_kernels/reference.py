@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,12 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocks import block_rows, map_blocks
 from .keys import ABSENT, pack_keys, unpack_keys
-
-BLOCK_ROWS = 256
-"""Rows of one matrix product. Blocks start at multiples of this row of the slide and the last one is padded,
-so that a row's score has the same bits however the slide is cut into chunks. Small enough that a block's
-temporaries stay on the heap: larger ones go back to the kernel and fault in again for every block."""
 
 MAX_MAGNITUDE = 2.0**50
 """By `ScorerWeights` a patch scores NaN, on every device, unless its features' mean and deviation lie below this.
@@ -90,28 +86,9 @@ def score_patches(features: Tensor, weights: ScorerWeights, first_row: int = 0) 
     if d != weights.feature_dim:
         raise ValueError(f"features have size {d}, wanted {weights.feature_dim}")
     scores = torch.empty(n, dtype=torch.float32, device=features.device)
-    map_blocks(features, first_row, lambda rows: apply_scorer(rows, weights), scores)
+    width = d if weights.hidden_weight is None else max(d, len(weights.hidden_weight))
+    map_blocks(features, first_row, partial(apply_scorer, weights=weights), scores, block_rows(width))
     return scores
-
-
-def map_blocks(features: Tensor, first_row: int, function: Callable[[Tensor], Tensor], out: Tensor) -> None:
-    """Fills out [n, ...] with a function of each row of features [n, d], block by block: the same bits for every cut.
-
-    Args:
-        function: of a block [`BLOCK_ROWS`, d]; rows of zeros stand where the block is not full.
-    """
-    n, start = len(features), 0
-    while start < n:
-        lead = (first_row + start) % BLOCK_ROWS
-        stop = min(n, start + BLOCK_ROWS - lead)
-        block = features[start:stop]
-        if stop - start < BLOCK_ROWS:
-            block = features.new_zeros((BLOCK_ROWS, features.shape[1]))
-            block[lead : lead + stop - start] = features[start:stop]
-            out[start:stop] = function(block)[lead : lead + stop - start]
-        else:
-            out[start:stop] = function(block)
-        start = stop
 
 
 def padded_k(k: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_wsi.kernels import ScoredTopK, ScorerWeights, map_blocks, score_topk, select_topk
+from vllm_wsi.kernels import ScoredTopK, ScorerWeights, block_rows, map_blocks, score_topk, select_topk
 from vllm_wsi.slides import FeatureFile, SlideError
 from vllm_wsi.slides.features import CoordUnit
 from vllm_wsi.slides.regions import Level0Rects, PatchSize, level0_rects, patch_size
@@ -222,7 +222,7 @@ def _select_in_stream(
     running: ScoredTopK | None = None
     num_nonfinite: Tensor | int = 0
     for start, features in stager.chunks():
-        with stager.scoring():
+        with stager.on_stream():
             running = score_topk(features, weights, k, first_row=start, running=running)
             num_nonfinite = num_nonfinite + (~torch.isfinite(running.all_scores)).sum()
             if all_scores is not None:
@@ -239,9 +239,10 @@ def _select_in_context(
 ) -> tuple[_Kept, int]:
     """Tokens of all patches, then the blocks, then Top-K; the kept rows are read once more."""
     tokens = torch.empty(slide.num_patches, scorer.hidden_size, device=stager.device)
+    rows = block_rows(max(scorer.feature_dim, scorer.hidden_size))
     for start, features in stager.chunks():
-        with stager.scoring():
-            map_blocks(features, start, scorer.embed, tokens[start : start + len(features)])
+        with stager.on_stream():
+            map_blocks(features, start, scorer.embed, tokens[start : start + len(features)], rows)
     with stager.on_stream():
         # One NaN would reach every patch: rows that are not finite stand aside.
         finite = torch.isfinite(tokens).all(dim=1)

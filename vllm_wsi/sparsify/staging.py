@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -46,10 +45,6 @@ class _ThreadStreams(threading.local):
 
 
 _streams = _ThreadStreams()
-_cpu_turns = threading.BoundedSemaphore(max(1, len(os.sched_getaffinity(0)) // 4))
-"""PyTorch scores a chunk on all cores. Slides that are scored side by side each bring as many threads, which spin for
-the cores: 16 slides on two cores took 1.4 to 2.3 times the CPU time (d = 512, 64) that they take chunk by chunk in
-turns, and up to 1.5 times as long."""
 
 
 class ChunkStager:
@@ -80,10 +75,6 @@ class ChunkStager:
     def on_stream(self) -> AbstractContextManager:
         """Within it, work on the chunks is queued on the thread's stream."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
-
-    def scoring(self) -> AbstractContextManager:
-        """Within it, one chunk is scored: on the thread's stream, or, on the CPU, when its turn has come."""
-        return torch.cuda.stream(self._stream) if self._stream is not None else _cpu_turns
 
     def wait(self) -> None:
         """Returns when all that was queued is done."""
