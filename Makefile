@@ -22,5 +22,7 @@ lint: setup
 	@$(BIN)/mypy
 
 bench: setup
-	@$(BIN)/python bench/selector.py
+	@$(BIN)/python bench/selector.py --quick
+	@$(BIN)/python bench/first_token.py --quick
 	@$(BIN)/python bench/serving.py
+	@$(BIN)/python bench/serving_report.py

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On any CUDA machine: the kernel tests on the GPU itself, then the benchmark, its plot, and the time of a new slide.
+# On any CUDA machine: the kernel tests on the GPU itself, then the benchmark, its plot, and the time of a new slide;
+# where vLLM is installed, serving at the shape of Qwen2.5-7B, with weights that need no download.
 # Rows go to bench/results/kernels.csv, or to $CSV, and to cold_slide.csv beside it; so does the plot. Arguments go to
 # bench/kernels.py.
 # Needs torch, triton, pytest, pytest-benchmark and pytest-timeout, for the plot matplotlib; FlashInfer and vLLM are
@@ -13,3 +14,8 @@ CSV=${CSV:-bench/results/kernels.csv}
 "$PYTHON" bench/kernels.py --csv "$CSV" "$@"
 "$PYTHON" bench/plot_kernels.py "$CSV" || echo "gpu.sh: no plot; $CSV holds all rows"
 "$PYTHON" bench/cold_slide.py --csv "$(dirname "$CSV")/cold_slide.csv"
+if "$PYTHON" -c "import vllm" 2>/dev/null; then
+    "$PYTHON" bench/serving.py --decoder qwen2.5-7b --csv "$(dirname "$CSV")/serving.csv"
+else
+    echo "gpu.sh: vLLM is not installed; serving is left out"
+fi

@@ -1,168 +1,146 @@
-"""Time to the first token of a real `vllm serve`, over HTTP: `python bench/serving.py [--quick]`.
+"""What 32 slide tokens buy, by vLLM's own client: `python bench/serving.py [--quick] [--decoder NAME]`.
 
-One server for each d, with a small decoder (2 layers, random weights): what is measured is what slides add to a
-request, not the decoder. The three cases of one N alternate within every round, so that all meet the same noise:
+Starts `vllm serve --plugin vllm_wsi` three times (as it is; without prefix caching; with two API servers; on a card a
+fourth time, selecting on the GPU) and runs `vllm bench serve` with `custom_image` data sets against them. Slides are
+virtual: N log-normal around 20,000 patches, one of 1,000,000; which slide a request asks about is Zipf's law. Every
+data set's slides are new to the server (hard links), their pages are warm. What is asked: `bench/serving_cases.py`.
 
-- new: a slide that the server has never seen. Each round writes a fresh copy of the file, flushed to disk and read
-  once so that its pages are warm; the server reads, scores and selects, then prefills. The server's own counter has
-  to say that one selection was made.
-- repeated: another question, of equal length, about the slide of the same round. The slide stands before the
-  question, as users put it, so that vLLM's prefix cache may hold the slide's tokens too, where they fill a whole
-  block (vLLM's default on the CPU is 128 tokens: with K = 32 they do not). The selection comes from the cache.
-- text: no slide, and padded to the same number of prompt tokens (usage.prompt_tokens is compared).
-
-Every text begins with another number, so that prefix caching shortens no request by more than the chat template's
-first tokens and, in the repeated case, the slide's. Each request asks for one token and is not streamed: its time
-is the time to the first token as a client sees it.
-
-Two ratios of medians, both aimed at 1.3 at most: repeated / text, and new / (selection alone + text), where the
-selection alone is what the server's own counters of reading and scoring seconds grew by.
+Rows go to `bench/results/serving.csv`; `bench/serving_report.py` makes the tables and the figure.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
 import os
-import random
-import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from openai import OpenAI
-from record import RESULTS, append_row, check_header
+import torch
+from measure import COLUMNS, Bench
+from record import RESULTS, ROOT, check_header
+from serving_cases import FULL, LARGE_K, ON_THE_GPU, QUICK, compare, crowd, growth, warm_up
+from workload import Workload
 
-from vllm_wsi.init_checkpoint import init_checkpoint
+from vllm_wsi.init_checkpoint import init_checkpoint, init_shape
 from vllm_wsi.server_process import VllmServer
-from vllm_wsi.slides.synthetic import write_synthetic_slide
 
 CSV = RESULTS / "serving.csv"
-CASES = ("new", "repeated", "text", "selection")
-COLUMNS = (
-    "num_patches", "feature_dim", "dtype", "k", "prompt_tokens", "rounds",
-    *(f"{case}_{what}_ms" for case in CASES for what in ("median", "p90")),
-    "repeated_over_text", "new_over_parts",
-)  # fmt: skip
-NUM_PATCHES, FEATURE_DIMS, DTYPE, K = (1_000, 10_000, 100_000), (512, 1536), "float16", 32
-ROUNDS, QUICK_ROUNDS, WARM_UP_ROUNDS = 20, 5, 2
-SERVER_ARGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8")
-QUESTION = " Is there tumour in this slide, of which grade, and which of its regions show it best? Answer briefly."
+PROBE = ROOT / "bench" / "probe"  # counts the bytes that an API server sends to the engine
+ROOM = ("--max-model-len", "8192", "--max-num-seqs", "64")
+CPU = ("--dtype", "float32", "--enforce-eager")
+QWEN2_5_7B = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 152064, "hidden_size": 3584,
+    "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "dtype": "bfloat16",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
 
 
-class Bench:
-    """The requests of one server. Every text is unique from its first characters on."""
+@dataclass(frozen=True)
+class Decoder:
+    """A checkpoint to serve.
 
-    def __init__(self, server: VllmServer) -> None:
-        self._server = server
-        self._client = OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=300)
-        self._numbers = itertools.count()
+    Args:
+        feature_dim: d of its slides.
+        args: of `vllm serve`.
+        write: gives its directory, perhaps the one it is handed.
+        gpu_gib: of a card's memory that one server needs: weights, and some room for KV blocks.
+    """
 
-    def text(self) -> tuple[float, int]:
-        # The byte tokenizer makes one token of each character: K of them stand for the slide's tokens.
-        return self._ask([{"type": "text", "text": self._question() + "." * K}])
+    feature_dim: int
+    args: tuple[str, ...]
+    write: Callable[[Path], Path]
+    gpu_gib: int = 2
 
-    def slide(self, path: Path) -> tuple[float, int]:
-        image = {"type": "image_url", "image_url": {"url": path.as_uri()}}
-        return self._ask([image, {"type": "text", "text": self._question()}])
 
-    def counter(self, name: str) -> float:
-        return self._server.metrics().get(f"vllm_wsi:{name}_total", 0.0)
+def _demo(folder: Path) -> Path:
+    return ROOT / "vllm_wsi" / "demo_checkpoint"
 
-    def selection_seconds(self) -> float:
-        metrics = self._server.metrics()
-        return sum(metrics.get(f"vllm_wsi:{name}_seconds_total", 0.0) for name in ("read", "score"))
 
-    def _question(self) -> str:
-        return f"{next(self._numbers):06d}{QUESTION}"
+def _small(folder: Path) -> Path:
+    init_checkpoint(folder, 512, hidden_size=512, num_layers=8, max_position_embeddings=32768)
+    return folder
 
-    def _ask(self, parts: list[dict]) -> tuple[float, int]:
-        """(ms, prompt tokens) of a request for one token."""
-        began = time.perf_counter()
-        answer = self._client.chat.completions.create(
-            model=self._server.model, messages=[{"role": "user", "content": parts}], max_tokens=1, temperature=0
-        )
-        return (time.perf_counter() - began) * 1e3, answer.usage.prompt_tokens
+
+def _qwen(folder: Path) -> Path:
+    init_shape(folder, 512, QWEN2_5_7B)
+    return folder
+
+
+DECODERS = {
+    "demo": Decoder(64, CPU, _demo),  # 2 layers of 128, trained
+    "small": Decoder(512, CPU, _small),  # 8 layers of 512, random weights
+    "qwen2.5-7b": Decoder(512, ("--load-format", "dummy", "--dtype", "bfloat16"), _qwen, 22),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time to the first token of a real vllm serve.")
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds")
+    parser = argparse.ArgumentParser(description="What 32 slide tokens buy, by vLLM's own benchmark client.")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    parser.add_argument("--decoder", default="demo", choices=DECODERS)
+    parser.add_argument("--csv", type=Path, default=CSV)
     args = parser.parse_args()
-    check_header(CSV, COLUMNS)
-    sizes, dims = (NUM_PATCHES[:2], FEATURE_DIMS[:1]) if args.quick else (NUM_PATCHES, FEATURE_DIMS)
-    rounds = QUICK_ROUNDS if args.quick else ROUNDS
-    print(f"median / p90 in ms over {rounds} rounds; both ratios are aimed at 1.3 at most")
-    heads = ("new slide", "repeated", "text only", "selection")
-    print(f"{'N':>9}{'d':>6}" + "".join(f"{head:>18}" for head in heads) + f"{'rep/text':>10}{'new/parts':>11}")
-    for feature_dim in dims:
-        for row in bench_server(feature_dim, sizes, rounds):
-            append_row(CSV, row)
-            times = "".join(f"{row[f'{case}_median_ms']:10.1f} / {row[f'{case}_p90_ms']:5.0f}" for case in CASES)
-            ratios = f"{row['repeated_over_text']:10.2f}{row['new_over_parts']:11.2f}"
-            print(f"{row['num_patches']:9,}{feature_dim:6}{times}{ratios}", flush=True)
-
-
-def bench_server(feature_dim: int, sizes: tuple[int, ...], rounds: int) -> list[dict]:
-    """The rows of one d, all sizes in turn within each round."""
+    check_header(args.csv, COLUMNS)
+    decoder, sizes = DECODERS[args.decoder], QUICK if args.quick else FULL
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vllm-wsi-bench-") as folder:
-        work = Path(folder)
-        slides = {n: work / f"{n}.safetensors" for n in sizes}
-        for n, path in slides.items():
-            write_synthetic_slide(path, n, feature_dim, dtype=DTYPE)
-        init_checkpoint(work / "checkpoint", feature_dim, max_position_embeddings=131072, num_slide_tokens=K)
-        times: dict[int, dict[str, list[float]]] = {n: {case: [] for case in CASES} for n in sizes}
-        tokens: set[int] = set()
-        with VllmServer(work / "checkpoint", work, work / "server.log", SERVER_ARGS) as server:
-            bench = Bench(server)
-            for number in range(WARM_UP_ROUNDS + rounds):
-                for n in random.sample(sizes, len(sizes)):
-                    one, counts = one_round(bench, slides[n], work / f"round-{number}-{n}.safetensors")
-                    tokens |= counts
-                    if number >= WARM_UP_ROUNDS:
-                        for case, ms in one.items():
-                            times[n][case].append(ms)
-    if len(tokens) != 1:
-        raise SystemExit(f"prompts: found {sorted(tokens)} tokens, wanted one number for all three cases")
-    return [row_of(n, feature_dim, tokens.copy().pop(), rounds, times[n]) for n in sizes]
+        work = Workload(Path(folder), decoder.feature_dim)
+        with servers(decoder, Path(folder)) as started:
+            print(f"servers up after {time.perf_counter() - began:.0f} s", flush=True)
+            bench = Bench(args.decoder, sizes, started, work, args.csv)
+            warm_up(bench)
+            compare(bench)
+            crowd(bench)
+            growth(bench)
+    print(f"{args.csv}: done in {time.perf_counter() - began:.0f} s")
 
 
-def one_round(bench: Bench, original: Path, slide: Path) -> tuple[dict[str, float], set[int]]:
-    """(ms of each case, prompt tokens of each case) for one fresh copy of a slide."""
-    fresh_copy(original, slide)
-    steps = ["new", "repeated"]
-    steps.insert(random.randrange(3), "text")
-    times, tokens = {}, set()
-    selections, selected = bench.counter("selections"), bench.selection_seconds()
-    for step in steps:
-        times[step], count = bench.text() if step == "text" else bench.slide(slide)
-        tokens.add(count)
-    times["selection"] = (bench.selection_seconds() - selected) * 1e3
-    if (made := bench.counter("selections") - selections) != 1:
-        raise SystemExit(f"{slide.name}: found {made:.0f} selections in one round, wanted 1, for the new slide alone")
-    slide.unlink()
-    return times, tokens
+@contextmanager
+def servers(decoder: Decoder, folder: Path) -> Iterator[dict[str, VllmServer]]:
+    """Every server that the cases ask, started side by side. K is 4,096 in all: `#k=` asks for less."""
+    options: dict[str, object] = {"num_slide_tokens": LARGE_K}
+    kwargs = ("--mm-processor-kwargs", json.dumps(options))
+    kinds: dict[str, tuple[str, ...]] = {
+        "as it is": kwargs,
+        "no prefix cache": (*kwargs, "--no-enable-prefix-caching"),
+        "2 API servers": (*kwargs, "--api-server-count", "2"),
+    }
+    room: tuple[str, ...] = ROOM
+    if torch.cuda.is_available():
+        kinds[ON_THE_GPU] = ("--mm-processor-kwargs", json.dumps(options | {"selection_device": "cuda"}))
+        fit = int(0.9 * _gpu_gib() / decoder.gpu_gib)
+        for kind in list(kinds)[fit:]:
+            print(f"{kind}: left out, for the card has room for {fit} servers")
+            del kinds[kind]
+        room = (*ROOM, "--gpu-memory-utilization", f"{0.9 / len(kinds):.2f}")
+    checkpoint = decoder.write(folder / "checkpoint")
+    path = os.pathsep.join(filter(None, [str(PROBE), os.environ.get("PYTHONPATH")]))
+    env = {"PYTHONPATH": path, "VLLM_PLUGINS": "vllm_wsi,vllm_wsi_bench"}
+
+    def start(kind: str) -> VllmServer:
+        log = folder / f"{kind}.log"
+        return VllmServer(checkpoint, folder, log, (*decoder.args, *room, *kinds[kind]), env)
+
+    with ExitStack() as stack:
+        # vLLM measures free GPU memory as it starts: on a card one after the other.
+        with ThreadPoolExecutor(1 if torch.cuda.is_available() else len(kinds)) as pool:
+            flights = {kind: pool.submit(start, kind) for kind in kinds}
+        found = {kind: stack.enter_context(flight.result()) for kind, flight in flights.items()}
+        yield found
 
 
-def fresh_copy(original: Path, copy: Path) -> None:
-    """A file of its own, on disk and in the page cache: no write-back disturbs what is measured next."""
-    shutil.copyfile(original, copy)
-    with open(copy, "rb") as file:
-        os.fsync(file.fileno())
-        while file.read(1 << 24):
-            pass
-
-
-def row_of(num_patches: int, feature_dim: int, tokens: int, rounds: int, times: dict[str, list[float]]) -> dict:
-    medians = {case: float(np.median(values)) for case, values in times.items()}
-    values = (
-        num_patches, feature_dim, DTYPE, K, tokens, rounds,
-        *(round(x, 2) for case in CASES for x in (medians[case], float(np.percentile(times[case], 90)))),
-        round(medians["repeated"] / medians["text"], 3),
-        round(medians["new"] / (medians["selection"] + medians["text"]), 3),
-    )  # fmt: skip
-    return dict(zip(COLUMNS, values, strict=True))
+def _gpu_gib() -> float:
+    """Of the card, asked by a child: a CUDA context of this process would hold some of it."""
+    code = "import torch; print(torch.cuda.get_device_properties(0).total_memory / 2**30)"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 if __name__ == "__main__":

@@ -48,3 +48,40 @@ def test_the_new_slide_benchmark_gives_a_row_for_each_state_of_the_page_cache(tm
 def test_the_selector_benchmark_measures_itself_and_naive_torch():
     code = "import sys; sys.path.append('bench'); import selector; print(len(selector.bench_shape(300, 64, 1)))"
     assert int(run("-c", code)) >= 1
+
+
+@pytest.mark.server
+def test_the_serving_benchmark_compares_every_case_with_vllms_own_client(tmp_path):
+    run("bench/serving.py", "--quick", "--csv", tmp_path / "rows.csv")
+    rows = rows_of(tmp_path / "rows.csv")
+    compared = {(row["case"], row["server"]) for row in rows if row["part"] == "compare"}
+    assert compared == {
+        *((case, server) for case in ("text", "K = 32") for server in ("as it is", "no prefix cache", "2 API servers")),
+        *(("K = 4096", server) for server in ("as it is", "no prefix cache")),
+        ("selected", "as it is"),
+        ("by value", "as it is"),
+    }
+    tokens = {row["case"]: float(row["prompt_tokens"]) for row in rows if row["part"] == "compare"}
+    assert tokens["K = 32"] == tokens["selected"] == tokens["by value"] == tokens["text"] + 32
+    assert tokens["text"] + 1000 <= tokens["K = 4096"] <= tokens["text"] + 4096
+    assert {row["part"] for row in rows} == {"compare", "crowd", "patches", "at once", "slides", "tokens"}
+    for row in rows:
+        assert float(row["requests_per_s"]) > 0
+        assert (float(row["bytes_to_engine"]) > 1000) == (row["case"] != "text")
+        asked = int(row["requests"])
+        assert (row["case"] == "text") or 1 <= int(row["selections"]) <= asked
+
+
+def test_the_slides_that_are_asked_about_are_many_small_ones_and_one_of_the_largest_size():
+    code = """
+import sys; sys.path.append("bench")
+from workload import log_normal_sizes, zipf_picks
+sizes = log_normal_sizes(33)
+picks = zipf_picks(10, 10_000)
+print(max(sizes), sorted(sizes)[16], sorted(sizes)[-2] < 200_000, [picks.count(i) for i in (0, 1, 9)])
+"""
+    most, median, tail, counts = run("-c", code).split(" ", 3)
+    assert (int(most), int(median), tail) == (1_000_000, 20_000, "True")
+    first, second, last = map(int, counts.strip(" []\n").split(","))
+    assert 0.8 < first / second / 2 < 1.25
+    assert 0.8 < first / last / 10 < 1.25
