@@ -12,10 +12,8 @@ that lazy set-up is neither timed nor counted; what follows is
 Beside it, in the same processes and in turns with it, stands what a user writes first (naive): load the file, upcast
 the whole matrix to fp32, LayerNorm, Linear, GELU, Linear, topk, index.
 
-Each shape is measured with one torch thread and with as many as there are cores, which is torch's default. On a busy
-machine the latter can be the slower by far: OpenMP's threads spin at the end of each operation until the last of them
-was given a core. The features are synthetic (fp16), the scorer's weights random: neither changes the work. K = 32,
-h = 256.
+Each shape is measured on one core and on all of them. The features are synthetic (fp16), the scorer's weights random:
+neither changes the work. K = 32, h = 256.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
 
 CSV = RESULTS / "selector.csv"
 COLUMNS = (
-    "num_patches", "feature_dim", "dtype", "k", "scorer_hidden_size", "torch_threads", "selections",
+    "num_patches", "feature_dim", "dtype", "k", "scorer_hidden_size", "cores_used", "selections",
     "seconds", "read_seconds", "score_seconds", "cpu_seconds", "rows_per_second", "peak_memory_mib",
     "naive_seconds", "naive_cpu_seconds", "naive_peak_memory_mib", "cpu_over_naive",
 )  # fmt: skip
@@ -59,59 +57,60 @@ def main() -> None:
     parser.add_argument("--child", nargs=3, metavar=("TINY", "SLIDE", "THREADS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        tiny, slide, threads = args.child
-        print(json.dumps(measure(Path(tiny), Path(slide), int(threads))))
+        tiny, slide, cores = args.child
+        print(json.dumps(measure(Path(tiny), Path(slide), int(cores))))
         return
     check_header(CSV, COLUMNS)
     shapes = [shape for shape in SHAPES if shape[0] <= 10_000] if args.quick else SHAPES
     heads = ("ms", "read ms", "score ms", "CPU ms", "rows/s", "peak MiB", "naive ms", "CPU ms", "peak MiB", "CPU ratio")
-    print(f"{'N':>9}{'d':>6}{'thr':>5}" + "".join(f"{head:>11}" for head in heads))
+    print(f"{'N':>9}{'d':>6}{'cores':>6}" + "".join(f"{head:>11}" for head in heads))
     for num_patches, feature_dim in shapes + [MILLION] * args.million:
         for row in bench_shape(num_patches, feature_dim, processes=1 if args.quick else PROCESSES):
             append_row(CSV, row)
             times = "".join(f"{row[f'{name}seconds'] * 1e3:11.1f}" for name in ("", "read_", "score_", "cpu_"))
-            shape = f"{num_patches:9,}{feature_dim:6}{row['torch_threads']:5}"
+            shape = f"{num_patches:9,}{feature_dim:6}{row['cores_used']:6}"
             naive = "".join(f"{row[f'naive_{name}seconds'] * 1e3:11.1f}" for name in ("", "cpu_"))
             naive += f"{row['naive_peak_memory_mib']:11.1f}{row['cpu_over_naive']:11.2f}"
             print(f"{shape}{times}{row['rows_per_second']:11,}{row['peak_memory_mib']:11.1f}{naive}", flush=True)
 
 
 def bench_shape(num_patches: int, feature_dim: int, processes: int) -> list[dict]:
-    """The rows of one shape; the numbers of threads alternate from process to process."""
-    threads = sorted({1, len(os.sched_getaffinity(0))})
-    runs: dict[int, list[dict]] = {count: [] for count in threads}
+    """The rows of one shape; the numbers of cores alternate from process to process."""
+    cores = sorted({1, len(os.sched_getaffinity(0))})
+    runs: dict[int, list[dict]] = {count: [] for count in cores}
     with tempfile.TemporaryDirectory(prefix="vllm-wsi-bench-") as folder:
         tiny, slide = Path(folder) / "tiny.safetensors", Path(folder) / "slide.safetensors"
         write_synthetic_slide(tiny, TINY, feature_dim, dtype=DTYPE)
         write_synthetic_slide(slide, num_patches, feature_dim, dtype=DTYPE)
-        for count in threads * processes:
+        for count in cores * processes:
             command = [sys.executable, __file__, "--child", str(tiny), str(slide), str(count)]
             runs[count].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
-    return [row_of(num_patches, feature_dim, count, runs[count]) for count in threads]
+    return [row_of(num_patches, feature_dim, count, runs[count]) for count in cores]
 
 
-def row_of(num_patches: int, feature_dim: int, threads: int, runs: list[dict]) -> dict:
+def row_of(num_patches: int, feature_dim: int, cores: int, runs: list[dict]) -> dict:
     """One row of the CSV."""
     names = ("seconds", "read_seconds", "score_seconds", "cpu_seconds", "naive_seconds", "naive_cpu_seconds")
     medians = {name: statistics.median([value for run in runs for value in run[name]]) for name in names}
     rounded = [round(seconds, 6) for seconds in medians.values()]
     peaks = [round(max(run[name] for run in runs), 1) for name in ("peak_memory_mib", "naive_peak_memory_mib")]
     values = (
-        num_patches, feature_dim, DTYPE, K, HIDDEN, threads, len(runs) * SELECTIONS,
+        num_patches, feature_dim, DTYPE, K, HIDDEN, cores, len(runs) * SELECTIONS,
         *rounded[:4], round(num_patches / medians["seconds"]), peaks[0],
         *rounded[4:], peaks[1], round(medians["cpu_seconds"] / medians["naive_cpu_seconds"], 3),
     )  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def measure(tiny: Path, slide: Path, threads: int) -> dict:
+def measure(tiny: Path, slide: Path, cores: int) -> dict:
     """In a process of its own: memory of one selection, then the times of some more."""
     import torch
 
     from vllm_wsi.sparsify.scorer import seeded_scorer
     from vllm_wsi.sparsify.selector import SlideSelector
 
-    torch.set_num_threads(threads)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    torch.set_num_threads(cores)
     with open_features(slide) as opened:
         feature_dim = opened.feature_dim
     weights = seeded_scorer("patch", feature_dim, HIDDEN, seed=0).requires_grad_(False).weights()
