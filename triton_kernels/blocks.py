@@ -10,7 +10,7 @@ from itertools import pairwise
 from threading import Barrier, Lock
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, set_num_threads
 
 BLOCK_BYTES = 1 << 19
 LEAST_ROWS = 256
@@ -89,21 +89,22 @@ def _pool() -> ThreadPoolExecutor:
     """A thread for each core, whose operations stay on it.
 
     `torch.set_num_threads` is for the thread that calls it, but also for those that first use PyTorch later: each of
-    the pool's threads has first used it before it asks for one, and then the default becomes what it was.
+    the pool's threads has first used it before it asks for one, and then the default becomes what it was. By names of
+    this module: where vLLM's CPU worker runs in the same process, it makes `torch.set_num_threads` do nothing.
     """
-    cores, default = _cores(), torch.get_num_threads()
+    cores, default = _cores(), get_num_threads()
     begun = Barrier(cores + 1)
 
     def begin() -> None:
-        torch.get_num_threads()
-        torch.set_num_threads(1)
+        get_num_threads()
+        set_num_threads(1)
         begun.wait()
 
     pool = ThreadPoolExecutor(cores, "vllm-wsi-score", initializer=begin)
     for _ in range(cores):
         pool.submit(int)
     begun.wait()
-    torch.set_num_threads(default)
+    set_num_threads(default)
     return pool
 
 
