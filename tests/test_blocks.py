@@ -1,12 +1,14 @@
 """A function of each row on every core: the same bits for every cut, and nothing of it is felt by the caller."""
 
+import itertools
 import os
 import threading
+import time
 
 import pytest
 import torch
 from vllm_wsi.kernels import block_rows, map_blocks
-from vllm_wsi.kernels.blocks import on_every_core
+from vllm_wsi.kernels.blocks import on_cores
 
 D, ROWS = 24, 8
 
@@ -46,6 +48,30 @@ def test_what_the_function_raises_reaches_the_caller_and_the_next_call_runs():
     assert mapped(torch.ones(3, D)).eq(-1).all()
 
 
+def test_when_a_block_fails_the_caller_hears_of_it_only_when_no_thread_works_any_more():
+    numbers, ended = itertools.count(), []
+
+    def fail_first(block: torch.Tensor) -> torch.Tensor:
+        if next(numbers) == 0:
+            raise ValueError("the first block")
+        time.sleep(0.2)
+        ended.append(block)
+        return block
+
+    with pytest.raises(ValueError, match="the first block"):
+        mapped(torch.ones(2 * ROWS, D), function=fail_first)
+    assert len(ended) == min(1, len(os.sched_getaffinity(0)) - 1)
+    time.sleep(0.5)
+    assert len(ended) == min(1, len(os.sched_getaffinity(0)) - 1)
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_work_for_few_asks_few_threads(most):
+    threads = []
+    on_cores(lambda: threads.append(threading.current_thread()), most)
+    assert len(threads) == most
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_the_caller_may_be_in_any_mode_of_autograd_and_gets_no_graph(mode):
     weight = torch.ones(D, requires_grad=True)
@@ -56,7 +82,7 @@ def test_the_caller_may_be_in_any_mode_of_autograd_and_gets_no_graph(mode):
 def test_work_runs_on_one_thread_of_torch_each_and_the_callers_number_and_the_default_stay():
     inside, later = [], []
     before = torch.get_num_threads()
-    on_every_core(lambda: inside.append(torch.get_num_threads()))
+    on_cores(lambda: inside.append(torch.get_num_threads()), most=1000)
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
     thread.join()

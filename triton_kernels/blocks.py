@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from threading import Barrier, Lock
@@ -40,10 +40,11 @@ def map_blocks(features: Tensor, first_row: int, function: Callable[[Tensor], Te
     """
     n = len(features)
     lines = [0, *range(rows - first_row % rows, n, rows), n] if n else []
-    blocks = iter(list(pairwise(lines)))  # shared: whoever is free takes the next
+    blocks = list(pairwise(lines))
+    waiting = iter(blocks)  # shared: whoever is free takes the next
 
     def run() -> None:
-        for start, stop in blocks:
+        for start, stop in waiting:
             block = features[start:stop]
             if stop - start == rows:
                 out[start:stop] = function(block)
@@ -54,14 +55,14 @@ def map_blocks(features: Tensor, first_row: int, function: Callable[[Tensor], Te
             out[start:stop] = function(padded)[lead : lead + stop - start]
 
     if features.device.type == "cpu":
-        on_every_core(run)
+        on_cores(run, len(blocks))
     else:
         with torch.no_grad():
             run()
 
 
-def on_every_core(work: Callable[[], None]) -> None:
-    """Runs the same work once on each core at a time, and returns when all have; no gradient passes.
+def on_cores(work: Callable[[], None], most: int) -> None:
+    """Runs the same work on every core, or on `most` of them, and returns when all have ended; no gradient passes.
 
     Raises:
         Exception: what the first of them raised.
@@ -73,8 +74,10 @@ def on_every_core(work: Callable[[], None]) -> None:
 
     with _starting:
         pool = _pool()
-    for done in [pool.submit(run) for _ in range(_cores())]:
-        done.result()
+    runs = [pool.submit(run) for _ in range(min(most, _cores()))]
+    wait(runs)  # also where one failed: the caller's tensors are its own again
+    for one in runs:
+        one.result()
 
 
 def _cores() -> int:
@@ -108,4 +111,10 @@ def _pool() -> ThreadPoolExecutor:
     return pool
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+def _forget() -> None:
+    """In a forked process: threads do not survive a fork."""
+    _pool.cache_clear()
+    _starting.release()
+
+
+os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_forget)
