@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On any CUDA machine: the kernel tests on the GPU itself, then the benchmark, its plot, and the time of a new slide;
 # where vLLM is installed, serving at the shape of Qwen2.5-7B, with weights that need no download.
-# Rows go to bench/results/kernels.csv, or to $CSV, and to cold_slide.csv beside it; so does the plot. Arguments go to
-# bench/kernels.py.
+# Rows go to bench/results/kernels.csv, or to $CSV, and to cold_slide.csv and serving.csv beside it; so does the plot.
+# Arguments go to bench/kernels.py.
 # Needs torch, triton, pytest, pytest-benchmark and pytest-timeout, for the plot matplotlib; FlashInfer and vLLM are
 # measured where they are installed. Run from the repository root with the project importable.
 set -euo pipefail

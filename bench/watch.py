@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,7 +20,6 @@ COUNTERS = {
     "prefix_hits": "vllm:prefix_cache_hits_total",
     "mm_queries": "vllm:mm_cache_queries_total",
     "mm_hits": "vllm:mm_cache_hits_total",
-    "prompt_tokens": "vllm:prompt_tokens_total",
     "bytes_to_engine": "vllm_wsi_bench:bytes_to_engine_total",
 }
 
@@ -59,7 +57,7 @@ class ServerWatch:
             self.peak_kv_share = max(self.peak_kv_share, self._server.metrics().get("vllm:kv_cache_usage_perc", 0.0))
 
     def _memory_mib(self) -> float:
-        return sum(_pss_kib(process.pid) for process in self._processes) / 1024
+        return sum(map(_pss, self._processes)) / 2**20
 
 
 def kv_block_tokens(server: VllmServer) -> int:
@@ -71,9 +69,9 @@ def kv_block_tokens(server: VllmServer) -> int:
     raise ValueError(f"{server.root}/metrics: found no vllm:cache_config_info, wanted it")
 
 
-def _pss_kib(pid: int) -> int:
+def _pss(process: psutil.Process) -> int:
+    """Bytes."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
+        return process.memory_full_info().pss
+    except psutil.NoSuchProcess:  # it has ended
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
