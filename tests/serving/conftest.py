@@ -8,7 +8,10 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 # vLLM compiles its log-probability sampler on first use, which takes half a minute and changes nothing here.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
+from pathlib import Path
+
 import numpy as np
+import openai
 import pytest
 
 from vllm_wsi.init_checkpoint import init_checkpoint
@@ -51,10 +54,21 @@ def shared_folder(tmp_path_factory):
 def shared_server(checkpoint, shared_folder, tmp_path_factory):
     """One `vllm serve` with an API key for all tests that take it as it is, since a start costs a minute.
 
-    Its counters go on from file to file: only their differences say something. What stalls, kills or configures a
-    server starts its own.
+    FILE.hold beside a FILE keeps its rows from being read. The counters go on from file to file: only their
+    differences say something. What stalls, kills or configures a server starts its own.
     """
     log = tmp_path_factory.mktemp("log") / "server.log"
-    args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4", "--api-key", KEY]
-    with VllmServer(checkpoint, shared_folder, log, args, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}) as running:
+    args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
+    args += ["--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 2}', "--api-key", KEY]
+    path = os.pathsep.join([str(Path(__file__).parent / "held_reader"), os.environ.get("PYTHONPATH", "")])
+    with VllmServer(
+        checkpoint, shared_folder, log, args, {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    ) as running:
         yield running
+
+
+@pytest.fixture
+def client(shared_server):
+    """The official client, which asks once."""
+    with openai.OpenAI(base_url=shared_server.api, api_key=KEY, max_retries=0, timeout=120) as client:
+        yield client

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from vllm_wsi.checkpoint import load_selector
 from vllm_wsi.init_checkpoint import init_checkpoint
 from vllm_wsi.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.slides import open_features
@@ -113,19 +114,32 @@ def test_the_real_slide_is_answered_as_by_transformers(shared_data, tmp_path):
     assert ask_vllm(llm, [features], "Which tissue?")[0] == wanted
 
 
-def test_generate_takes_paths_files_arrays_and_tensors_and_agrees_with_chat(checkpoint, slides):
+def test_generate_takes_files_selections_arrays_and_tensors_and_agrees_with_chat(checkpoint, slides):
     import numpy as np
     from vllm import SamplingParams
 
     llm = start_engine(checkpoint, slides[0].parent)
     params = SamplingParams(temperature=0, max_tokens=6)
     path = slides[3]
+    content = [{"type": "image"}, {"type": "text", "text": "Which tissue?"}]
+    asked = AutoTokenizer.from_pretrained(checkpoint).apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
     with open_features(path) as slide:
         array = slide.read_rows(0, slide.num_patches)
-        answers = []
-        for item in (path, str(path), slide, array, np.asfortranarray(array), torch.from_numpy(array), [path]):
-            prompt = {"prompt": "<|slide|>Which tissue?", "multi_modal_data": {"image": item}}
+        chosen = load_selector(str(checkpoint)).select(slide)
+        answers = [tuple(ask_vllm(llm, [path], "Which tissue?")[0][:6])]
+        for item in (slide, chosen, array, np.asfortranarray(array), torch.from_numpy(array), [slide]):
+            prompt = {"prompt": asked, "multi_modal_data": {"image": item}}
             answers.append(tuple(llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids))
+        for item in (path, str(path), [str(path)], {"image_embeds": torch.from_numpy(array)}, None):
+            prompt = {
+                "prompt": "<|slide|>?",
+                "multi_modal_data": {"image": item},
+                "multi_modal_uuids": {"image": ["u"]},
+            }
+            with pytest.raises(ValueError, match="wanted"):
+                llm.generate(prompt, params, use_tqdm=False)
     assert len(set(answers)) == 1
 
 

@@ -5,19 +5,20 @@ import concurrent.futures
 import http.server
 import io
 import os
+import pickle
 import threading
 import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
 
-from vllm_wsi.server_process import VllmServer
 from vllm_wsi.slides import open_features
 
-from .conftest import D, make_slide, slide_message
+from .conftest import KEY, D, make_slide, slide_message
 from .odd_slides import make_odd_slides
 
 pytestmark = pytest.mark.server
@@ -25,26 +26,22 @@ TOKENS = 6
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("media")
+def media(shared_folder) -> Path:
+    folder = shared_folder / "server"
+    folder.mkdir()
     for name, n in (("a", 300), ("b", 400), ("c", 20)):
         make_slide(folder / f"{name}.safetensors", n, seed=n)
     return folder
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, media, tmp_path_factory):
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
-    args += ["--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 2}']
-    env = {"PYTHONPATH": str(Path(__file__).parent / "held_reader"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with VllmServer(checkpoint, media, log, args, env) as running:
-        yield running
+def server(shared_server):
+    return shared_server
 
 
-@pytest.fixture
-def client(server):
-    return openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=120)
+def select(server, body):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    return httpx.post(f"{server.api}/wsi/select", json=body, headers=headers, timeout=60)
 
 
 def ask(client, *urls, question="What is it?", model=None, **options):
@@ -172,7 +169,7 @@ def test_k_of_the_url_keeps_that_many(server, client, media):
     url = (media / "a.safetensors").as_uri()
     used = {k: ask(client, f"{url}#k={k}").usage.prompt_tokens for k in (1, 32, 64)}
     assert (used[32] - used[1], used[64] - used[32]) == (31, 32)
-    assert httpx.post(f"{server.api}/wsi/select", json={"url": f"{url}#k=7"}).json()["num_kept"] == 7
+    assert select(server, {"url": f"{url}#k=7"}).json()["num_kept"] == 7
 
 
 @pytest.mark.parametrize("fragment", ["k=0", "k=257", "k=-1", "k=many", "k=", "size=3", "nonsense"])
@@ -186,14 +183,72 @@ def test_a_slide_sent_by_value_answers_as_its_file_does(client, media):
     wanted = text(ask(client, path.as_uri()))
     data = base64.b64encode(path.read_bytes()).decode()
     assert text(ask(client, f"data:application/octet-stream;base64,{data}")) == wanted
+    in_lines = base64.encodebytes(path.read_bytes()).decode()
+    assert text(ask(client, f"data:application/octet-stream;base64,{in_lines}")) == wanted
     with open_features(path) as slide:
-        rows = torch.from_numpy(slide.read_rows(0, slide.num_patches))
+        rows = slide.read_rows(0, slide.num_patches)
+    for payload in (saved(torch.from_numpy(rows)), saved(rows, np.save), path.read_bytes()):
+        assert text(ask(client, messages=embeds_message(base64.encodebytes(payload).decode()))) == wanted
+
+
+def saved(values, save=None) -> bytes:
+    """What `torch.save` (or `numpy.save`) writes."""
     buffer = io.BytesIO()
-    torch.save(rows, buffer)
+    if save is None:
+        torch.save(values, buffer)
+    else:
+        save(buffer, values)
+    return buffer.getvalue()
+
+
+def embeds_message(payload) -> list:
     messages = slide_message()
-    embeds = {"type": "image_embeds", "image_embeds": base64.b64encode(buffer.getvalue()).decode()}
-    messages[0]["content"].insert(0, embeds)
-    assert text(ask(client, messages=messages)) == wanted
+    messages[0]["content"].insert(0, {"type": "image_embeds", "image_embeds": payload})
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("payload", "sentence"),
+    [
+        (b"", "found no bytes"),
+        (b"PK\x03\x04 and then nothing", "broken zip archive"),
+        (saved(torch.ones(20, D))[:-200], "broken zip archive"),
+        (saved(torch.ones(D)), "one vector for a whole slide"),
+        (saved(np.ones(D, np.float32), np.save), "one vector for a whole slide"),
+        (saved(torch.ones(20, D, dtype=torch.int64)), "dtype int64"),
+        (saved(torch.ones(20, D).to_sparse()), "wanted a dense one"),
+        (saved({"file": "/etc/passwd"}), "wanted"),
+        (saved(np.array([{"a": 1}], object), np.save), "pickled Python object"),
+        (pickle.dumps(np.ones((20, D))), "found a pickle"),
+        (saved(torch.ones(20, D + 1)), f"found d = {D + 1}, wanted {D}"),
+    ],
+)
+def test_malformed_image_embeds_are_a_4xx_with_one_sentence(client, payload, sentence):
+    assert sentence in refused(client, messages=embeds_message(base64.b64encode(payload).decode()))
+
+
+@pytest.mark.parametrize(
+    "payload", ["@@@", "abc", "\u00e9", "", {"a": 5}, {"a": [1]}, {"a": None}, {}, {"a": {}}, 5, [1]]
+)
+def test_image_embeds_that_are_no_base64_of_features_are_a_4xx(client, payload):
+    assert refused(client, messages=embeds_message(payload))
+
+
+def test_one_broken_image_embeds_part_beside_a_good_one_is_a_4xx(client):
+    good = base64.b64encode(saved(torch.ones(20, D))).decode()
+    for broken in (None, {"a": good}, {"a": 5}):
+        messages = embeds_message(good)
+        messages[0]["content"].insert(1, {"type": "image_embeds", "image_embeds": broken, "uuid": "u"})
+        assert "wanted the features of one slide" in refused(client, messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [("", "found an empty URL"), (" ", "found an empty URL"), ("#k=3", "found an empty URL"),
+     ("data:image/png;base64,", "found no bytes")],
+)  # fmt: skip
+def test_an_empty_url_is_called_that(client, url, sentence):
+    assert sentence in refused(client, url)
 
 
 @pytest.fixture
@@ -231,12 +286,12 @@ def test_every_odd_slide_is_a_4xx_with_one_sentence_and_the_next_request_answers
         assert path.name in message, what
         assert "\n" not in message, what
         assert text(ask(client, good)) == wanted, what
-        answer = httpx.post(f"{server.api}/wsi/select", json={"url": path.as_uri()})
+        answer = select(server, {"url": path.as_uri()})
         assert answer.status_code == 400, what
         assert sentence in answer.text or sentence.replace('"', '\\"') in answer.text, what
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "{media}/../outside.safetensors", "{media}/link.safetensors"])
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "{media}/../../outside.safetensors", "{media}/link.safetensors"])
 def test_a_file_outside_the_allowed_path_is_refused(client, media, tmp_path, url):
     outside = make_slide(tmp_path / "outside.safetensors", 10)
     link = media / "link.safetensors"
@@ -278,7 +333,7 @@ def test_the_endpoint_tells_the_patches_that_the_model_was_given(server, client,
     url = (media / "b.safetensors").as_uri()
     ask(client, url)
     counters = Counters(server)
-    evidence = httpx.post(f"{server.api}/wsi/select", json={"url": url}).json()
+    evidence = select(server, {"url": url}).json()
     assert counters["selections"] == 0
     with open_features(media / "b.safetensors") as slide:
         record = load_selector(server.model).select(slide).record()
@@ -287,7 +342,7 @@ def test_the_endpoint_tells_the_patches_that_the_model_was_given(server, client,
 
 def test_the_endpoint_refuses_unknown_fields(server, media):
     body = {"url": (media / "a.safetensors").as_uri(), "kk": 3}
-    assert httpx.post(f"{server.api}/wsi/select", json=body).status_code in (400, 422)
+    assert select(server, body).status_code in (400, 422)
 
 
 def test_the_real_slide_is_served(client, server, shared_data, media):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
 import hashlib
 import os
 import tempfile
@@ -13,15 +13,18 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
 import aiohttp
 import requests
 import vllm.envs as envs
+from torch import Tensor
 from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
+from vllm.multimodal.media.connector import global_thread_pool
 
 from vllm_wsi.slides import SlideError, SlideIdentity, open_features
+from vllm_wsi.sparsify.staging import read_tensor_rows
 
 from .selection import SelectedSlide, SelectionService, SlideRequest, SlidesStalled, current_service, finished
 
@@ -43,13 +46,12 @@ class SlideMediaIO(MediaIO[SlideRequest]):
         return SlideRequest(path=filepath.resolve(), k=self._k, encoder=self._encoder, keep_every=self._keep_every)
 
     def load_base64(self, media_type: str, data: str) -> SlideRequest:
-        try:
-            return self.load_bytes(base64.b64decode(data, validate=True))
-        except binascii.Error as error:
-            raise SlideError(f"data URL: found broken base64 ({error}), wanted a feature file") from error
+        return self.load_bytes(decode_base64(data, "data URL"))
 
     def load_bytes(self, data: bytes) -> SlideRequest:
         """Opens a slide that came by value, from a spool file that has no name while it is read."""
+        if not data:
+            raise SlideError(f"{BY_VALUE}: found no bytes, wanted a feature file")
         digest = hashlib.blake2b(data, digest_size=20).hexdigest()
         suffix = ".csv" if b"," in data[:64] and data[:1].isascii() else ""
         with tempfile.NamedTemporaryFile(prefix="vllm-wsi-", suffix=suffix) as spool:
@@ -121,6 +123,19 @@ class SlideConnector(MediaConnector):
         with naming_the_file_alone(request.path):
             return request.path, service.submit(request)
 
+    def fetch_image_embedding(self, data: str) -> Tensor:
+        """The features [N, d] of an `image_embeds` part: a feature file of any kind, or vLLM's `torch.save`, in base64.
+
+        vLLM's own reader would load pickles, and takes one vector for a slide of one patch.
+        """
+        request = SlideMediaIO(k=None, encoder=None).load_bytes(decode_base64(data, "image_embeds"))
+        assert request.slide is not None
+        with request.slide as slide:
+            return read_tensor_rows(slide)
+
+    async def fetch_image_embedding_async(self, data: str) -> Tensor:
+        return await asyncio.get_running_loop().run_in_executor(global_thread_pool, self.fetch_image_embedding, data)
+
     def local_path(self, url: str) -> Path | None:
         """The path, below the allowed one, that a file URL names, links unfollowed; None for any other URL."""
         _, url, _ = self._prepare(url)
@@ -137,12 +152,28 @@ class SlideConnector(MediaConnector):
         service = current_service()
         if service is None:
             raise SlideError("no slide model is served here, so no slide can be selected")
-        url, _, fragment = url.partition("#")
+        if not isinstance(url, str):
+            raise SlideError(f"image_url: found a {type(url).__name__}, wanted a URL")
+        url, _, fragment = url.strip().partition("#")
+        if not url:
+            raise SlideError("image_url: found an empty URL, wanted the slide's file://, https:// or data: URL")
         if url[:5].lower() == "file:" and self.allowed_local_media_path is None:
             raise SlideError("file URLs are refused by this server; it was started without --allowed-local-media-path")
         if url[:5].lower() == "data:" and not url.partition(",")[0].endswith(";base64"):
             raise SlideError(f"data URL: found {url[:32]!r}, wanted data:[media type];base64,...")
         return service, url, SlideMediaIO(**parse_fragment(fragment), keep_every=keep_every)
+
+
+def decode_base64(data: str, name: str) -> bytes:
+    """The bytes of base64 text, as encoders write it: in lines, or percent-encoded as in a URL.
+
+    Raises:
+        SlideError: it is no base64.
+    """
+    try:
+        return base64.b64decode("".join(unquote(data).split()), validate=True)
+    except ValueError as error:  # binascii.Error, and characters beyond ASCII
+        raise SlideError(f"{name}: found broken base64 ({error}), wanted a feature file") from error
 
 
 FETCH_ERRORS = (aiohttp.ClientError, requests.RequestException, TimeoutError, OSError)

@@ -1,6 +1,6 @@
 """What the server shows of its slides, out of the same service and cache that serve them: `/v1/wsi/..` and `/wsi/`.
 
-Everything that tells of slides lies below `/v1`, where vLLM asks for its API key; the viewer page is empty without.
+Everything that tells of slides asks for the server's API key (`key_guard.py`); the viewer page is empty without.
 """
 
 from __future__ import annotations

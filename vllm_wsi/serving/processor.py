@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 from weakref import WeakSet
 
-import numpy as np
 import torch
 import vllm.envs as envs
 from transformers import BatchFeature
@@ -17,7 +14,7 @@ from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.inputs import MultiModalDataDict, MultiModalInput
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, MultiModalDataParser, ProcessorBatchItems
+from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -31,14 +28,13 @@ from vllm.multimodal.processing import (
 
 from vllm_wsi.checkpoint import load_scorer
 from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
-from vllm_wsi.slides import FeatureFile, features_in_memory
-from vllm_wsi.slides.features import FLOAT_DTYPES
 from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 
-from .prompt_guard import check_slide_tokens, install_prompt_guard
-from .selection import SelectedSlide, SelectionService, SlideRequest, scorer_digest, service_for
+from .key_guard import install_key_guard
+from .prompt_guard import check_slide_tokens, install_embeds_guard, install_prompt_guard
+from .selection import SelectedSlide, scorer_digest, service_for
+from .slide_parser import MODALITY, SlideParser
 
-MODALITY = "image"  # the part type that every OpenAI client can send
 MAX_SLIDE_TOKENS = 256
 """Largest K that one request may ask for, unless the server's own K is larger."""
 
@@ -48,59 +44,6 @@ a processor's memory is not in its budget. A selection's is small and bounded (`
 
 
 _checked_tokenizers: WeakSet = WeakSet()  # encoding the slide token costs a quarter of a ms, at each chat request
-
-
-class SlideItems(ProcessorBatchItems[SelectedSlide]):
-    """The selected slides of one prompt."""
-
-    def __init__(self, slides: list[SelectedSlide]) -> None:
-        super().__init__(slides, MODALITY)
-
-    def get_item_for_hash(self, index: int) -> str:  # type: ignore[override]
-        return self.data[index].digest
-
-
-class SlideParser(MultiModalDataParser):
-    """Accepts what a slide may come as, and selects what is not yet selected."""
-
-    def __init__(self, service: SelectionService) -> None:
-        super().__init__()
-        self._service = service
-
-    def _parse_image_data(self, data: Any) -> ModalityDataItems[Any, Any]:
-        single = isinstance(data, (SelectedSlide, FeatureFile, str, os.PathLike))
-        matrix = isinstance(data, (np.ndarray, torch.Tensor)) and data.ndim <= 2
-        return SlideItems([self._select(item) for item in ([data] if single or matrix else data)])
-
-    def _select(self, item: Any) -> SelectedSlide:
-        if isinstance(item, SelectedSlide):
-            if (item.scorer, item.default_k) == (self._service.scorer, self._service.default_k):
-                return item
-            # Selected for another checkpoint that lives in this process.
-            if item.request is None:
-                raise ValueError("a slide sent by value was selected for another model of this process; send a path")
-            return self._service.select(item.request)
-        return self._service.select(self._request(item))
-
-    @staticmethod
-    def _request(item: Any) -> SlideRequest:
-        if isinstance(item, FeatureFile):
-            by_value = item.identity.inode == 0
-            return SlideRequest(slide=item) if by_value else SlideRequest(path=Path(item.identity.path))
-        if isinstance(item, (str, os.PathLike)):
-            return SlideRequest(path=Path(item))
-        if isinstance(item, torch.Tensor):
-            item = item.detach().cpu().contiguous()
-            if (dtype := str(item.dtype).removeprefix("torch.")) not in FLOAT_DTYPES:
-                raise ValueError(f"features: found dtype {dtype}, wanted one of {', '.join(FLOAT_DTYPES)}")
-            if item.dtype == torch.bfloat16:
-                return SlideRequest(slide=features_in_memory(item.view(torch.uint16).numpy(), dtype="bfloat16"))
-            item = item.numpy()
-        if isinstance(item, np.ndarray):
-            return SlideRequest(slide=features_in_memory(item))
-        if item is None:
-            raise ValueError("found a uuid without a slide, wanted the slide's URL beside it; uuids alone name nothing")
-        raise ValueError(f"found a {type(item).__name__}, wanted a slide: a feature file, its path, or features (N, d)")
 
 
 class SparseWSIProcessingInfo(BaseProcessingInfo):
@@ -119,6 +62,8 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
             raise ValueError("VLLM_USE_RUST_FRONTEND=1 bypasses the plugins; unset it to serve slides")
         install_connector()
         install_prompt_guard()
+        install_embeds_guard()
+        install_key_guard()
         config, model = self.get_hf_config(), self.ctx.model_config
         self._check_tokenizer(config)
         options = dict(self.ctx.get_mm_config().mm_processor_kwargs or {})

@@ -1,7 +1,7 @@
-"""Refuses prompts whose slide tokens and slides differ in number.
+"""Refuses prompts that vLLM's own checks let through.
 
-A slide token that a user types is a real token: without this check it would take a slide's place, or reach the
-decoder as an untrained embedding.
+A slide token that a user types is a real token: without a check it would take a slide's place, or reach the
+decoder as an untrained embedding. And of an `image_embeds` part vLLM merges whatever JSON it holds, and trips over it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from vllm.exceptions import VLLMValidationError
 
 from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
@@ -39,3 +40,25 @@ def install_prompt_guard() -> None:
 
     validate.guards_slide_tokens = True  # type: ignore[attr-defined]
     InputProcessor._validate_model_input = validate  # type: ignore[method-assign]
+
+
+def install_embeds_guard() -> None:
+    """Wraps the one place where vLLM merges the `image_embeds` parts of a prompt."""
+    from vllm.renderers import chat_utils
+
+    original = chat_utils._get_embeds_data
+    if getattr(original, "guards_embeds", False):
+        return
+
+    def get_embeds_data(modality: str, data_items: list[Any], mm_processor: Any) -> Any:
+        if isinstance(mm_processor.info.get_hf_config(), SparseWSIConfig):
+            for item in data_items:
+                if not isinstance(item, Tensor):
+                    found = "nothing" if item is None else f"a {type(item).__name__}"
+                    raise VLLMValidationError(
+                        f"{modality}_embeds: found {found}, wanted the features of one slide as base64 text"
+                    )
+        return original(modality, data_items, mm_processor)
+
+    get_embeds_data.guards_embeds = True  # type: ignore[attr-defined]
+    chat_utils._get_embeds_data = get_embeds_data

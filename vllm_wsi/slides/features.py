@@ -91,6 +91,7 @@ class FeatureFile:
     coord_unit: CoordUnit | None = None  # None: the file has no coordinates
     load_coords: Callable[[], NDArray] | None = field(default=None, repr=False)
     remarks: tuple[str, ...] = ()  # oddities that do not stop anybody, for `doctor`
+    choice: str | None = None  # the `encoder` that it was opened with
 
     @property
     def storage_dtype(self) -> np.dtype:

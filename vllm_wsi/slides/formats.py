@@ -72,6 +72,7 @@ def open_features(path: str | os.PathLike[str], encoder: str | None = None) -> F
     if encoder is not None and opened.format != "AtlasPatch h5":
         opened.close()
         raise SlideError(f"{path}: found one set of features ({opened.format}), wanted a choice for encoder={encoder}")
+    opened.choice = encoder
     return opened
 
 

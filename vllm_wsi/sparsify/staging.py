@@ -18,10 +18,14 @@ CUDA_CHUNK_BYTES = 32 << 20
 ROW_STEP = 1024
 
 
-def read_tensor_rows(slide: FeatureFile, indices: Tensor) -> Tensor:
-    """Single rows [k, d] of a feature file, in its dtype."""
-    rows = torch.empty((len(indices), slide.feature_dim), dtype=getattr(torch, slide.dtype))
+def read_tensor_rows(slide: FeatureFile, indices: Tensor | None = None) -> Tensor:
+    """Single rows [k, d] of a feature file, in its dtype; without indices all of them."""
+    count = slide.num_patches if indices is None else len(indices)
+    rows = torch.empty((count, slide.feature_dim), dtype=getattr(torch, slide.dtype))
     raw = _storage(rows)
+    if indices is None:
+        slide.read_rows(0, count, raw)
+        return rows
     for place, row in enumerate(indices.tolist()):
         slide.read_rows(row, row + 1, raw[place : place + 1])
     return rows

@@ -1,0 +1,132 @@
+"""What may be a slide in a prompt's data: values that a program made, and never a path."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.multimodal.parse import ModalityDataItems, MultiModalDataParser, ProcessorBatchItems
+
+from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, features_in_memory
+from vllm_wsi.slides.features import FLOAT_DTYPES
+from vllm_wsi.sparsify.selector import Selection
+
+from .selection import SelectedSlide, SelectionService, SlideRequest
+
+MODALITY = "image"  # the part type that every OpenAI client can send
+WANTED = "wanted a slide: an open file (open_features(path)), a Selection, or features (N, d) as an array or tensor"
+
+
+class SlideItems(ProcessorBatchItems[SelectedSlide]):
+    """The selected slides of one prompt."""
+
+    def __init__(self, slides: list[SelectedSlide]) -> None:
+        super().__init__(slides, MODALITY)
+
+    def get_item_for_hash(self, index: int) -> str:  # type: ignore[override]
+        return self.data[index].digest
+
+
+class SlideParser(MultiModalDataParser):
+    """Takes what a program made by hand as slides, and selects what is not yet selected.
+
+    vLLM hands over what stands in a request's `image_pil` part and in the keys of an `image_embeds` dict unseen, so
+    here nothing is opened by its name: strings, paths and all that JSON can hold are refused.
+
+    Args:
+        service: selects; its checkpoint is the one that slides are selected for.
+    """
+
+    def __init__(self, service: SelectionService) -> None:
+        super().__init__()
+        self._service = service
+
+    def _parse_image_data(self, data: Any) -> ModalityDataItems[Any, Any]:
+        several = isinstance(data, (list, tuple))
+        batch = isinstance(data, (np.ndarray, Tensor)) and data.ndim > 2
+        return SlideItems([self._select(item) for item in (data if several or batch else [data])])
+
+    def _select(self, item: Any) -> SelectedSlide:
+        if isinstance(item, SelectedSlide):
+            if (item.scorer, item.default_k) == (self._service.scorer, self._service.default_k):
+                return item
+            # Selected for another checkpoint that lives in this process.
+            if item.request is None:
+                raise ValueError("a slide sent by value was selected for another model of this process; send a URL")
+            return self._service.select(item.request)
+        if isinstance(item, Selection):
+            return self._selected_by_hand(item)
+        return self._service.select(slide_request(item))
+
+    def _selected_by_hand(self, chosen: Selection) -> SelectedSlide:
+        service = self._service
+        check_selection(chosen, service.selector.feature_dim, service.max_slide_tokens)
+        digest = hashlib.blake2b(f"{chosen.num_patches}{chosen.features.dtype}".encode(), digest_size=20)
+        for tensor in (chosen.indices, chosen.features):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return SelectedSlide(chosen, f"selection:{digest.hexdigest()}", service.scorer, service.default_k, None)
+
+
+def check_selection(chosen: Selection, feature_dim: int, max_slide_tokens: int) -> None:
+    """Raises SlideError where a selection that a program made would not fit into the prompt.
+
+    Args:
+        feature_dim: d, of the checkpoint.
+        max_slide_tokens: the largest K.
+    """
+    k, n, rows = len(chosen.indices), chosen.num_patches, tuple(chosen.features.shape)
+    if rows != (k, feature_dim):
+        raise SlideError(f"Selection: features: found shape {rows}, wanted ({k}, {feature_dim}), a row for each index")
+    if not 1 <= k <= max_slide_tokens:
+        raise SlideError(f"Selection: found {k} patches, wanted 1 .. {max_slide_tokens}")
+    indices = chosen.indices
+    if indices.dtype != torch.int64 or indices[0] < 0 or indices[-1] >= n or not bool((indices.diff() > 0).all()):
+        raise SlideError(f"Selection: indices: found {indices.dtype}, wanted int64, rising, within 0 .. {n - 1}")
+    if not bool(torch.isfinite(chosen.features).all()):
+        raise SlideError("Selection: features: found NaN or infinities, wanted finite numbers")
+
+
+def slide_request(item: Any) -> SlideRequest:
+    """The request for one value of a prompt's data.
+
+    Args:
+        item: an open `FeatureFile`, or features [N, d] as a NumPy array or a dense tensor.
+
+    Raises:
+        SlideError: it is anything else, a string or a path among them; the file changed since it was opened.
+    """
+    if isinstance(item, FeatureFile):
+        return _of_file(item)
+    if isinstance(item, Tensor):
+        return SlideRequest(slide=_tensor_in_memory(item))
+    if isinstance(item, np.ndarray):
+        return SlideRequest(slide=features_in_memory(item))
+    if item is None:  # vLLM asks nothing of an empty URL
+        raise SlideError("found an empty URL, or a uuid alone, which names nothing, wanted the slide's URL")
+    raise SlideError(f"found a {type(item).__name__}, {WANTED}")
+
+
+def _of_file(file: FeatureFile) -> SlideRequest:
+    if file.identity.inode == 0:
+        return SlideRequest(slide=file)
+    path = Path(file.identity.path)
+    if SlideIdentity.of_file(path) != file.identity:
+        raise SlideError(f"{file.name}: the file changed since it was opened; open it again")
+    return SlideRequest(path=path, encoder=file.choice)
+
+
+def _tensor_in_memory(tensor: Tensor) -> FeatureFile:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        kind = "meta tensor without data" if tensor.is_meta else f"{tensor.layout} tensor"
+        raise SlideError(f"features: found a {kind}, wanted a dense one (N, d)")
+    if dtype not in FLOAT_DTYPES:
+        raise SlideError(f"features: found dtype {dtype}, wanted one of {', '.join(FLOAT_DTYPES)}")
+    dense = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return features_in_memory(dense.view(torch.uint16).numpy(), dtype=dtype)
+    return features_in_memory(dense.numpy())
