@@ -16,11 +16,12 @@ from vllm_wsi.slides.doctor import CHUNK_ROWS, examine
 N, D = 9, 4
 ONES = np.ones((N, D), np.float16)
 COORDS = np.stack([np.arange(N), np.arange(N) + 10], axis=1) * 512
+SAID = {"patch_size_level0": "512"}
 
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    write_features(tmp_path / "good.safetensors", ONES, COORDS, {"encoder": "uni@abc123", "mpp": "0.499"})
+    write_features(tmp_path / "good.safetensors", ONES, COORDS, SAID | {"encoder": "uni@abc123", "mpp": "0.499"})
     return tmp_path / "good.safetensors"
 
 
@@ -31,7 +32,7 @@ def bad(tmp_path: Path) -> Path:
 
 
 def written(folder: Path, features: np.ndarray, coords: np.ndarray | None = COORDS) -> Path:
-    write_features(folder / "slide.safetensors", features, coords)
+    write_features(folder / "slide.safetensors", features, coords, SAID)
     return folder / "slide.safetensors"
 
 
@@ -58,9 +59,13 @@ def test_a_good_file_is_described_in_full(good: Path):
         "features": f"features: {N} patches x {D}, float16",
         "encoder": "uni@abc123",
         "coords": "x 0 .. 4096, y 5120 .. 9216 (level-0 pixels)",
-        "metadata": "mpp=0.499",
+        "coord unit": {"value": "px", "source": "format"},
+        "patch size": {"value": 512.0, "unit": "px", "source": "file"},
+        "origin": {"x": 0.0, "y": 0.0, "source": "unknown"},
+        "metadata": report.facts["metadata"],
         "mean norm": "2",
     }
+    assert set(report.facts["metadata"].split(", ")) == {"mpp=0.499", "patch_size_level0=512"}
 
 
 def test_rows_with_nan_or_infinity_are_counted_and_left_out_of_the_norm(tmp_path: Path):
@@ -150,6 +155,9 @@ def test_the_real_slide_is_usable(shared_data: Path):
     assert report.error is None
     assert report.facts["features"] == "feats: 777 patches x 512, float32"
     assert 12 < float(report.facts["mean norm"]) < 14
+    assert report.facts["coord unit"] == {"value": "px", "source": "guess"}
+    assert report.facts["patch size"] == {"value": 512.0, "unit": "px", "source": "guess"}
     assert report.findings == [
-        "coords: no attribute says their unit; taken as level-0 pixels because they are whole numbers"
+        "coords: nothing says their unit; taken as level-0 pixels because they are whole numbers: a guess",
+        "patch size: nothing says it; taken from the spacing of the grid: a guess",
     ]

@@ -4,6 +4,7 @@ import io
 import json
 import re
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -62,8 +63,12 @@ def picture(path) -> np.ndarray:
 
 def test_geojson_of_the_real_slide_puts_each_row_where_its_tile_is(checkpoints, real, tiles, tmp_path, capsys):
     record = select(capsys, real, "--checkpoint", checkpoints / "512", "-k", 777, "--geojson", tmp_path / "a.geojson")
-    assert record["patch_size"] == {"value": 512.0, "unit": "px", "source": "grid"}
-    features = json.loads((tmp_path / "a.geojson").read_text())["features"]
+    assert record["patch_size"] == {"value": 512.0, "unit": "px", "source": "guess"}
+    collection = json.loads((tmp_path / "a.geojson").read_text())
+    assert collection["places"]["coord_unit"] == {"value": "px", "source": record["coord_unit_source"]}
+    assert record["coord_unit_source"] == "guess"
+    assert collection["places"]["origin"]["source"] == "unknown"
+    features = collection["features"]
     assert len(features) == 777
     corners = {}
     for feature in features:
@@ -86,6 +91,10 @@ def test_the_montage_shows_each_rows_own_pixels(checkpoints, real, tiles, tmp_pa
     places = {(x // TILE, y // TILE): pixels for (x, y), pixels in tiles.items()}
     image = write_sparse_tiff(tmp_path / "slide.tiff", size, places, TILE)
     options = ("-k", 777, "--slide", image, "--montage", tmp_path / "m.png")
+    refused = error_of(capsys, real, "--checkpoint", checkpoints / "512", *options)
+    assert "the unit of the coordinates (px) and the size of a patch (512 px" in refused
+    assert not (tmp_path / "m.png").exists()
+    options = (*options, "--accept-guess")
     record = select(capsys, real, "--checkpoint", checkpoints / "512", *options)
     montage = picture(tmp_path / "m.png")
     order = np.argsort(-np.array(record["scores"]), kind="stable")
@@ -113,8 +122,6 @@ def test_without_the_slide_image_both_pictures_are_drawn_from_the_coordinates(ch
 
 
 def test_microns_reach_the_slide_by_its_mpp(checkpoints, tmp_path, capsys):
-    import h5py
-
     rng = np.random.default_rng(0)
     with h5py.File(tmp_path / "stamp.h5", "w") as file:
         file["feats"] = rng.standard_normal((12, 48)).astype(np.float16)
@@ -149,6 +156,7 @@ def test_what_cannot_be_placed_is_said_in_one_sentence(checkpoints, tmp_path, ca
 def test_another_slides_image_is_refused(checkpoints, real, shared_data, tmp_path, capsys):
     image = shared_data / "slides/CMU-1-Small-Region.svs"
     arguments = (real, "--checkpoint", checkpoints / "512", "--slide", image, "--montage", tmp_path / "m.png")
+    arguments += ("--coord-unit", "px", "--patch-size-level0", 512)
     assert "found 2220 x 2967 pixels, wanted the image that" in error_of(capsys, *arguments)
     assert not (tmp_path / "m.png").exists()
 
@@ -167,3 +175,49 @@ def test_the_heat_map_lies_upon_the_slides_own_thumbnail(checkpoints, tmp_path, 
     assert not (heat[100, 100] == (10, 200, 30)).all()
     left, top = (corners[record["indices"][0]] * 2).tolist()
     assert heat[top + 1, left + 100].tolist() == [255, 200, 0]
+
+
+def test_what_the_user_says_fills_what_the_file_does_not_and_is_never_set_against_it(checkpoints, tmp_path, capsys):
+    x = np.random.default_rng(0).standard_normal((4, 48)).astype(np.float32)
+    corners = np.array([[0, 0], [256, 0], [0, 256], [256, 256]])
+    write_features(tmp_path / "said.safetensors", x, corners, {"patch_size_level0": "256"})
+    with h5py.File(tmp_path / "unsaid.h5", "w") as file:
+        file["feats"], file["coords"] = x, corners
+    image = write_tiff(tmp_path / "a.tiff", np.full((1024, 1024, 3), 250, np.uint8))
+    pictures = ("--slide", image, "--heatmap", tmp_path / "h.png", "--geojson", tmp_path / "a.geojson")
+    said = (tmp_path / "said.safetensors", "--checkpoint", checkpoints / "48", *pictures)
+    assert select(capsys, *said)["patch_size"] == {"value": 256.0, "unit": "px", "source": "file"}
+    assert select(capsys, *said, "--patch-size-level0", 257)["patch_size"]["source"] == "given"  # rounded elsewhere
+    assert "found 256 px in the file, but 512 was given" in error_of(capsys, *said, "--patch-size-level0", 512)
+    assert "coordinates in px by the file, but um was given" in error_of(capsys, *said, "--coord-unit", "um")
+    unsaid = (tmp_path / "unsaid.h5", "--checkpoint", checkpoints / "48", *pictures)
+    assert "the unit of the coordinates (px) and the size of a patch" in error_of(capsys, *unsaid)
+    assert "about the size of a patch" in error_of(capsys, *unsaid, "--coord-unit", "px")
+    record = select(capsys, *unsaid, "--coord-unit", "um", "--mpp", 0.5, "--patch-size-level0", 512)
+    assert (record["coord_unit"], record["coord_unit_source"]) == ("um", "given")
+    assert record["patch_size"] == {"value": 512.0, "unit": "px", "source": "given"}
+    rings = [f["geometry"]["coordinates"][0] for f in json.loads((tmp_path / "a.geojson").read_text())["features"]]
+    assert sorted(ring[0] for ring in rings) == [[0, 0], [0, 512], [512, 0], [512, 512]]
+
+
+def test_a_slide_with_bounds_is_drawn_whole_and_exported_as_qupath_crops_it(checkpoints, tmp_path, capsys):
+    x = np.random.default_rng(0).standard_normal((2, 48)).astype(np.float32)
+    said = {
+        "patch_size_level0": "256",
+        "bounds_x": "1024",
+        "bounds_y": "512",
+        "bounds_width": "9",
+        "bounds_height": "9",
+    }
+    write_features(tmp_path / "a.safetensors", x, np.array([[1024, 512], [2048, 768]]), said)
+    arguments = (tmp_path / "a.safetensors", "--checkpoint", checkpoints / "48", "--geojson", tmp_path / "a.geojson")
+    for options, corners in (((), [[0, 0], [1024, 256]]), (("--geojson-origin", "slide"), [[1024, 512], [2048, 768]])):
+        record = select(capsys, *arguments, *options)
+        assert record["coords"] == [[1024, 512], [2048, 768]]
+        collection = json.loads((tmp_path / "a.geojson").read_text())
+        assert [f["geometry"]["coordinates"][0][0] for f in collection["features"]] == corners
+        assert collection["places"]["origin"]["bounds"] == [1024, 512]
+    image = write_tiff(tmp_path / "a.tiff", np.full((4096, 4096, 3), 250, np.uint8))
+    assert "found an origin of 1024, 512 in the file and 0, 0 in the slide's image" in error_of(
+        capsys, *arguments, "--slide", image
+    )

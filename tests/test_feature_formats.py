@@ -94,7 +94,7 @@ def trident(name: str, features: np.ndarray = F32, **options) -> Case:
 def atlas(name: str, encoders: Mapping[str, np.ndarray], encoder: str | None, key: str) -> Case:
     five = np.concatenate([COORDS, np.full((N, 2), 448), np.zeros((N, 1), int)], axis=1)
     data = {f"features/{each}": values for each, values in encoders.items()} | {"coords": five}
-    read = {"patch_size_level0": "448", "encoder": key.removeprefix("features/")}
+    read = {"patch_size": "448", "patch_level": "0", "encoder": key.removeprefix("features/")}
     return Case(f"{name}.h5", lambda path: h5(path, data), "AtlasPatch h5", key, "float32", COORDS, "px", read, encoder)
 
 
@@ -143,7 +143,7 @@ CONTIGUOUS = [
     hdf5("stamp", "STAMP", "feats", raw("float16"), MICRONS, "um", {"/": STAMP}, STAMP_READ, "float16"),
     hdf5("stamp-as-bytes", "STAMP", "feats", F32, COORDS, "um", {"/": {"unit": b"um"}}, {"unit": "um"}),
     hdf5("marugoto", "Marugoto", "feats", F32, COORDS),
-    hdf5("marugoto-microns", "Marugoto", "feats", F32, MICRONS, "um"),
+    hdf5("marugoto-fractions", "Marugoto", "feats", F32, MICRONS, None),
     atlas("atlas-one-encoder", {"uni": F32}, None, "features/uni"),
     atlas("atlas-several-encoders", {"conch": F32 * 0, "uni": F32}, "uni", "features/uni"),
 ]
@@ -255,13 +255,23 @@ def test_bfloat16_within_hdf5_is_widened(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("coords", "unit"), [(COORDS, "px"), (COORDS.astype(float), "px"), (MICRONS, "um")], ids=["int", "whole", "frac"]
+    ("key", "coords", "unit", "source"),
+    [
+        ("features", COORDS, "px", "format"),  # CLAM's rule
+        ("features", COORDS.astype(float), "px", "format"),
+        ("features", MICRONS, None, None),
+        ("feats", COORDS, "px", "guess"),
+        ("feats", MICRONS, None, None),
+        ("feats", COORDS // 512 * 224, "um", "guess"),  # STAMP's first format
+    ],
 )
-def test_coordinates_without_a_unit_are_guessed_and_the_guess_is_remarked(coords, unit: str, tmp_path: Path):
-    h5(tmp_path / "clam.h5", {"features": F32, "coords": coords})
-    with open_features(tmp_path / "clam.h5") as slide:
-        assert slide.coord_unit == unit
-        assert [remark for remark in slide.remarks if "no attribute says their unit" in remark]
+def test_coordinates_without_a_unit_follow_their_formats_rule_or_are_a_guess(key, coords, unit, source, tmp_path: Path):
+    h5(tmp_path / "a.h5", {key: F32, "coords": coords})
+    with open_features(tmp_path / "a.h5") as slide:
+        assert (slide.coord_unit, slide.unit_source) == (unit, source)
+        assert bool([remark for remark in slide.remarks if "nothing says their unit" in remark]) == (source != "format")
+        wanted = coords * 256 / 224 if unit == "um" else coords
+        assert np.array_equal(slide.read_coords(), wanted)
 
 
 def test_the_real_slide_has_its_rows_where_its_tiles_are(shared_data: Path):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vllm_wsi.slides import SlideError
-from vllm_wsi.slides.regions import PatchSize, extent, geojson, level0_rects, patch_size, positive_number, said_size
+from vllm_wsi.slides.places import Origin, PatchSize, Unit, patch_size, positive_number
+from vllm_wsi.slides.regions import extent, geojson, level0_rects, said_size
 
 GRID = np.array([[x, y] for y in (0, 512, 1024) for x in (0, 512, 1536)])
 NO_NUMBERS = ["", "x", "nan", "inf", "-inf", "1e999", "0", "-0.0", "-1", "True", "0.5 um"]  # as a file may hold them
@@ -28,10 +29,10 @@ def test_numbers_are_read_from_a_files_text_and_from_what_is_given():
     [
         ({"patch_size_level0": "448"}, "px", PatchSize(448, "px", "file")),
         ({"patch_size_level0": "448.0"}, "px", PatchSize(448, "px", "file")),
-        *(({"patch_size_level0": said}, "px", PatchSize(512, "px", "grid")) for said in NO_NUMBERS),
-        ({"patch_size_level0": "448"}, "um", PatchSize(512, "um", "grid")),
+        *(({"patch_size_level0": said}, "px", PatchSize(512, "px", "guess")) for said in NO_NUMBERS),
+        ({"patch_size_level0": "448"}, "um", PatchSize(448, "px", "file")),
         ({"tile_size_um": "256"}, "um", PatchSize(256, "um", "file")),
-        ({}, "px", PatchSize(512, "px", "grid")),
+        ({}, "px", PatchSize(512, "px", "guess")),
     ],
 )
 def test_a_patchs_size_is_the_files_word_or_else_the_grids_spacing(metadata, unit, wanted):
@@ -45,7 +46,7 @@ def test_a_size_is_not_guessed_where_no_two_patches_are_neighbours(coords):
 
 def test_the_grid_is_found_in_any_order_of_the_patches():
     shuffled = np.random.default_rng(0).permutation(GRID)
-    assert patch_size({}, shuffled, "px") == PatchSize(512, "px", "grid")
+    assert patch_size({}, shuffled, "px") == PatchSize(512, "px", "guess")
 
 
 def test_pixels_stay_pixels_whatever_mpp_says():
@@ -95,6 +96,8 @@ def test_a_place_that_is_not_finite_is_refused():
 def test_what_is_missing_is_named():
     with pytest.raises(SlideError, match="coords: found none"):
         level0_rects("a", None, None, PatchSize(1, "px", "file"), {})
+    with pytest.raises(SlideError, match="coords: found no unit, wanted it given, px or um"):
+        level0_rects("a", GRID, None, PatchSize(1, "px", "file"), {})
     with pytest.raises(SlideError, match="patch_size_level0: found none"):
         level0_rects("a", GRID, "px", None, {})
 
@@ -118,9 +121,38 @@ def test_a_slides_size_is_two_numbers_above_0_or_not_said(key, said):
     assert said_size(half_said | {"level0_width": "9000", "level0_height": "8000"}) == (9000, 8000)
 
 
+SAID, SIZE, NO_BOUNDS = Unit("px", "format"), PatchSize(512, "px", "file"), Origin(0, 0, "file")
+
+
+def collection_of(rects, scores, rows, slide="a", unit=SAID, size=SIZE, origin=NO_BOUNDS, cropped=True):
+    return geojson(rects, scores, rows, slide, unit, size, origin, cropped)
+
+
+def test_geojson_counts_from_the_slides_bounds_as_qupath_does_and_says_so():
+    rects = level0_rects("a", GRID[:2], "px", SIZE, {})
+    cropped = collection_of(rects, [1.0, 2.0], [0, 1], origin=Origin(100, 300, "image"))
+    whole = collection_of(rects, [1.0, 2.0], [0, 1], origin=Origin(100, 300, "image"), cropped=False)
+    assert [f["geometry"]["coordinates"][0][0] for f in cropped["features"]] == [[-100, -300], [412, -300]]
+    assert [f["geometry"]["coordinates"][0][0] for f in whole["features"]] == [[0, 0], [512, 0]]
+    assert cropped["places"]["origin"] == {"x": 100, "y": 300, "bounds": [100, 300], "source": "image"}
+    assert whole["places"]["origin"] == {"x": 0, "y": 0, "bounds": [100, 300], "source": "image"}
+
+
+def test_geojson_says_of_each_patch_what_is_guessed():
+    rects = level0_rects("a", GRID[:2], "px", SIZE, {})
+    said = collection_of(rects, [1.0, 2.0], [0, 1])
+    assert said["places"]["patch_size"] == {"value": 512, "unit": "px", "source": "file"}
+    assert not any("metadata" in feature["properties"] for feature in said["features"])
+    guessed = collection_of(rects, [1.0, 2.0], [0, 1], unit=Unit("px", "guess"), size=SIZE._replace(source="guess"))
+    assert guessed["places"]["coord_unit"] == {"value": "px", "source": "guess"}
+    assert guessed["places"]["patch_size"]["source"] == "guess"
+    words = {feature["properties"]["metadata"]["guess"] for feature in guessed["features"]}
+    assert words == {"the unit of the coordinates (px) and the size of a patch (512 px, the spacing of the grid)"}
+
+
 def test_geojson_holds_closed_rings_in_level0_pixels_and_the_score_as_a_measurement():
     rects = level0_rects("a", GRID[:3], "px", PatchSize(512, "px", "file"), {})
-    collection = json.loads(json.dumps(geojson(rects, [0.5, 2.0, 0.5], [7, 9, 11], "a")))
+    collection = json.loads(json.dumps(collection_of(rects, [0.5, 2.0, 0.5], [7, 9, 11])))
     assert collection["type"] == "FeatureCollection"
     assert "crs" not in collection
     assert [f["properties"]["measurements"] for f in collection["features"]] == [
@@ -136,7 +168,7 @@ def test_geojson_holds_closed_rings_in_level0_pixels_and_the_score_as_a_measurem
 def test_the_same_patch_has_the_same_id_and_others_have_others():
     rects = level0_rects("a", GRID[:2], "px", PatchSize(512, "px", "file"), {})
     ids = [
-        [f["id"] for f in geojson(rects, [1.0, 2.0], rows, slide)["features"]]
+        [f["id"] for f in collection_of(rects, [1.0, 2.0], rows, slide)["features"]]
         for rows, slide in (([1, 2], "a"), ([1, 2], "a"), ([1, 2], "b"))
     ]
     assert ids[0] == ids[1]

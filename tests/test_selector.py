@@ -132,4 +132,4 @@ def test_all_scores_and_places_are_kept_where_they_are_asked_for(weights, tmp_pa
     assert np.array_equal(full.every.coords, coords)
     assert full.every_rect("a").tolist() == [[i * 256, 0, 256, 256] for i in range(40)]
     assert np.array_equal(full.rects("a"), full.every_rect("a")[full.indices.numpy()])
-    assert full.record()["patch_size"] == {"value": 256.0, "unit": "px", "source": "grid"}
+    assert full.record()["patch_size"] == {"value": 256.0, "unit": "px", "source": "guess"}

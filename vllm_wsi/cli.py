@@ -55,7 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     select.add_argument("--montage", type=Path, metavar="FILE.png", help="the kept patches (extra: slides)")
     select.add_argument("--slide", type=Path, metavar="IMAGE", help="slide image to draw upon (default: none)")
     select.add_argument("--mpp", type=float, help="microns per level-0 pixel, instead of what the file says")
-    select.add_argument("--patch-size-level0", type=float, metavar="PX", help="instead of what the file says")
+    select.add_argument("--patch-size-level0", type=float, metavar="PX", help="where the file does not say it")
+    select.add_argument("--coord-unit", choices=["px", "um"], help="of the coordinates, where the file does not say it")
+    select.add_argument(
+        "--accept-guess", action="store_true", help="draw upon --slide by a unit or patch size that is only guessed"
+    )
+    select.add_argument(
+        "--geojson-origin",
+        default="bounds",
+        choices=["bounds", "slide"],
+        help="what GeoJSON counts from: the slide's bounds, as QuPath does (default), or openslide's pixel 0, 0",
+    )
     select.set_defaults(run=_select)
 
     demo = commands.add_parser("demo", help="a slide, a real server, an answer with its evidence")
@@ -214,24 +224,27 @@ def _encode(args: argparse.Namespace) -> int:
 
 def _select(args: argparse.Namespace) -> int:
     from .slides import open_features
+    from .slides.places import Said
 
     with open_features(args.file, args.encoder) as slide:
         from .checkpoint import load_selector
 
         selector = load_selector(args.checkpoint, args.device)
         selection = selector.select(slide, args.k, keep_every=args.heatmap is not None)
+    said = Said(args.mpp, args.patch_size_level0, args.coord_unit, args.accept_guess)
+    record = selection.record(str(args.file), said)
     if args.geojson or args.heatmap or args.montage:
         from .evidence import Evidence
 
-        with Evidence(selection, str(args.file), args.slide, args.mpp, args.patch_size_level0) as evidence:
+        with Evidence(selection, str(args.file), args.slide, said) as evidence:
             for write, path in (
-                (evidence.write_geojson, args.geojson),
+                (lambda path: evidence.write_geojson(path, args.geojson_origin == "bounds"), args.geojson),
                 (evidence.write_heatmap, args.heatmap),
                 (evidence.write_montage, args.montage),
             ):
                 if path is not None:
                     write(path)
-    print(json.dumps({"file": str(args.file), "checkpoint": args.checkpoint, **selection.record()}))
+    print(json.dumps({"file": str(args.file), "checkpoint": args.checkpoint, **record}))
     return 0
 
 

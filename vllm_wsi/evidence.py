@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from .slides import SlideError
 from .slides.features import write_atomically
-from .slides.regions import PatchSize, extent, geojson, positive_number
-from .sparsify.selector import Selection
+from .slides.places import Said, origin, positive_number, refuse_guesses
+from .slides.regions import extent, geojson
+from .sparsify.selector import NOTHING_SAID, Selection
 
 if TYPE_CHECKING:
     from openslide import AbstractSlide
@@ -25,33 +26,28 @@ class Evidence:
         selection: with `every` where a heat map is wanted.
         name: of the feature file, as errors and GeoJSON ids name it.
         image_path: the slide image; None: pictures are drawn from the coordinates alone.
-        mpp: microns per level-0 pixel, instead of the feature file's, or the image's where coordinates are microns.
-        patch_size_px: edge of a patch in level-0 pixels, instead of the feature file's.
+        said: by the user of the patches' places; mpp is otherwise the feature file's, or the image's where coordinates
+            are in microns.
 
     Raises:
-        SlideError: patches cannot be placed, or the image is not the one that was encoded.
+        SlideError: patches cannot be placed, or only by a guess upon an image, or the image is not the one that was
+            encoded.
     """
 
     def __init__(
-        self,
-        selection: Selection,
-        name: str,
-        image_path: Path | None = None,
-        mpp: float | None = None,
-        patch_size_px: float | None = None,
+        self, selection: Selection, name: str, image_path: Path | None = None, said: Said = NOTHING_SAID
     ) -> None:
         self._selection, self._name, self._image_name = selection, name, str(image_path)
-        self._mpp = mpp
-        self._size = None if patch_size_px is None else PatchSize(patch_size_px, "px", "given")
+        self._said = said
         self._image: AbstractSlide | None = None
         if image_path is not None:
             from .slides.image import image_mpp, open_image
 
             self._image = open_image(image_path)
-            if mpp is None and positive_number(selection.metadata.get("mpp")) is None and selection.coord_unit == "um":
-                self._mpp = image_mpp(self._image, self._image_name)
+            if said.mpp is None and positive_number(selection.metadata.get("mpp")) is None and self._in_microns():
+                self._said = said._replace(mpp=image_mpp(self._image, self._image_name))
         try:
-            self.rects = selection.rects(name, self._mpp, self._size)
+            self.rects = selection.rects(name, self._said)
             self.size_px = self._extent()
         except SlideError:
             self.close()
@@ -72,12 +68,26 @@ class Evidence:
             )
         return width, height
 
-    def _every_rect(self):
-        return self._selection.every_rect(self._name, self._mpp, self._size)
+    def _in_microns(self) -> bool:
+        unit, _ = self._selection.settle(self._name, self._said)
+        return unit is not None and unit.unit == "um"
 
-    def write_geojson(self, path: Path) -> None:
-        """Kept patches for QuPath."""
-        collection = geojson(self.rects, self._selection.scores.tolist(), self._selection.indices.tolist(), self._name)
+    def _every_rect(self):
+        return self._selection.every_rect(self._name, self._said)
+
+    def _refuse_guesses(self) -> None:
+        if self._image is not None:
+            refuse_guesses(self._name, self._selection.guesses(self._name, self._said))
+
+    def write_geojson(self, path: Path, cropped: bool = True) -> None:
+        """Kept patches for QuPath; `cropped`: counted from the origin of the slide's bounds, as QuPath does."""
+        chosen = self._selection
+        unit, size = chosen.settle(self._name, self._said)
+        assert unit is not None  # or there were no rectangles
+        assert size is not None
+        begin = origin(self._name, chosen.metadata, None if self._image is None else self._image.properties)
+        scores, rows = chosen.scores.tolist(), chosen.indices.tolist()
+        collection = geojson(self.rects, scores, rows, self._name, unit, size, begin, cropped)
         write_atomically(path, json.dumps(collection, indent=1).encode())
 
     def write_heatmap(self, path: Path) -> None:
@@ -86,6 +96,7 @@ class Evidence:
         from .slides.pictures import HEAT_SIDE, heat_map, heat_overlay, write_png
 
         assert self._selection.every is not None
+        self._refuse_guesses()
         overlay = heat_overlay(self._every_rect(), self._selection.every.scores.numpy(), self.size_px)
         under = None if self._image is None else thumbnail(self._image, self._image_name, HEAT_SIDE)
         write_png(path, heat_map(overlay, under, self.rects, self.size_px))
@@ -94,6 +105,7 @@ class Evidence:
         """PNG of the kept patches, best first."""
         from .slides.pictures import montage, write_png
 
+        self._refuse_guesses()
         scores, rows = self._selection.scores.tolist(), self._selection.indices.tolist()
         read = None if self._image is None else self._read_patch
         write_png(path, montage(self.rects, scores, rows, self.size_px, read))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_wsi.slides import write_features
+from vllm_wsi.serving.viewer_page import FOLDER
+from vllm_wsi.slides import open_features, write_features
 from vllm_wsi.slides.pictures import INFERNO
 
 from .conftest import KEY, make_slide, slide_message
@@ -210,7 +211,7 @@ def test_a_slide_is_described(http, grid, media):
     tiles = found.pop("tiles")
     assert found == {
         "name": "grid.safetensors", "num_patches": 48, "encoder": "test@1", "extent_px": [2000, 1600], "mpp": 0.5,
-        "has_image": True, "remarks": [],
+        "has_image": True, "guesses": [], "remarks": [],
     }  # fmt: skip
     assert (tiles["size_px"], tiles["min_level"], tiles["max_level"]) == (512, 9, 11)
     found = http.get("slide", params={"url": (media / "microns.h5").as_uri()}).json()
@@ -329,8 +330,16 @@ def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(server):
     assert "http" not in page.text
     for name, kind in (("main.js", "text/javascript"), ("viewer.css", "text/css"), ("icon.svg", "image/svg+xml")):
         assert httpx.get(f"{server.root}/wsi/{name}").headers["content-type"].startswith(kind)
-    for name in ("../endpoint.py", "%2e%2e/endpoint.py", "vendor/openseadragon.LICENSE.txt", "nosuch.js", "vendor"):
-        assert httpx.get(f"{server.root}/wsi/{name}").status_code == 404
+    for name in ("%2e%2e/endpoint.py", "vendor/../../endpoint.py", "nosuch.js", "vendor", "%2e%2e/viewer_page.py"):
+        assert httpx.get(f"{server.root}/wsi/{name}").status_code in (401, 404)  # 401 where the client left /wsi/ first
+
+
+def test_every_file_of_the_viewer_is_served_its_licences_too(server):
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert any("LICENSE" in path.name for path in files)
+    for path in files:
+        answer = httpx.get(f"{server.root}/wsi/{path.relative_to(FOLDER).as_posix()}")
+        assert (answer.status_code, answer.content) == (200, path.read_bytes()), path
 
 
 def test_chat_and_evidence_share_one_selection_and_the_counters_tell(http, server, media):
@@ -369,3 +378,55 @@ def test_the_routes_are_there_only_where_the_plugin_is_named(monkeypatch, named)
         monkeypatch.setenv("VLLM_PLUGINS", named)
     found = {plugin.name for plugin in load_endpoint_plugins(("generate",))}
     assert ("vllm_wsi" in found) == ("vllm_wsi" in (named or "").split(","))
+
+
+@pytest.fixture
+def guessed(media) -> Path:
+    """The grid slide as a file that says nothing of its places, which a `feats` file may do."""
+    path, image = media / "guessed.h5", media / "guessed.tiff"
+    if not path.exists():
+        with h5py.File(path, "w") as file:
+            file["feats"] = random_features(COLUMNS * 6, 5)
+            file["coords"] = np.array([((x + 1) * CELL, (y + 1) * CELL) for y in range(6) for x in range(COLUMNS)])
+        make_grid_image(image)
+    return path
+
+
+def test_a_guessed_place_is_called_that_and_drawn_upon_the_slide_only_when_it_is_accepted(http, guessed):
+    url = guessed.as_uri()
+    record = http.post("select", json={"url": url}).json()
+    assert (record["coord_unit_source"], record["patch_size"]["source"]) == ("guess", "guess")
+    assert len(record["guesses"]) == len(http.get("slide", params={"url": url}).json()["guesses"]) == 2
+    collection = http.post("select", params={"format": "geojson"}, json={"url": url}).json()
+    assert collection["places"]["patch_size"] == {"value": CELL, "unit": "px", "source": "guess"}
+    refused = http.get("heatmap.png", params={"url": url})
+    assert refused.status_code == 400
+    assert "found no word about the unit of the coordinates (px) and the size of a patch" in refused.text
+    assert http.get("heatmap.png", params={"url": url, "accept_guess": 1}).status_code == 200
+    said = {"coord_unit": "px", "patch_size_level0": CELL}
+    assert http.get("heatmap.png", params={"url": url, **said}).status_code == 200
+    record = http.post("select", json={"url": url, **said}).json()
+    assert (record["coord_unit_source"], record["patch_size"]["source"], record["guesses"]) == ("given", "given", [])
+
+
+def test_what_a_request_says_against_the_file_is_refused(http, media):
+    url = (media / "grid.safetensors").as_uri()
+    for said in ({"coord_unit": "um"}, {"patch_size_level0": 2 * CELL}):
+        answer = http.post("select", json={"url": url, **said})
+        assert answer.status_code == 400
+        assert "was given" in answer.text
+
+
+def test_geojson_counts_from_the_bounds_of_the_file_or_from_the_slides_corner(http, media):
+    make_slide(media / "bounds.safetensors", 4)
+    with open_features(media / "bounds.safetensors") as slide:
+        features, coords, said = slide.read_rows(0, 4), slide.read_coords(), dict(slide.metadata)
+    said |= {"patch_size_level0": "256", "bounds_x": "64", "bounds_y": "32"}
+    write_features(media / "bounds.safetensors", features, coords, said)
+    corners = {}
+    for origin in ("bounds", "slide"):
+        query = {"format": "geojson", "origin": origin}
+        answer = http.post("select", params=query, json={"url": (media / "bounds.safetensors").as_uri()}).json()
+        corners[origin] = [f["geometry"]["coordinates"][0][0] for f in answer["features"]]
+        assert answer["places"]["origin"]["bounds"] == [64, 32]
+    assert [[x - 64, y - 32] for x, y in corners["slide"]] == corners["bounds"]

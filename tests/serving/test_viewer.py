@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+import h5py
 import numpy as np
 import openai
 import pytest
 from PIL import Image
 
+from vllm_wsi.slides import open_features
+
 from .conftest import KEY, make_slide, slide_message
-from .slide_images import CELL, grid_colour, make_grid_slide, make_real_slide
+from .slide_images import CELL, grid_colour, make_grid_image, make_grid_slide, make_real_slide
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.server
@@ -402,3 +405,22 @@ def test_the_real_slide(new_page, server, media, shared_data, tmp_path, name, op
     page.reload()
     page.wait_for_selector("#patches button")
     print(f"the page was whole again after {time.monotonic() - began:.2f} s")
+
+
+def test_guessed_places_are_shown_upon_the_slide_only_when_the_user_wants_them(new_page, server, media):
+    path = media / "guessed.h5"
+    grid = make_grid_slide(media, "guessed-places")
+    with open_features(grid) as slide, h5py.File(path, "w") as file:
+        file["feats"], file["coords"] = slide.read_rows(0, slide.num_patches), slide.read_coords()
+    make_grid_image(media / "guessed.tiff")
+    page = new_page()
+    show(page, server, path, wait_for_heat=False)
+    assert "Guessed, as the feature file does not say it: the unit" in page.locator("#remark").text_content()
+    assert page.locator("#overlay .patch").count() == 0
+    assert page.locator("#overlay image[href]").count() == 0
+    assert page.locator("#patches button:enabled").count() == 0
+    page.get_by_role("button", name="Show the patches at the guessed places").click()
+    page.wait_for_selector("#overlay image[href]", state="attached")
+    until(page, "document.querySelectorAll('#overlay .patch').length == 32")
+    assert not page.locator("#accept").is_visible()
+    assert "Guessed" in page.locator("#remark").text_content()

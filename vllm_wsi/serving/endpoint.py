@@ -17,8 +17,10 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from vllm_wsi.config import SparseWSIConfig
 from vllm_wsi.slides import SlideError
+from vllm_wsi.slides.features import CoordUnit
+from vllm_wsi.slides.places import Said
 
-from .evidence import Evidence, Scale
+from .evidence import Evidence
 from .images import TILE_PX
 from .viewer_page import page_router
 
@@ -49,14 +51,23 @@ class SelectRequest(BaseModel):
     url: str = Field(description="file://, https:// or data:, with #k=NUMBER for another K")
     mpp: Positive = Field(None, description="microns per level-0 pixel")
     patch_size_level0: Positive = Field(None, description="edge of a patch in level-0 pixels")
+    coord_unit: CoordUnit | None = Field(None, description="of the file's coordinates: px or um")
 
 
 @router.post("/select")
-async def select(body: SelectRequest, shown: Shown, format: Literal["json", "geojson"] = "json") -> Response:
-    scale = Scale(body.mpp, body.patch_size_level0)
+async def select(
+    body: SelectRequest,
+    shown: Shown,
+    format: Literal["json", "geojson"] = "json",
+    origin: Annotated[
+        Literal["bounds", "slide"], Query(description="what GeoJSON counts from: bounds, as QuPath does, or pixel 0, 0")
+    ] = "bounds",
+) -> Response:
+    said = Said(body.mpp, body.patch_size_level0, body.coord_unit)
     if format == "geojson":
-        return JSONResponse(await shown.geojson(body.url, scale), media_type="application/geo+json")
-    return JSONResponse(await shown.select(body.url, scale))
+        collection = await shown.geojson(body.url, said, cropped=origin == "bounds")
+        return JSONResponse(collection, media_type="application/geo+json")
+    return JSONResponse(await shown.select(body.url, said))
 
 
 @router.get("/heatmap.png")
@@ -67,8 +78,11 @@ async def heat_map(
     overlay: bool = False,
     mpp: Annotated[Positive, Query()] = None,
     patch_size_level0: Annotated[Positive, Query()] = None,
+    coord_unit: CoordUnit | None = None,
+    accept_guess: Annotated[bool, Query(description="draw upon the slide by a unit or size that is guessed")] = False,
 ) -> Response:
-    picture, etag = await shown.heat_map(url, overlay, Scale(mpp, patch_size_level0))
+    said = Said(mpp, patch_size_level0, coord_unit, accept_guess)
+    picture, etag = await shown.heat_map(url, overlay, said)
     known = request.headers.get("if-none-match")
     return _picture(None if known is not None and etag in known else picture, "image/png", etag, PRIVATE)
 

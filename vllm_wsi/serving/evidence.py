@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cachetools import LRUCache
 
-from vllm_wsi.slides import SlideError, SlideIdentity, open_features
-from vllm_wsi.slides.regions import (
-    Level0Rects,
-    PatchSize,
-    extent,
-    geojson,
-    level0_rects,
+from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, open_features
+from vllm_wsi.slides.places import (
+    Said,
+    Unit,
+    guesses,
+    origin,
     patch_size,
     positive_number,
-    said_size,
+    refuse_guesses,
 )
-from vllm_wsi.sparsify.selector import Selection
+from vllm_wsi.slides.regions import extent, geojson, level0_rects, said_size
 
 from .connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
@@ -32,19 +31,9 @@ from .slide_folder import image_of, image_suffixes, list_slides
 if TYPE_CHECKING:
     from openslide import AbstractSlide
 
+BOUNDS = "openslide.bounds-"
 PICTURE_CACHE_BYTES = 32 << 20
 NO_IMAGE = "found no slide image of its name beside it, wanted one to show the slide"
-
-
-class Scale(NamedTuple):
-    """What a request says instead of the file."""
-
-    mpp: float | None = None  # microns per level-0 pixel
-    patch_size_px: float | None = None  # edge of a patch in level-0 pixels
-
-    @property
-    def size(self) -> PatchSize | None:
-        return None if self.patch_size_px is None else PatchSize(self.patch_size_px, "px", "given")
 
 
 class ImageFacts(NamedTuple):
@@ -54,6 +43,7 @@ class ImageFacts(NamedTuple):
     digest: str  # of its identity
     size_px: tuple[int, int]
     mpp: float | None
+    bounds: Mapping[str, str]  # openslide.bounds-*
     tiles: dict[str, Any]
 
 
@@ -87,16 +77,16 @@ class Evidence:
     async def slides(self) -> dict[str, Any]:
         return await self._headers.run(list_slides, self._root)
 
-    async def select(self, url: str, scale: Scale) -> dict[str, Any]:
+    async def select(self, url: str, said: Said) -> dict[str, Any]:
         """The record of a selection, with the kept patches' level-0 rectangles or a sentence on why there are none."""
         selected = await self._connector.fetch_image_async(url)
         found = await self._headers.run(self._find_image, url)
         chosen, image = selected.selection, found.image
-        record = chosen.record() | {"encoder": _encoder(url, chosen.metadata), "rects": None, "extent_px": None}
-        if scale.size is not None:
-            record["patch_size"] = scale.size._asdict()
+        name = _name(selected)
+        record = chosen.record(name, said) | {"encoder": _encoder(url, chosen.metadata), "rects": None}
+        record |= {"extent_px": None, "guesses": chosen.guesses(name, said)}
         try:
-            rects = chosen.rects(_name(selected), _mpp(scale, chosen.metadata, image), scale.size)
+            rects = chosen.rects(name, _with_mpp(said, chosen.metadata, image))
         except SlideError as error:
             return record | {"rects_missing": str(error), "extent_px": None if image is None else image.size_px}
         if image is not None:
@@ -106,22 +96,26 @@ class Evidence:
             size_px = None if said_size(chosen.metadata) is None else extent(rects, chosen.metadata)
         return record | {"rects": rects.tolist(), "extent_px": size_px}
 
-    async def geojson(self, url: str, scale: Scale) -> dict[str, Any]:
+    async def geojson(self, url: str, said: Said, cropped: bool) -> dict[str, Any]:
         selected = await self._connector.fetch_image_async(url)
         image = (await self._headers.run(self._find_image, url)).image
-        chosen = selected.selection
-        rects = chosen.rects(_name(selected), _mpp(scale, chosen.metadata, image), scale.size)
-        return geojson(rects, chosen.scores.tolist(), chosen.indices.tolist(), _name(selected))
+        chosen, name = selected.selection, _name(selected)
+        said = _with_mpp(said, chosen.metadata, image)
+        rects, (unit, size) = chosen.rects(name, said), chosen.settle(name, said)
+        assert unit is not None  # or there were no rectangles
+        assert size is not None
+        begin = origin(name, chosen.metadata, None if image is None else image.bounds)
+        return geojson(rects, chosen.scores.tolist(), chosen.indices.tolist(), name, unit, size, begin, cropped)
 
-    async def heat_map(self, url: str, overlay: bool, scale: Scale) -> tuple[bytes, str]:
+    async def heat_map(self, url: str, overlay: bool, said: Said) -> tuple[bytes, str]:
         """(PNG, ETag) of all scores by rank, upon the slide or, as `overlay`, upon nothing."""
         selected = await self._connector.fetch_image_async(url, keep_every=True)
         image = (await self._headers.run(self._find_image, url)).image
-        etag = _digest(selected.digest, overlay, scale, None if image is None else image.digest)
+        etag = _digest(selected.digest, overlay, said, None if image is None else image.digest)
         with self._lock:
             picture = self._pictures.get(etag)
         if picture is None:
-            picture = await self._pixels.run(self._draw, selected, image, overlay, scale)
+            picture = await self._pixels.run(self._draw, selected, image, overlay, said)
             with self._lock:
                 if len(picture) <= self._pictures.maxsize:
                     self._pictures[etag] = picture
@@ -162,6 +156,7 @@ class Evidence:
                         digest,
                         (zoom.width_px, zoom.height_px),
                         _image_mpp(image, path.name),
+                        {key: value for key, value in image.properties.items() if key.startswith(BOUNDS)},
                         {
                             "size_px": TILE_PX,
                             "min_level": zoom.min_level,
@@ -191,11 +186,17 @@ class Evidence:
                         f"{image.path.name}: found {size_px[0]} x {size_px[1]} px, wanted {said[0]:g} x {said[1]:g}, "
                         f"as {path.name} says; the image may be another slide's"
                     )
-            else:
-                try:
-                    size_px = self._span(path.name, slide)
-                except SlideError as error:
-                    remarks.append(str(error))
+            guessed: list[str] = []
+            try:
+                coords, size = slide.read_coords(), None
+                if coords is not None:
+                    size = patch_size(slide.metadata, coords, slide.coord_unit, path.name, slide.unit_scale)
+                    guessed = guesses(_unit(slide), size)
+                if image is None:
+                    rects = level0_rects(path.name, coords, slide.coord_unit, size, slide.metadata)
+                    size_px = _finite(path.name, extent(rects, slide.metadata))
+            except SlideError as error:  # the slide is shown all the same
+                remarks.append(str(error))
             return {
                 "name": path.name,
                 "num_patches": slide.num_patches,
@@ -204,14 +205,9 @@ class Evidence:
                 "mpp": positive_number(slide.metadata.get("mpp")) or (None if image is None else image.mpp),
                 "has_image": image is not None,
                 "tiles": None if image is None else image.tiles,
+                "guesses": guessed,
                 "remarks": remarks,
             }
-
-    @staticmethod
-    def _span(name: str, slide: Any) -> tuple[float, float]:
-        coords, unit = slide.read_coords(), slide.coord_unit
-        size = None if coords is None else patch_size(slide.metadata, coords, unit)
-        return _finite(name, extent(level0_rects(name, coords, unit, size, slide.metadata), slide.metadata))
 
     def _read(
         self, url: str, read: Callable[..., bytes], what: tuple[Any, ...], known: str | None
@@ -224,22 +220,20 @@ class Evidence:
         with self._images.image(path) as image:
             return read(image, path.name, *what), etag, version
 
-    def _draw(self, selected: SelectedSlide, image: ImageFacts | None, overlay: bool, scale: Scale) -> bytes:
+    def _draw(self, selected: SelectedSlide, image: ImageFacts | None, overlay: bool, said: Said) -> bytes:
         from vllm_wsi.slides.pictures import HEAT_SIDE, heat_map, heat_overlay, png
 
         chosen, name = selected.selection, _name(selected)
         assert chosen.every is not None
-        every, kept = self._rects(name, chosen, image, scale)
+        if image is not None:
+            refuse_guesses(name, chosen.guesses(name, said))
+        said = _with_mpp(said, chosen.metadata, image)
+        every, kept = chosen.every_rect(name, said), chosen.rects(name, said)
         size_px = image.size_px if image is not None else _finite(name, extent(every, chosen.metadata))
         heat = heat_overlay(every, chosen.every.scores.numpy(), size_px)
         if overlay:
             return png(heat)
         return png(heat_map(heat, self._thumbnail(image, HEAT_SIDE), kept, size_px))
-
-    @staticmethod
-    def _rects(name: str, chosen: Selection, image: ImageFacts | None, scale: Scale) -> tuple[Level0Rects, Level0Rects]:
-        mpp = _mpp(scale, chosen.metadata, image)
-        return chosen.every_rect(name, mpp, scale.size), chosen.rects(name, mpp, scale.size)
 
     def _thumbnail(self, facts: ImageFacts | None, side: int) -> Any:
         """None also where the slide has no level that is small enough to be read whole."""
@@ -267,11 +261,15 @@ def _encoder(url: str, metadata: Mapping[str, str]) -> str | None:
     return metadata.get("encoder") or _fragment_encoder(url)
 
 
-def _mpp(scale: Scale, metadata: Mapping[str, str], image: ImageFacts | None) -> float | None:
-    """What is given, else what the feature file says (None: it is asked itself), else what the image says."""
-    if scale.mpp is not None or positive_number(metadata.get("mpp")) or image is None:
-        return scale.mpp
-    return image.mpp
+def _with_mpp(said: Said, metadata: Mapping[str, str], image: ImageFacts | None) -> Said:
+    """mpp is what is given, else what the feature file says (None: it is asked itself), else what the image says."""
+    if said.mpp is not None or positive_number(metadata.get("mpp")) or image is None:
+        return said
+    return said._replace(mpp=image.mpp)
+
+
+def _unit(slide: FeatureFile) -> Unit | None:
+    return None if slide.coord_unit is None or slide.unit_source is None else Unit(slide.coord_unit, slide.unit_source)
 
 
 def _image_mpp(image: AbstractSlide, name: str) -> float | None:

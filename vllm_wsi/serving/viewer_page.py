@@ -9,7 +9,13 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 
 FOLDER = Path(__file__).parent / "viewer"
 OSD_STYLE = "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"  # the one <style> that OpenSeadragon 6.1.0 adds
-MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+MEDIA_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain",  # the licences of what the page is made of
+}
 HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (

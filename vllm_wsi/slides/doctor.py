@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .features import FeatureFile, SlideError
 from .formats import open_features
-from .regions import positive_number
+from .places import origin, patch_size, positive_number
 
 CHUNK_ROWS = 4096
+
+
+UNITS = {"px": "level-0 pixels", "um": "microns"}
+
+
+def _in_words(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
 
 
 @dataclass
@@ -28,7 +38,7 @@ class Report:
         lines = [self.path]
         if self.error:
             lines.append(f"  error: {self.error}")
-        lines += [f"  {name + ':':12} {value}" for name, value in self.facts.items()]
+        lines += [f"  {name + ':':12} {_in_words(value)}" for name, value in self.facts.items()]
         lines += [f"  note: {finding}" for finding in self.findings]
         if not self.error:
             lines.append("  usable")
@@ -52,10 +62,9 @@ def examine(path: str | Path, encoder: str | None = None) -> Report:
                 report.facts["coords"] = "none"
             else:
                 low, high = coords.min(axis=0).tolist(), coords.max(axis=0).tolist()
-                unit = "level-0 pixels" if slide.coord_unit == "px" else "microns"
+                unit = UNITS.get(slide.coord_unit or "", "of an unknown unit")
                 report.facts["coords"] = f"x {low[0]} .. {high[0]}, y {low[1]} .. {high[1]} ({unit})"
-                if slide.coord_unit == "um" and positive_number(slide.metadata.get("mpp")) is None:
-                    report.findings.append("coords: microns without mpp cannot be placed on the slide's pixels")
+                _report_places(slide, coords, report)
                 if len(np.unique(coords, axis=0)) < len(coords):
                     report.findings.append("coords: some patches share one place")
             others = {k: v for k, v in slide.metadata.items() if k != "encoder"}
@@ -65,6 +74,20 @@ def examine(path: str | Path, encoder: str | None = None) -> Report:
     except SlideError as error:
         report.error = str(error)
     return report
+
+
+def _report_places(slide: FeatureFile, coords: NDArray, report: Report) -> None:
+    """Unit, size and origin, each with who says it."""
+    report.facts["coord unit"] = {"value": slide.coord_unit, "source": slide.unit_source}
+    size = patch_size(slide.metadata, coords, slide.coord_unit, slide.name, slide.unit_scale)
+    report.facts["patch size"] = None if size is None else size._asdict()
+    report.facts["origin"] = origin(slide.name, slide.metadata, None)._asdict()
+    if slide.coord_unit == "um" and positive_number(slide.metadata.get("mpp")) is None:
+        report.findings.append("coords: microns without mpp cannot be placed on the slide's pixels")
+    if size is None:
+        report.findings.append("patch size: nothing says it; it must be given to place the patches")
+    elif size.source == "guess":
+        report.findings.append("patch size: nothing says it; taken from the spacing of the grid: a guess")
 
 
 def _read_all(slide: FeatureFile, report: Report) -> None:

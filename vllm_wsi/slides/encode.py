@@ -15,6 +15,7 @@ from openslide import AbstractSlide
 from .encoders import PatchEncoder
 from .features import SlideError, write_features
 from .image import image_mpp, open_image, read_scaled
+from .places import bounds_metadata
 from .tissue import TissueMethod, tissue_patches
 
 MAX_UPSAMPLING = 1.1  # slides of 0.55 mpp serve as 0.5 mpp; coarser ones are overviews
@@ -90,7 +91,7 @@ def encode_slide(
             seconds["encoding"] += time.perf_counter() - began
             on_progress(start + len(batch), len(patches))
         width, height = image.dimensions
-        reader = type(image).__name__
+        reader, bounds = type(image).__name__, bounds_metadata(image.properties)
     if not np.isfinite(features).all():
         raise SlideError(
             f"{name}: features: found {int((~np.isfinite(features)).sum())} values that are not finite in "
@@ -105,6 +106,7 @@ def encode_slide(
         "width": str(width),
         "height": str(height),
         "reader": reader,
+        **bounds,
     }
     began = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)

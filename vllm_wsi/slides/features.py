@@ -23,7 +23,11 @@ FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
 """Feature dtypes by name, and the NumPy dtype in which rows of each are read."""
 
 CoordUnit = Literal["px", "um"]
+Source = Literal["file", "format", "given", "guess"]
+"""file: written in it; format: by the rule of what wrote it; given: by the user; guess: by the numbers alone."""
+
 MAX_METADATA = 1 << 16
+MAX_ARRAY = 16  # numbers of an attribute that are kept one by one
 
 
 class SlideError(ValueError):
@@ -88,7 +92,9 @@ class FeatureFile:
     rows: RowSource = field(repr=False)
     identity: SlideIdentity
     metadata: Mapping[str, str] = field(default_factory=dict)
-    coord_unit: CoordUnit | None = None  # None: the file has no coordinates
+    coord_unit: CoordUnit | None = None  # None: the file has no coordinates, or nothing tells their unit
+    unit_source: Source | None = None  # who says the unit
+    unit_scale: float = 1.0  # of `coord_unit` in one of the file's numbers
     load_coords: Callable[[], NDArray] | None = field(default=None, repr=False)
     remarks: tuple[str, ...] = ()  # oddities that do not stop anybody, for `doctor`
     choice: str | None = None  # the `encoder` that it was opened with
@@ -100,6 +106,8 @@ class FeatureFile:
     def read_coords(self) -> NDArray | None:
         """[N, 2] x, y of each patch's top-left corner in `coord_unit` (px: level-0 pixels), or None.
 
+        Where `coord_unit` is None they are the file's own numbers.
+
         Raises:
             SlideError: a patch lies nowhere (NaN, infinity).
         """
@@ -107,7 +115,7 @@ class FeatureFile:
         if coords is not None and not (finite := np.isfinite(coords).all(axis=1)).all():
             row = int(np.argmin(finite))
             raise SlideError(f"{self.name}: coords: found {coords[row].tolist()} in row {row}, wanted finite numbers")
-        return coords
+        return coords if coords is None or self.unit_scale == 1.0 else coords * self.unit_scale
 
     def read_rows(self, start: int, stop: int, out: NDArray | None = None) -> NDArray:
         """Rows start .. stop-1.
@@ -215,10 +223,12 @@ def metadata_strings(path: str | Path, values: Mapping[str, object]) -> dict[str
     """
     plain: dict[str, str] = {}
     for key, value in values.items():
+        if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.size == 1):
+            value = value.item()
+        if isinstance(value, np.ndarray) and value.size <= MAX_ARRAY:
+            value = value.tolist()
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
-        if isinstance(value, np.generic):
-            value = value.item()
         plain[encodable(key)] = encodable(value if isinstance(value, str) else json.dumps(value, default=str))
     size = sum(len(key) + len(value) for key, value in plain.items())
     if size > MAX_METADATA:

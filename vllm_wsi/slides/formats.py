@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .csv_features import open_csv
-from .features import FLOAT_DTYPES, CoordUnit, FeatureFile, SlideError, SlideIdentity, check_matrix, metadata_strings
+from .features import FLOAT_DTYPES, FeatureFile, SlideError, SlideIdentity, check_matrix, metadata_strings
 from .hdf5_features import open_hdf5
+from .places import GRID_SAMPLE, coord_unit, unit_fields, unit_remarks
 from .rows import ArrayRows, RawRows
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -154,8 +155,13 @@ def _open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SlideError(f"{path}: found a broken safetensors header, wanted JSON with offsets") from error
     rows = RawRows(path, data + begin, storage, n, d)
-    unit: CoordUnit | None = None if load_coords is None else "px"
-    return FeatureFile(str(path), "safetensors", "features", n, d, dtype, rows, identity, metadata, unit, load_coords)
+    unit = None
+    if load_coords is not None:
+        unit = coord_unit(str(path), metadata, False, True, load_coords(GRID_SAMPLE))
+    return FeatureFile(
+        str(path), "safetensors", "features", n, d, dtype, rows, identity, metadata,
+        load_coords=load_coords, remarks=tuple(unit_remarks(unit) if load_coords else ()), **unit_fields(unit),
+    )  # fmt: skip
 
 
 def whole_numbers(values: object) -> tuple[int, ...]:
@@ -165,24 +171,28 @@ def whole_numbers(values: object) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _safetensors_coords(path: Path, entry: Mapping | None, data: int, num_patches: int) -> Callable[[], NDArray] | None:
+def _safetensors_coords(
+    path: Path, entry: Mapping | None, data: int, num_patches: int
+) -> Callable[..., NDArray] | None:
     if entry is None:
         return None
-    dtypes = {"I32": "<i4", "I64": "<i8"}
+    dtypes = {"I16": "<i2", "I32": "<i4", "I64": "<i8", "U16": "<u2", "U32": "<u4", "U64": "<u8", "F16": "<f2",
+              "F32": "<f4", "F64": "<f8"}  # fmt: skip
     shape, (begin, end) = whole_numbers(entry["shape"]), whole_numbers(entry["data_offsets"])
     if shape != (num_patches, 2) or entry["dtype"] not in dtypes:
         raise SlideError(
-            f"{path}: coords: found {entry['dtype']} of shape {shape}, wanted I32 of shape ({num_patches}, 2)"
+            f"{path}: coords: found {entry['dtype']} of shape {shape}, wanted numbers of shape ({num_patches}, 2)"
         )
     dtype, count = np.dtype(dtypes[entry["dtype"]]), num_patches * 2
     if begin < 0 or end - begin != count * dtype.itemsize:
         raise SlideError(f"{path}: coords: found offsets {begin}:{end}, wanted the size of shape {shape}")
 
-    def load() -> NDArray:
-        coords = np.fromfile(path, dtype, count, offset=data + begin)
-        if coords.size < count:
-            raise SlideError(f"{path}: coords: found {coords.size} numbers, wanted {count}; the file is truncated")
-        return coords.reshape(shape)
+    def load(rows: int = num_patches) -> NDArray:
+        wanted = min(rows, num_patches) * 2
+        coords = np.fromfile(path, dtype, wanted, offset=data + begin)
+        if coords.size < wanted:
+            raise SlideError(f"{path}: coords: found {coords.size} numbers, wanted {wanted}; the file is truncated")
+        return coords.reshape(-1, 2)
 
     return load
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .features import CoordUnit, FeatureFile, RowSource, SlideError, SlideIdentity, check_matrix, metadata_strings
+from .features import FeatureFile, RowSource, SlideError, SlideIdentity, check_matrix, metadata_strings
+from .places import GRID_SAMPLE, LEVEL0_KEYS, coord_unit, one_unit, unit_fields, unit_remarks
 from .rows import RawRows
 
 MAX_CHUNK_BYTES = 64 << 20
@@ -79,19 +80,21 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
 
     remarks: list[str] = []
     attributes: dict[str, object] = dict(file.attrs)
-    unit: CoordUnit | None = None
     load_coords: Callable[[], NDArray] | None = None
+    groups = [attributes, dict(features.attrs)]
+    sample = np.empty((0, 2))
     if _has(file, "coords"):
         dataset = _local_dataset(path, file, "coords")
-        attributes |= dict(dataset.attrs)
+        groups.insert(1, dict(dataset.attrs))
         load_coords = _coords_loader(path, dataset, n)
-        if dataset.shape[-1] == 5:  # AtlasPatch: x, y, width, height, level
-            attributes.setdefault("patch_size_level0", dataset[0, 2])
-        unit, remark = _coord_unit(dataset, attributes)
-        remarks += [remark] if remark else []
+        sample = np.asarray(dataset[..., :GRID_SAMPLE, :2]).reshape(-1, 2)
+        if dataset.shape[-1] == 5 and not any(key in attributes for key in ("patch_size", *LEVEL0_KEYS)):
+            attributes |= _atlas_size(dataset)
     else:
         remarks.append("the file has no coords: kept patches have rows, but no place on the slide")
-    attributes |= dict(features.attrs)
+    said = [_strings(path, group) for group in groups]
+    one_unit(str(path), said)
+    attributes = attributes | {key: value for group in groups[1:] for key, value in group.items()}
     if form == "AtlasPatch":
         attributes.setdefault("encoder", key.split("/")[1])
 
@@ -104,12 +107,28 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
         file.close()
     else:
         rows = Hdf5Rows(file, features, path)
-    metadata = metadata_strings(path, {RENAMED.get(name, name): value for name, value in attributes.items()})
+    metadata = _strings(path, attributes)
+    unit = None
+    if load_coords is not None:
+        unit = coord_unit(str(path), metadata, form in ("STAMP", "Marugoto"), form not in ("STAMP", "Marugoto"), sample)
+        remarks += unit_remarks(unit)
     return FeatureFile(
         name=str(path), format=f"{form} h5", key=key, num_patches=n, feature_dim=d,
         dtype=features.dtype.name, rows=rows, identity=identity, metadata=metadata,
-        coord_unit=unit, load_coords=load_coords, remarks=tuple(remarks),
+        **unit_fields(unit), load_coords=load_coords, remarks=tuple(remarks),
     )  # fmt: skip
+
+
+def _strings(path: Path, attributes: Mapping[str, object]) -> dict[str, str]:
+    return metadata_strings(path, {RENAMED.get(name, name): value for name, value in attributes.items()})
+
+
+def _atlas_size(coords: h5py.Dataset) -> dict[str, object]:
+    """AtlasPatch's columns are x, y, width, height, level: the size as it was read, and of which level's pixels."""
+    some = coords[:GRID_SAMPLE, 2:]
+    if len(np.unique(some, axis=0)) != 1 or some[0, 0] != some[0, 1]:
+        return {}
+    return {"patch_size": int(some[0, 0]), "patch_level": int(some[0, 2])}
 
 
 def _check_stored(path: Path, key: str, dataset: h5py.Dataset) -> None:
@@ -198,16 +217,3 @@ def _coords_loader(path: Path, dataset: h5py.Dataset, num_patches: int) -> Calla
             raise SlideError(f"{path}: coords: found unreadable data, wanted coordinates; {error}") from error
 
     return load
-
-
-def _coord_unit(coords: h5py.Dataset, attributes: dict[str, object]) -> tuple[CoordUnit, str | None]:
-    """STAMP says «um»; without a word, whole numbers are level-0 pixels and fractions are microns."""
-    unit = attributes.get("unit")
-    if unit in ("um", b"um", "µm", "microns"):
-        return "um", None
-    if unit is not None or "patch_size_level0" in attributes or "level0_width" in attributes:
-        return "px", None
-    some = coords[..., :1000, :2]
-    if np.array_equal(some, np.floor(some)):
-        return "px", "coords: no attribute says their unit; taken as level-0 pixels because they are whole numbers"
-    return "um", "coords: no attribute says their unit; taken as microns because they are fractions"

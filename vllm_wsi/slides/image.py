@@ -12,7 +12,7 @@ from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, AbstractSlide, O
 from PIL import Image
 
 from .features import SlideError, SlideIdentity
-from .regions import positive_number
+from .places import positive_number
 
 MAX_ASPECT = 1.02  # of the two mpp of one slide
 BAND_PX = 1 << 24  # level pixels that are held at once while a region is scaled down

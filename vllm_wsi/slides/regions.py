@@ -6,59 +6,23 @@ microns into pixels, and what draws or exports takes nothing else.
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NewType
+from typing import Any, NewType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .features import CoordUnit, SlideError
+from .places import Origin, PatchSize, Unit, guesses, patch_size, positive_number
+
+__all__ = ["Level0Rects", "PatchSize", "extent", "geojson", "level0_rects", "patch_size", "said_size"]
 
 Level0Rects = NewType("Level0Rects", np.ndarray)
 """float64 [n, 4] of x, y (top-left corner), width, height in level-0 pixels."""
 
 NAMESPACE = uuid.UUID("6f4f8f0e-4a60-5d0c-9d0b-2d8b8a1f4f57")  # of the ids of our GeoJSON features
 KEPT_COLOUR = (255, 200, 0)
-GRID_SAMPLE = 1 << 14  # coordinates that the spacing is looked up in: this runs for each slide that is selected
-
-
-def positive_number(said: str | float | None) -> float | None:
-    """A finite number above 0, as every size and scale here must be; None for anything else, NaN and text included."""
-    if said is None or isinstance(said, bool):
-        return None
-    try:
-        value = float(said)
-    except (ValueError, OverflowError):
-        return None
-    return value if math.isfinite(value) and value > 0 else None
-
-
-class PatchSize(NamedTuple):
-    """Edge of a file's square patches."""
-
-    value: float
-    unit: CoordUnit
-    source: Literal["file", "grid", "given"]  # grid: not written in the file, but the spacing of its coordinates
-
-
-def patch_size(metadata: Mapping[str, str], coords: NDArray, unit: CoordUnit) -> PatchSize | None:
-    """What the file says of its patches' size, or else the commonest step between neighbours in a row.
-
-    Args:
-        coords: [N, 2] of all patches, in `unit`.
-    """
-    key = "patch_size_level0" if unit == "px" else "tile_size_um"
-    said = positive_number(metadata.get(key))
-    if said is not None:
-        return PatchSize(said, unit, "file")
-    coords = coords[:GRID_SAMPLE]
-    order = np.lexsort((coords[:, 0], coords[:, 1]))
-    x, y = coords[order, 0], coords[order, 1]
-    steps = np.diff(x)[np.diff(y) == 0]
-    found, counts = np.unique(steps[steps > 0], return_counts=True)
-    return PatchSize(float(found[counts.argmax()]), unit, "grid") if len(found) else None
 
 
 def level0_rects(
@@ -82,10 +46,11 @@ def level0_rects(
             place is not finite.
     """
     if coords is None or unit is None:
-        raise SlideError(f"{name}: coords: found none, wanted the place of each patch to show it on the slide")
+        found, wanted = ("none", "the place of each patch") if coords is None else ("no unit", "it given, px or um,")
+        raise SlideError(f"{name}: coords: found {found}, wanted {wanted} to show it on the slide")
     if size is None:
         raise SlideError(f"{name}: patch_size_level0: found none, wanted the size of a patch in level-0 pixels")
-    scales = {"px": 1.0}
+    scales: dict[str | None, float] = {"px": 1.0}
     if "um" in (unit, size.unit):
         said = metadata.get("mpp") if mpp is None else mpp
         scale = positive_number(said)
@@ -121,17 +86,33 @@ def extent(rects: Level0Rects, metadata: Mapping[str, str]) -> tuple[float, floa
     return max(width, float(right)), max(height, float(bottom))
 
 
-def geojson(rects: Level0Rects, scores: Sequence[float], rows: Sequence[int], slide: str) -> dict[str, Any]:
+def geojson(
+    rects: Level0Rects,
+    scores: Sequence[float],
+    rows: Sequence[int],
+    slide: str,
+    unit: Unit,
+    size: PatchSize,
+    origin: Origin,
+    cropped: bool = True,
+) -> dict[str, Any]:
     """Kept patches as a QuPath FeatureCollection: full-resolution pixels, closed rings, score as a measurement.
 
     Args:
         rects, scores, rows: of each kept patch.
         slide: names the slide; the same slide and row get the same id.
+        unit, size: of the coordinates and of a patch, whose sources the file tells.
+        origin: of the slide's bounds.
+        cropped: QuPath counts from that origin, as it shows such slides cropped to their bounds; False: the file holds
+            openslide's own pixels.
     """
     ranks = np.empty(len(rows), np.int64)
     ranks[np.argsort(-np.asarray(scores), kind="stable")] = np.arange(1, len(rows) + 1)
+    left, top = (origin.x, origin.y) if cropped else (0.0, 0.0)
+    guessed = {"guess": " and ".join(guesses(unit, size))} if guesses(unit, size) else {}
     features = []
     for (x, y, width, height), score, row, rank in zip(rects.tolist(), scores, rows, ranks.tolist(), strict=True):
+        x, y = x - left, y - top
         corners = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
         features.append(
             {
@@ -143,7 +124,13 @@ def geojson(rects: Level0Rects, scores: Sequence[float], rows: Sequence[int], sl
                     "name": f"kept patch {rank}",
                     "classification": {"name": "kept patch", "color": list(KEPT_COLOUR)},
                     "measurements": {"score": float(score), "rank": rank, "row": int(row)},
+                    **({"metadata": guessed} if guessed else {}),
                 },
             }
         )
-    return {"type": "FeatureCollection", "features": features}
+    places = {
+        "coord_unit": {"value": unit.unit, "source": unit.source},
+        "patch_size": size._asdict(),
+        "origin": {"x": left, "y": top, "bounds": [origin.x, origin.y], "source": origin.source},
+    }
+    return {"type": "FeatureCollection", "places": places, "features": features}

@@ -14,8 +14,8 @@ from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, PROPERTY_NAME_VE
 from PIL import Image
 
 from .features import SlideError
+from .places import parse_unit, positive_number
 
-MICRONS = {"µm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 # What tifffile and its decoders raise for files that are damaged or that they do not know.
 TIFF_ERRORS = (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, ImportError)
 
@@ -138,5 +138,10 @@ class TiffImage(AbstractSlide):
 
 
 def _microns(pixels: ElementTree.Element, axis: str) -> float | None:
-    value, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
-    return float(value) * MICRONS[unit] if value and unit in MICRONS else None
+    value, said = positive_number(pixels.get(f"PhysicalSize{axis}")), pixels.get(f"PhysicalSize{axis}Unit", "um")
+    unit = parse_unit(said)
+    if value is None or unit == ("px", 1.0) or said == "reference frame":
+        return None
+    if unit is None:
+        raise SlideError(f"PhysicalSize{axis}Unit {said!r:.40} where a unit of length is needed")
+    return value * unit[1]

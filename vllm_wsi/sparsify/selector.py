@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vllm_wsi.kernels import ScoredTopK, ScorerWeights, block_rows, map_blocks, score_topk, select_topk
 from vllm_wsi.slides import FeatureFile, SlideError
-from vllm_wsi.slides.features import CoordUnit
-from vllm_wsi.slides.regions import Level0Rects, PatchSize, level0_rects, patch_size
+from vllm_wsi.slides.features import CoordUnit, Source
+from vllm_wsi.slides.places import PatchSize, Said, Unit, guesses, patch_size, settle
+from vllm_wsi.slides.regions import Level0Rects, level0_rects
 
 from .scorer import ContextScorer, PatchScorer
 from .staging import ChunkStager, read_tensor_rows
@@ -30,6 +31,9 @@ def frozen_scorer(scorer: PatchScorer | ContextScorer) -> FrozenScorer:
         weights = scorer.weights()
         return weights._make(x.detach().clone() if isinstance(x, Tensor) else x for x in weights)
     return copy.deepcopy(scorer).float().eval().requires_grad_(False)
+
+
+NOTHING_SAID = Said()
 
 
 class EveryPatch(NamedTuple):
@@ -51,7 +55,8 @@ class Selection:
     read_seconds: float = 0.0
     score_seconds: float = 0.0  # upload, scoring and Top-K, as far as reading did not hide them
     coords: NDArray | None = None  # [k, 2] top-left corners in coord_unit
-    coord_unit: CoordUnit | None = None
+    coord_unit: CoordUnit | None = None  # None: there are no places, or nothing tells their unit
+    unit_source: Source | None = None
     patch_size: PatchSize | None = None  # edge of a patch; None: not known
     metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
     every: EveryPatch | None = None  # where it was asked for
@@ -75,32 +80,51 @@ class Selection:
             num_patches=slide.num_patches,
             coords=None if coords is None else coords[indices.numpy()],
             coord_unit=unit,
-            patch_size=None if coords is None or unit is None else patch_size(slide.metadata, coords, unit),
+            unit_source=slide.unit_source,
+            patch_size=None
+            if coords is None
+            else patch_size(slide.metadata, coords, unit, slide.name, slide.unit_scale),
             metadata=slide.metadata,
             every=None if all_scores is None else EveryPatch(all_scores, coords),
             **counts,
         )
 
-    def rects(self, name: str, mpp: float | None = None, size: PatchSize | None = None) -> Level0Rects:
+    def settle(self, name: str, said: Said = NOTHING_SAID) -> tuple[Unit | None, PatchSize | None]:
+        """Unit of the coordinates and size of a patch, by the file and the user together. Raises SlideError."""
+        return settle(name, self.coord_unit, self.unit_source, self.patch_size, said)
+
+    def guesses(self, name: str, said: Said = NOTHING_SAID) -> list[str]:
+        """What of the patches' places is only guessed, in words; [] where nothing is, or the user accepts it."""
+        return [] if said.accept_guess or self.coords is None else guesses(*self.settle(name, said))
+
+    def rects(self, name: str, said: Said = NOTHING_SAID) -> Level0Rects:
         """Level-0 rectangles of the kept patches, in their order.
 
         Args:
             name: names the slide in errors.
-            mpp: microns per level-0 pixel, instead of the file's; needed where the file speaks of microns.
-            size: of a patch, instead of the file's.
+            said: by the user; mpp is needed where the file speaks of microns and says none.
 
         Raises:
-            SlideError: the file does not say where its patches lie, or how large they are.
+            SlideError: neither says where the patches lie, or how large they are, or they contradict each other.
         """
-        return level0_rects(name, self.coords, self.coord_unit, size or self.patch_size, self.metadata, mpp)
+        return self._rects(name, self.coords, said)
 
-    def every_rect(self, name: str, mpp: float | None = None, size: PatchSize | None = None) -> Level0Rects:
+    def every_rect(self, name: str, said: Said = NOTHING_SAID) -> Level0Rects:
         """The same of all N patches; for a selection that was asked to keep them."""
         assert self.every is not None
-        return level0_rects(name, self.every.coords, self.coord_unit, size or self.patch_size, self.metadata, mpp)
+        return self._rects(name, self.every.coords, said)
 
-    def record(self) -> dict[str, Any]:
-        """The evidence as plain JSON values."""
+    def _rects(self, name: str, coords: NDArray | None, said: Said) -> Level0Rects:
+        unit, size = self.settle(name, said)
+        return level0_rects(name, coords, None if unit is None else unit.unit, size, self.metadata, said.mpp)
+
+    def record(self, name: str = "slide", said: Said = NOTHING_SAID) -> dict[str, Any]:
+        """The evidence as plain JSON values; unit and size each with their source, the user's word among them.
+
+        Raises:
+            SlideError: the file contradicts the user.
+        """
+        unit, size = self.settle(name, said)
         return {
             "num_patches": self.num_patches,
             "num_kept": len(self.indices),
@@ -108,8 +132,9 @@ class Selection:
             "indices": self.indices.tolist(),
             "scores": self.scores.tolist(),
             "coords": None if self.coords is None else self.coords.tolist(),
-            "coord_unit": self.coord_unit,
-            "patch_size": None if self.patch_size is None else self.patch_size._asdict(),
+            "coord_unit": None if unit is None or self.coords is None else unit.unit,
+            "coord_unit_source": None if unit is None or self.coords is None else unit.source,
+            "patch_size": None if size is None else size._asdict(),
             "metadata": dict(self.metadata),
         }
 

@@ -10,6 +10,7 @@ const viewer = createStage(at("slide"));
 const overlay = new Overlay(viewer, choosePatch);
 const chat = new Chat();
 const state = { slides: [], url: null, facts: null, patches: [], loading: new AbortController(), heatUrl: null };
+const accepted = new Set(); // URLs of slides whose guessed places the user wants to see all the same
 
 function showProblem(error) {
   if (error?.name === "AbortError") return;
@@ -85,7 +86,7 @@ async function open(url) {
   listPatches();
   showProblem(null);
   setHeat(0);
-  at("remark").hidden = at("geojson").hidden = true;
+  at("remark").hidden = at("geojson").hidden = at("accept").hidden = true;
   at("kept-note").textContent = "";
   at("title").textContent = "";
   at("empty").hidden = false;
@@ -94,8 +95,7 @@ async function open(url) {
     const facts = await api.json("wsi/slide", { url }, signal);
     state.facts = facts;
     at("title").textContent = describe(facts);
-    at("remark").textContent = facts.remarks.join(" ");
-    at("remark").hidden = !facts.remarks.length;
+    showRemarks(facts);
     at("patches").classList.toggle("with-pictures", facts.has_image); // takes their room before the view is laid out
     if (facts.extent_px) await openSlide(viewer, url, facts);
     if (signal.aborted) return;
@@ -112,6 +112,17 @@ async function open(url) {
   }
 }
 
+// Whether patches would be drawn upon the slide at places that nobody said.
+const withheld = (facts, url) => facts.has_image && facts.guesses.length > 0 && !accepted.has(url);
+
+function showRemarks(facts) {
+  const remarks = [...facts.remarks];
+  if (facts.guesses.length) remarks.push(`Guessed, as the feature file does not say it: ${facts.guesses.join(", ")}.`);
+  at("remark").textContent = remarks.join(" ");
+  at("remark").hidden = !remarks.length;
+  at("accept").hidden = !withheld(facts, state.url);
+}
+
 function describe(facts) {
   const parts = [facts.name, `${facts.num_patches.toLocaleString("en")} patches`];
   if (facts.encoder) parts.push(facts.encoder);
@@ -122,7 +133,8 @@ function describe(facts) {
 async function showSelection(url, signal) {
   const chosen = await (await api.post(api.address("wsi/select"), { url }, signal)).json();
   if (signal.aborted) return;
-  const patches = chosen.indices.map((row, i) => ({ row, score: chosen.scores[i], rect: chosen.rects?.[i] }));
+  const rects = withheld(state.facts, url) ? null : chosen.rects;
+  const patches = chosen.indices.map((row, i) => ({ row, score: chosen.scores[i], rect: rects?.[i] }));
   patches.sort((a, b) => b.score - a.score || a.row - b.row);
   patches.forEach((patch, i) => (patch.rank = i + 1));
   state.patches = patches;
@@ -138,8 +150,8 @@ async function showSelection(url, signal) {
 }
 
 async function showHeat(url, facts, signal) {
-  if (!facts.extent_px) return;
-  const query = { url, overlay: 1 };
+  if (!facts.extent_px || withheld(facts, url)) return;
+  const query = { url, overlay: 1, accept_guess: Number(accepted.has(url)) };
   const picture = await (await api.ask(api.address("wsi/heatmap.png", query), { signal })).blob();
   if (signal.aborted) return;
   if (state.heatUrl) URL.revokeObjectURL(state.heatUrl);
@@ -244,6 +256,10 @@ at("geojson").addEventListener("click", async (event) => {
   } catch (error) {
     showProblem(error);
   }
+});
+at("accept").addEventListener("click", () => {
+  accepted.add(state.url);
+  open(state.url);
 });
 at("key").value = api.key.get();
 at("key-form").addEventListener("submit", (event) => {

@@ -1,0 +1,364 @@
+"""Unit, patch size and origin of a slide's patches: what the file says, else what the user said, else an error.
+
+Everything here that is not written in the file or given by the user is a guess, and carries that name ("source") to
+`doctor`, to records and to GeoJSON; a drawing upon a slide's image refuses it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .features import CoordUnit, SlideError, Source
+
+MICRONS = {
+    "um": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "pm": 1e-6, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6,
+    "in": 25_400.0, "inch": 25_400.0, "inches": 25_400.0,
+} | {
+    prefix + ending: scale
+    for prefix, scale in (("micro", 1.0), ("nano", 1e-3), ("milli", 1e3), ("centi", 1e4), ("", 1e6))
+    for ending in ("meter", "meters", "metre", "metres")
+}  # fmt: skip
+"""Microns in each unit of length, by its name in lower case, «μ» being the Greek letter."""
+
+PIXELS = frozenset(
+    ("px", "pixel", "pixels", "level0", "level-0", "level 0", "level0 px", "level-0 px", "level 0 px",
+     "level0 pixels", "level-0 pixels", "level 0 pixels", "level0_pixels", "level0_px", "lv0")
+)  # fmt: skip
+UNIT_KEYS = ("unit", "units", "coord_unit", "coords_unit", "coord_units", "coordinate_unit", "coordinates_unit")
+LEVEL0_KEYS = ("patch_size_level0", "patch_size_lv0", "patch_size_level_0", "tile_size_level0", "tile_size_lv0")
+MICRON_KEYS = ("tile_size_um", "patch_size_um", "tile_um")
+PIXEL_WRITERS = (*LEVEL0_KEYS, "level0_width", "level0_height", "level0_magnification", "patch_level")
+"""Keys of producers that write level-0 pixels without a word about it: TRIDENT, CLAM."""
+
+STAMP_V1_PX, STAMP_V1_UM = 224, 256.0
+"""STAMP's first files hold pixels of tiles of 224, which are 256 microns (`get_coords` of its `modeling/data.py`)."""
+
+AGREE = 0.02  # two numbers of one thing may differ by so much: sizes are rounded to pixels
+GRID_SAMPLE = 1 << 14  # coordinates that the spacing is looked up in: this runs for each slide that is selected
+
+
+class Unit(NamedTuple):
+    """Unit of a file's coordinates."""
+
+    unit: CoordUnit
+    source: Source
+    scale: float = 1.0  # of `unit` in one of the file's numbers: 1000 where it writes millimetres
+
+
+class PatchSize(NamedTuple):
+    """Edge of a file's square patches."""
+
+    value: float
+    unit: CoordUnit | None  # None: that of the coordinates, which nobody said yet
+    source: Source
+
+
+class Said(NamedTuple):
+    """What a user says of a slide's patches."""
+
+    mpp: float | None = None  # microns per level-0 pixel
+    patch_size_px: float | None = None  # edge of a patch in level-0 pixels
+    coord_unit: CoordUnit | None = None
+    accept_guess: bool = False  # draw upon the slide's image by what is only guessed
+
+
+class Origin(NamedTuple):
+    """Where the scanned region begins (openslide.bounds-*), in level-0 pixels; (0, 0) for most slides."""
+
+    x: float
+    y: float
+    source: Literal["file", "image", "unknown"]
+
+
+def positive_number(said: str | float | None) -> float | None:
+    """A finite number above 0, as every size and scale here must be; None for anything else, NaN and text included."""
+    if said is None or isinstance(said, bool):
+        return None
+    try:
+        value = float(said)
+    except (ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def parse_unit(said: str) -> tuple[CoordUnit, float] | None:
+    """(unit, so many of it in one of what is said); None: no unit that is known here."""
+    name = " ".join(unicodedata.normalize("NFKC", said).casefold().split())
+    if name in PIXELS:
+        return "px", 1.0
+    return ("um", MICRONS[name]) if name in MICRONS else None
+
+
+def said_unit(name: str, metadata: Mapping[str, str]) -> Unit | None:
+    """The unit that a file names, under any key of the field.
+
+    Raises:
+        SlideError: it is none that is known, or two keys differ.
+    """
+    found: dict[str, tuple[CoordUnit, float]] = {}
+    for key in UNIT_KEYS:
+        if not (said := metadata.get(key, "").strip()):
+            continue
+        parsed = parse_unit(said)
+        if parsed is None:
+            raise SlideError(f"{name}: {key}: found {said!r:.40}, wanted a unit: um, mm, nm, px or their full names")
+        found[key] = parsed
+    if len(set(found.values())) > 1:
+        both = " and ".join(f"{key} = {metadata[key]!r:.40}" for key in found)
+        raise SlideError(f"{name}: found {both}, wanted one unit")
+    for unit, scale in found.values():
+        return Unit(unit, "file", scale)
+    return None
+
+
+def coord_unit(name: str, metadata: Mapping[str, str], stamp: bool, pixels: bool, sample: NDArray) -> Unit | None:
+    """The unit of a file's coordinates; None: nothing tells it, so a user must.
+
+    Args:
+        name: of the file, for errors.
+        metadata: the file's own.
+        stamp: the file has the keys of STAMP and Marugoto (`feats`).
+        pixels: this format always holds level-0 pixels where it says nothing else.
+        sample: [n, 2] of its coordinates.
+
+    Raises:
+        SlideError: the file names an unknown unit, or two.
+    """
+    said = said_unit(name, metadata)
+    if said is not None:
+        return said
+    if stamp and "tile_size_um" in metadata:
+        return Unit("um", "format")
+    if any(key in metadata for key in PIXEL_WRITERS):
+        return Unit("px", "format")
+    if stamp:
+        tile = positive_number(metadata.get("tile_size"))
+        if round(tile or _least_step(sample)) == STAMP_V1_PX:
+            return Unit("um", "guess" if tile is None else "format", STAMP_V1_UM / STAMP_V1_PX)
+    if not np.array_equal(sample, np.floor(sample)):
+        return None  # fractions alone say nothing
+    return Unit("px", "format" if pixels else "guess")
+
+
+def _least_step(coords: NDArray) -> float:
+    """The least distance of two columns or rows, as STAMP's `get_stride`; 0 where there are none."""
+    steps = [np.diff(np.unique(coords[:, axis])) for axis in (0, 1)]
+    return min((float(step.min()) for step in steps if len(step)), default=0.0)
+
+
+def patch_size(
+    metadata: Mapping[str, str], coords: NDArray, unit: CoordUnit | None, name: str = "file", scale: float = 1.0
+) -> PatchSize | None:
+    """What the file says of its patches' size under any name of the field, or else the spacing of their grid, a guess.
+
+    Args:
+        metadata: the file's own.
+        coords: [N, 2] of all patches, in `unit`.
+        unit: of the coordinates; None: not known.
+        name: of the file, for errors.
+        scale: `Unit.scale`, which tells STAMP's first format.
+
+    Raises:
+        SlideError: two keys say different sizes, or one says two different edges.
+    """
+    said = _said_sizes(name, metadata, unit, scale)
+    if said:
+        (first, size), *others = said.items()
+        for key, other in others:
+            if other.unit == size.unit and abs(other.value - size.value) > AGREE * size.value:
+                raise SlideError(
+                    f"{name}: found {first} = {size.value:g} {size.unit} and {key} = {other.value:g} {other.unit}, "
+                    "wanted one size of a patch"
+                )
+        return size
+    coords = coords[:GRID_SAMPLE]
+    order = np.lexsort((coords[:, 0], coords[:, 1]))
+    x, y = coords[order, 0], coords[order, 1]
+    steps = np.diff(x)[np.diff(y) == 0]
+    found, counts = np.unique(steps[steps > 0], return_counts=True)
+    return PatchSize(float(found[counts.argmax()]), unit, "guess") if len(found) else None
+
+
+def _said_sizes(name: str, metadata: Mapping[str, str], unit: CoordUnit | None, scale: float) -> dict[str, PatchSize]:
+    """Key -> size, the best first."""
+    sizes: dict[str, PatchSize] = {}
+
+    def add(key: str, value: float | None, unit: CoordUnit) -> None:
+        if value is not None:
+            sizes[key] = PatchSize(value, unit, "file")
+
+    def edge(key: str) -> float | None:
+        return square(name, key, metadata.get(key))
+
+    for key in MICRON_KEYS if unit == "um" else ():
+        add(key, edge(key), "um")
+    for key in LEVEL0_KEYS:
+        add(key, edge(key), "px")
+    # CLAM: pixels of the level that was read, and how many of level 0 each of them is.
+    patch, level = edge("patch_size"), metadata.get("patch_level", "").strip()
+    if patch is not None and "downsample" in metadata:
+        down = edge("downsample")
+        add("patch_size x downsample", None if down is None else patch * down, "px")
+    elif patch is not None and level in ("0", "0.0"):
+        add("patch_size at patch_level 0", patch, "px")
+    if patch is not None and "downsample" not in metadata:  # TRIDENT
+        magnifications = [positive_number(metadata.get(f"{key}_magnification")) for key in ("level0", "target")]
+        if magnifications[0] is not None and magnifications[1] is not None:
+            add("patch_size x magnifications", round(patch * magnifications[0] / magnifications[1]), "px")
+    for key in () if unit == "um" else MICRON_KEYS:
+        add(key, edge(key), "um")
+    tile, said = edge("tile_size"), said_unit(name, metadata)
+    if scale == STAMP_V1_UM / STAMP_V1_PX:
+        add("STAMP's first format", STAMP_V1_UM, "um")
+    elif tile is not None and said is not None:
+        add("tile_size", tile * said.scale, said.unit)  # STAMP 2.0: in the unit of the coordinates
+    return sizes
+
+
+def square(name: str, key: str, said: str | None) -> float | None:
+    """One number of a file: as it is, or as a list of one or of two equal ones; None: it says no number above 0.
+
+    Raises:
+        SlideError: two different numbers.
+    """
+    numbers = _numbers(said)
+    if numbers is None:
+        return None
+    if len(numbers) > 2 or abs(numbers[0] - numbers[-1]) > AGREE * numbers[0]:
+        raise SlideError(f"{name}: {key}: found {said!r:.40}, wanted one number, the edge of a square")
+    return numbers[0]
+
+
+def _numbers(said: str | None) -> list[float] | None:
+    if said is None or (one := positive_number(said)) is not None:
+        return None if said is None else [one]  # type: ignore[list-item]
+    try:
+        held = json.loads(said)
+    except ValueError:
+        return None
+    while isinstance(held, list) and len(held) == 1 and isinstance(held[0], list):
+        held = held[0]
+    if not isinstance(held, list) or not held:
+        return None
+    numbers = [positive_number(number) if isinstance(number, (int, float)) else None for number in held]
+    return None if None in numbers else numbers  # type: ignore[return-value]
+
+
+def settle(
+    name: str, unit: CoordUnit | None, source: Source | None, size: PatchSize | None, said: Said
+) -> tuple[Unit | None, PatchSize | None]:
+    """Unit and size by the file and the user together.
+
+    Args:
+        unit, source: of the coordinates, by the file.
+        size: of a patch, by the file or a guess.
+
+    Raises:
+        SlideError: the file itself says something else than the user.
+    """
+    chosen = None if unit is None or source is None else Unit(unit, source)
+    if said.coord_unit is not None:
+        if chosen is not None and chosen.source != "guess" and chosen.unit != said.coord_unit:
+            raise SlideError(f"{name}: found coordinates in {chosen.unit} by the file, but {said.coord_unit} was given")
+        if chosen is None or chosen.source == "guess":
+            chosen = Unit(said.coord_unit, "given")
+            if size is not None and size.source == "guess":
+                size = size._replace(unit=said.coord_unit)
+    if said.patch_size_px is not None:
+        wrong = size is not None and size.source == "file" and size.unit == "px"
+        if wrong and abs(size.value - said.patch_size_px) > AGREE * size.value:  # type: ignore[union-attr]
+            raise SlideError(
+                f"{name}: patch_size_level0: found {size.value:g} px in the file, "  # type: ignore[union-attr]
+                f"but {said.patch_size_px:g} was given"
+            )
+        size = PatchSize(said.patch_size_px, "px", "given")
+    return chosen, size
+
+
+def guesses(unit: Unit | None, size: PatchSize | None) -> list[str]:
+    """What of a slide's places is only guessed, in words."""
+    found = []
+    if unit is not None and unit.source == "guess":
+        found.append(f"the unit of the coordinates ({unit.unit})")
+    if size is not None and size.source == "guess":
+        found.append(f"the size of a patch ({size.value:g} {size.unit}, the spacing of the grid)")
+    return found
+
+
+def refuse_guesses(name: str, guessed: Sequence[str]) -> None:
+    """Raises SlideError where a drawing upon a slide's image would rest on a guess."""
+    if guessed:
+        raise SlideError(
+            f"{name}: found no word about {' and '.join(guessed)}, wanted it given, or the guess accepted, "
+            "to draw upon the slide's image"
+        )
+
+
+def bounds_metadata(properties: Mapping[str, Any]) -> dict[str, str]:
+    """What a feature file says of a slide's bounds, out of an openslide image's properties; {} where it has none."""
+    keys = {f"bounds_{part}": properties.get(f"openslide.bounds-{part}") for part in ("x", "y", "width", "height")}
+    return {} if None in keys.values() else {key: str(value) for key, value in keys.items()}
+
+
+def origin(name: str, metadata: Mapping[str, str], image: Mapping[str, Any] | None) -> Origin:
+    """Where QuPath and others that crop a slide to its bounds begin to count.
+
+    Args:
+        metadata: of the feature file.
+        image: properties of the slide's image (`openslide.bounds-x` ...), where it is at hand.
+
+    Raises:
+        SlideError: file and image differ.
+    """
+    said = _corner(metadata.get("bounds_x"), metadata.get("bounds_y"))
+    if image is not None:
+        seen = _corner(image.get("openslide.bounds-x"), image.get("openslide.bounds-y")) or (0.0, 0.0)
+        if said is not None and said != seen:
+            raise SlideError(
+                f"{name}: bounds: found an origin of {said[0]:g}, {said[1]:g} in the file and {seen[0]:g}, {seen[1]:g} "
+                "in the slide's image, wanted one; the image may be another slide's"
+            )
+        return Origin(*seen, "image")
+    if said is not None:
+        return Origin(*said, "file")
+    # `encode` writes the bounds of every slide that has some, and its reader's name of every slide.
+    return Origin(0.0, 0.0, "file" if "reader" in metadata and "slide_file" in metadata else "unknown")
+
+
+def _corner(x: Any, y: Any) -> tuple[float, float] | None:
+    try:
+        corner = float(x), float(y)
+    except (TypeError, ValueError):
+        return None
+    return corner if all(map(math.isfinite, corner)) else None
+
+
+def one_unit(name: str, groups: Iterable[Mapping[str, str]]) -> None:
+    """Raises SlideError where two parts of one file (its root and a dataset) name different units."""
+    found = {unit for group in groups if (unit := said_unit(name, group)) is not None}
+    if len(found) > 1:
+        both = " and ".join(sorted(f"{unit.scale:g} {unit.unit}" for unit in found))
+        raise SlideError(f"{name}: found coordinates in two units, of {both}, wanted one")
+
+
+def unit_fields(unit: Unit | None) -> dict[str, Any]:
+    """The fields of a `FeatureFile` that say it."""
+    return {} if unit is None else {"coord_unit": unit.unit, "unit_source": unit.source, "unit_scale": unit.scale}
+
+
+def unit_remarks(unit: Unit | None) -> list[str]:
+    """What `doctor` notes of it."""
+    if unit is None:
+        return ["coords: nothing says their unit, and fractions tell none: it must be given to place the patches"]
+    if unit.source != "guess":
+        return []
+    if unit.unit == "um":
+        return ["coords: nothing says their unit; taken as STAMP's first format for their steps of 224: a guess"]
+    return ["coords: nothing says their unit; taken as level-0 pixels because they are whole numbers: a guess"]
