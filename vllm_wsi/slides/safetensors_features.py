@@ -1,0 +1,79 @@
+"""safetensors feature files: `features`, `coords` and a string map of metadata."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .features import FLOAT_DTYPES, CoordUnit, FeatureFile, SlideError, SlideIdentity, check_matrix, metadata_strings
+from .rows import RawRows
+
+MAX_SAFETENSORS_HEADER = 1 << 20  # bytes; two tensors and their metadata need a few hundred
+SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
+    # The header is parsed here because the library offers no byte offsets, and its own reader maps the file.
+    with open(path, "rb") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        if size > MAX_SAFETENSORS_HEADER:
+            raise SlideError(f"{path}: found a header of {size} bytes, wanted at most {MAX_SAFETENSORS_HEADER}")
+        raw = file.read(size)
+        if len(raw) < size:
+            raise SlideError(f"{path}: found {identity.size} bytes, wanted a header of {size}; the file is truncated")
+        try:
+            header = json.loads(raw)
+            metadata = metadata_strings(path, header.pop("__metadata__", {}))
+            entry = header.get("features")
+            if entry is None:
+                found = ", ".join(sorted(header)) or "no tensors"
+                raise SlideError(f"{path}: found the keys {found}, wanted a tensor named 'features'")
+            dtype = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])
+            shape, (begin, end) = whole_numbers(entry["shape"]), whole_numbers(entry["data_offsets"])
+            n, d = check_matrix(path, "features", shape, dtype)
+            storage = FLOAT_DTYPES[dtype]
+            data = 8 + size
+            if begin < 0 or end - begin != n * d * storage.itemsize:
+                raise SlideError(f"{path}: features: found offsets {begin}:{end}, wanted the size of shape {shape}")
+            load_coords = _safetensors_coords(path, header.get("coords"), data, n)
+        except SlideError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise SlideError(f"{path}: found a broken safetensors header, wanted JSON with offsets") from error
+    rows = RawRows(path, data + begin, storage, n, d)
+    unit: CoordUnit | None = None if load_coords is None else "px"
+    return FeatureFile(str(path), "safetensors", "features", n, d, dtype, rows, identity, metadata, unit, load_coords)
+
+
+def whole_numbers(values: object) -> tuple[int, ...]:
+    """A JSON list of whole numbers; 40.0 and true are none."""
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise ValueError(f"found {values!r}, wanted whole numbers")
+    return tuple(values)
+
+
+def _safetensors_coords(path: Path, entry: Mapping | None, data: int, num_patches: int) -> Callable[[], NDArray] | None:
+    if entry is None:
+        return None
+    dtypes = {"I32": "<i4", "I64": "<i8"}
+    shape, (begin, end) = whole_numbers(entry["shape"]), whole_numbers(entry["data_offsets"])
+    if shape != (num_patches, 2) or entry["dtype"] not in dtypes:
+        raise SlideError(
+            f"{path}: coords: found {entry['dtype']} of shape {shape}, wanted I32 of shape ({num_patches}, 2)"
+        )
+    dtype, count = np.dtype(dtypes[entry["dtype"]]), num_patches * 2
+    if begin < 0 or end - begin != count * dtype.itemsize:
+        raise SlideError(f"{path}: coords: found offsets {begin}:{end}, wanted the size of shape {shape}")
+
+    def load() -> NDArray:
+        coords = np.fromfile(path, dtype, count, offset=data + begin)
+        if coords.size < count:
+            raise SlideError(f"{path}: coords: found {coords.size} numbers, wanted {count}; the file is truncated")
+        return coords.reshape(shape)
+
+    return load
