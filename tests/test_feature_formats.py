@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from vllm_wsi.slides import FeatureFile, open_features
+from vllm_wsi.slides import FeatureFile, SlideError, open_features
 from vllm_wsi.slides.rows import RawRows
 
 N, D = 21, 8
@@ -113,9 +113,30 @@ def pt(name: str, saved: torch.Tensor, dtype: str = "float32", legacy: bool = Fa
     return Case(f"{name}.pt", write, "pt (before torch 1.6)" if legacy else "pt", dtype=dtype)
 
 
-def slidechat(name: str, before: str = "", end: str = "\n", newline: str = "\n") -> Case:
-    lines = [",".join([*map(str, range(D)), "patch_name"])]
-    lines += [",".join([*map(str, row), f"{i}_53.jpeg"]) for i, row in enumerate(F32)]
+def pt_dict(name: str, legacy: bool = False, key: str = "features", **beside: Any) -> Case:
+    """As slide2vec and home-made scripts write it."""
+    coords = COORDS if {"coords", "coordinates", "x"} & beside.keys() else None
+    read = {name: str(value) for name, value in beside.items() if isinstance(value, (str, float))}
+
+    def write(path: Path) -> None:
+        torch.save({**beside, key: tensor("float32")}, path, _use_new_zipfile_serialization=not legacy)
+
+    form, unit = "pt (before torch 1.6)" if legacy else "pt", "px" if coords is not None else None
+    return Case(f"{name}.pt", write, form, key, coords=coords, unit=unit, metadata=read)
+
+
+def npz(name: str, key: str = "features", compressed: bool = False, read: Mapping[str, str] | None = None, **arrays):
+    save = np.savez_compressed if compressed else np.savez
+    placed = bool({"coords", "coordinates", "x"} & arrays.keys())
+    return Case(
+        f"{name}.npz", lambda path: save(path, **arrays), "npz", key,
+        coords=COORDS if placed else None, unit="px" if placed else None, metadata=read or {},
+    )  # fmt: skip
+
+
+def slidechat(name: str, before: str = "", end: str = "\n", newline: str = "\n", quote: str = "") -> Case:
+    cells = [[*map(str, range(D)), "patch_name"], *([*map(str, row), f"{i}_53.jpeg"] for i, row in enumerate(F32))]
+    lines = [",".join(f"{quote}{cell}{quote}" for cell in row) for row in cells]
     text = before + newline.join(lines) + end
     return Case(f"{name}.csv", lambda path: path.write_bytes(text.encode()), "SlideChat csv")
 
@@ -131,6 +152,7 @@ def narrow_floats(path: Path) -> None:
         dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(raw("bfloat16")), kind)
 
 
+PLACES = torch.from_numpy(COORDS)
 VIEW = torch.cat([torch.zeros(3, D), tensor("float32"), torch.ones(2, D)])[3 : 3 + N]
 BATCH, ONE = COORDS[None], COORDS[:1][None]
 CONTIGUOUS = [
@@ -169,7 +191,33 @@ CASES = [
     pt("legacy-bf16", tensor("bfloat16"), "bfloat16", legacy=True),
     pt("legacy-view", VIEW, legacy=True),
     pt("legacy-with-gradient", tensor("float32").requires_grad_(), legacy=True),
+    pt("batch", tensor("float32")[None]),
+    pt("legacy-batch", tensor("float32")[None], legacy=True),
+    pt_dict("dict", coords=PLACES),
+    pt_dict("dict-batch-of-places", coords=PLACES[None].int(), mpp=0.5, encoder="uni"),
+    pt_dict("dict-float-places", key="feats", coordinates=PLACES.float(), other=torch.zeros(3, 3)),
+    pt_dict("dict-axes", key="embeddings", x=PLACES[:, 0].clone(), y=PLACES[:, 1].clone()),
+    pt_dict("dict-no-places", key="tile_features"),
+    pt_dict("dict-legacy", legacy=True, coords=PLACES, mpp=0.5),
+    npz("plain", features=F32, coords=COORDS),
+    npz("compressed", compressed=True, features=F32, coords=COORDS.astype(np.int32)),
+    npz("axes", features=F32, x=COORDS[:, 0], y=COORDS[:, 1]),
+    npz("batch", "feats", feats=F32[None], coordinates=COORDS[None], names=np.array(["a", "b"])),
+    npz("one-array", "arr_0", arr_0=F32),
+    npz("numbers", read={"mpp": "0.5", "slide": "S1"}, features=F32, coords=COORDS, mpp=0.5, slide="S1"),
+    npz("objects-beside", features=F32, coords=COORDS, extra=np.array([{}])),
+    Case("batch.npy", lambda path: np.save(path, F32[None]), "npy"),
+    Case(
+        "feats.safetensors",
+        lambda path: safetensors.torch.save_file({"feats": tensor("float32")[None]}, path),
+        "safetensors",
+        "feats",
+    ),
     slidechat("slidechat"),
+    slidechat("slidechat-blank-last-line", end="\n\n"),
+    slidechat("slidechat-blank-last-lines-crlf", newline="\r\n", end="\r\n\r\n \r\n"),
+    slidechat("slidechat-quoted", quote='"'),
+    slidechat("slidechat-quoted-bom", quote='"', before="\ufeff"),
     slidechat("slidechat-bom", before="\ufeff"),
     slidechat("slidechat-no-last-newline", end=""),
     slidechat("slidechat-crlf", newline="\r\n", end="\r\n"),
@@ -252,6 +300,50 @@ def test_bfloat16_within_hdf5_is_widened(tmp_path: Path):
     with open_features(tmp_path / "bf16.h5") as slide:
         assert slide.dtype == "float32"
         assert np.array_equal(slide.read_rows(0, N), tensor("bfloat16").float().numpy())
+
+
+@pytest.mark.parametrize("suffix", ["pt", "dict.pt", "safetensors"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_8_bit_floats_are_widened_to_float16_as_torch_does(dtype: str, suffix: str, tmp_path: Path):
+    codes = torch.arange(256, dtype=torch.uint8).reshape(32, 8).view(getattr(torch, dtype))
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "safetensors":
+        safetensors.torch.save_file({"features": codes}, path)
+    else:
+        saved = {"features": codes, "coords": torch.zeros(32, 2)} if suffix == "dict.pt" else codes
+        torch.save(saved, path)
+    with open_features(path) as slide:
+        assert (slide.num_patches, slide.feature_dim, slide.dtype) == (32, 8, "float16")
+        assert slide.remarks[-1] == f"{slide.key or 'features'}: stored as {dtype}, read as float16"
+        assert np.array_equal(slide.read_rows(3, 32), codes[3:].to(torch.float16).numpy(), equal_nan=True)
+        assert np.array_equal(slide.read_rows(0, 1), codes[:1].to(torch.float16).numpy(), equal_nan=True)
+
+
+def test_8_bit_rows_are_widened_in_steps(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("vllm_wsi.slides.rows.FLOAT8_STEP", 20)
+    codes = torch.arange(256, dtype=torch.uint8).reshape(32, 8).view(torch.float8_e5m2)
+    torch.save(codes, tmp_path / "a.pt")
+    with open_features(tmp_path / "a.pt") as slide:
+        assert np.array_equal(slide.read_rows(0, 31), codes[:31].to(torch.float16).numpy(), equal_nan=True)
+
+
+def test_tensors_of_one_record_each_are_told_apart_wherever_they_lie(tmp_path: Path):
+    both = {"coords": PLACES, "first": torch.zeros(5), "features": VIEW, "last": torch.ones(D, N)}
+    torch.save(both, tmp_path / "a.pt")
+    with open_features(tmp_path / "a.pt") as slide:
+        assert isinstance(slide.rows, RawRows)
+        assert np.array_equal(slide.read_rows(0, N), F32)
+        assert np.array_equal(slide.read_coords(), COORDS)
+
+
+def test_slideflow_tile_centres_are_not_taken_for_corners(tmp_path: Path):
+    torch.save(tensor("float32"), tmp_path / "a.pt")
+    np.savez(tmp_path / "a.index.npz", COORDS)
+    with open_features(tmp_path / "a.pt") as slide:
+        assert slide.read_coords() is None
+        assert "a.index.npz beside it holds the centres of slideflow's tiles" in slide.remarks[0]
+    with pytest.raises(SlideError, match="found slideflow's index of tile centres, wanted the features beside it"):
+        open_features(tmp_path / "a.index.npz")
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from .csv_features import open_csv
 from .features import FeatureFile, SlideError, SlideIdentity, check_matrix
 from .hdf5_features import open_hdf5
 from .npy_features import CONVERT, open_npy
+from .npz_features import open_npz
 from .rows import ArrayRows
 from .safetensors_features import open_safetensors
 from .torch_features import open_legacy_torch, open_torch_zip
+from .zip_records import zip_records
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 NPY_MAGIC = b"\x93NUMPY"
@@ -26,6 +28,7 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # most slide images: svs,
 NON_TIFF_SUFFIXES = frozenset((".mrxs", ".czi", ".dcm", ".vms", ".vmu"))  # of slide images whose first bytes say little
 # Of the slide images that a folder is searched for or a benchmark names; what a file is, its content says.
 IMAGE_SUFFIXES = NON_TIFF_SUFFIXES | {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".qptiff"}
+WANTED = "safetensors, h5, h5ad, npy, npz, pt, parquet, zarr or csv"
 CONVERT_PICKLE = CONVERT.format('pickle.load(open(FILE, "rb"))')
 
 
@@ -56,10 +59,10 @@ def open_features(path: str | os.PathLike[str], encoder: str | None = None) -> F
 
 
 def features_in_memory(array: NDArray, name: str = "features", dtype: str | None = None) -> FeatureFile:
-    """A feature file that is an array [N, d]; `dtype="bfloat16"` says that a uint16 array is raw bfloat16."""
+    """A feature file that is an array [N, d] or [1, N, d]; `dtype="bfloat16"`: a uint16 array is raw bfloat16."""
     dtype = dtype or str(array.dtype)
     n, d = check_matrix(name, "", array.shape, dtype)
-    array = np.ascontiguousarray(array)
+    array = np.ascontiguousarray(array).reshape(n, d)
     digest = hashlib.blake2b(f"{dtype}{array.shape}".encode(), digest_size=20)
     digest.update(array.view(np.uint8).data)
     identity = SlideIdentity(f"memory:{digest.hexdigest()}", array.nbytes)
@@ -72,7 +75,7 @@ def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: 
     if head.startswith(NPY_MAGIC):
         return open_npy(path, identity)
     if head.startswith(ZIP_MAGIC):
-        return open_torch_zip(path, identity)
+        return _open_zip(path, identity)
     if head.startswith(LEGACY_TORCH_MAGIC):
         return open_legacy_torch(path, identity)
     if head.startswith(PICKLE_PROTOCOLS):
@@ -88,8 +91,17 @@ def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: 
             f"{path}: found a slide image, wanted features; encode it once: vllm-wsi encode {path.name} --encoder NAME"
         )
     kind = "text" if _is_text(head) else "unknown content"
-    wanted = "safetensors, h5, npy, pt or csv"
-    raise SlideError(f"{path}: found {kind} that begins with {head[:12]!r}, wanted a feature file ({wanted})")
+    raise SlideError(f"{path}: found {kind}, wanted a feature file ({WANTED})")  # shows nothing of what it holds
+
+
+def _open_zip(path: Path, identity: SlideIdentity) -> FeatureFile:
+    """`.pt` and `.npz` are zip archives both."""
+    records = zip_records(path)
+    if any(record.filename.endswith("/data.pkl") for record in records):
+        return open_torch_zip(path, identity, records)
+    if any(record.filename.endswith(".npy") for record in records):
+        return open_npz(path, identity, records)
+    raise SlideError(f"{path}: found a zip archive of other things, wanted a feature file ({WANTED})")
 
 
 def is_image(path: Path, head: bytes) -> bool:

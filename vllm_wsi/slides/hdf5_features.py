@@ -72,8 +72,6 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
     key, form = _find_features(path, file, encoder)
     features = _local_dataset(path, file, key)
     shape: tuple[int, ...] = features.shape or ()  # None: HDF5's null dataspace
-    if len(shape) == 3 and shape[0] == 1:  # UNI2: a batch of one slide
-        shape = shape[1:]
     n, d = check_matrix(path, key, shape, features.dtype.name)
     _check_stored(path, key, features)
 

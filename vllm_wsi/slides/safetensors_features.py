@@ -11,10 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features import FLOAT_DTYPES, CoordUnit, FeatureFile, SlideError, SlideIdentity, check_matrix, metadata_strings
-from .rows import RawRows
+from .named_arrays import features_key
+from .rows import FLOAT8, read_as, stored_rows, widened
 
 MAX_SAFETENSORS_HEADER = 1 << 20  # bytes; two tensors and their metadata need a few hundred
-SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+SAFETENSORS_DTYPES = {
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
 
 
 def open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
@@ -29,25 +33,25 @@ def open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
         try:
             header = json.loads(raw)
             metadata = metadata_strings(path, header.pop("__metadata__", {}))
-            entry = header.get("features")
-            if entry is None:
-                found = ", ".join(sorted(header)) or "no tensors"
-                raise SlideError(f"{path}: found the keys {found}, wanted a tensor named 'features'")
+            key = features_key(path, header)
+            entry = header[key]
             dtype = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])
             shape, (begin, end) = whole_numbers(entry["shape"]), whole_numbers(entry["data_offsets"])
-            n, d = check_matrix(path, "features", shape, dtype)
-            storage = FLOAT_DTYPES[dtype]
+            n, d = check_matrix(path, key, shape, read_as(dtype))
             data = 8 + size
-            if begin < 0 or end - begin != n * d * storage.itemsize:
-                raise SlideError(f"{path}: features: found offsets {begin}:{end}, wanted the size of shape {shape}")
+            if begin < 0 or end - begin != n * d * (1 if dtype in FLOAT8 else FLOAT_DTYPES[dtype].itemsize):
+                raise SlideError(f"{path}: {key}: found offsets {begin}:{end}, wanted the size of shape {shape}")
             load_coords = _safetensors_coords(path, header.get("coords"), data, n)
         except SlideError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SlideError(f"{path}: found a broken safetensors header, wanted JSON with offsets") from error
-    rows = RawRows(path, data + begin, storage, n, d)
+    rows = stored_rows(path, data + begin, dtype, n, d)
     unit: CoordUnit | None = None if load_coords is None else "px"
-    return FeatureFile(str(path), "safetensors", "features", n, d, dtype, rows, identity, metadata, unit, load_coords)
+    return FeatureFile(
+        str(path), "safetensors", key, n, d, read_as(dtype), rows, identity, metadata, unit, load_coords,
+        widened(key, dtype),
+    )  # fmt: skip
 
 
 def whole_numbers(values: object) -> tuple[int, ...]:
