@@ -14,13 +14,16 @@ from .features import FeatureFile, SlideError, SlideIdentity, check_matrix
 from .hdf5_features import open_hdf5
 from .npy_features import CONVERT, open_npy
 from .npz_features import open_npz
+from .parquet_features import open_parquet
 from .rows import ArrayRows
 from .safetensors_features import open_safetensors
 from .torch_features import open_legacy_torch, open_torch_zip
+from .zarr_features import open_zarr
 from .zip_records import zip_records
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 NPY_MAGIC = b"\x93NUMPY"
+PARQUET_MAGIC = b"PAR1"
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_PROTOCOLS = tuple(bytes([0x80, n]) for n in range(2, 6))
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -28,6 +31,7 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # most slide images: svs,
 NON_TIFF_SUFFIXES = frozenset((".mrxs", ".czi", ".dcm", ".vms", ".vmu"))  # of slide images whose first bytes say little
 # Of the slide images that a folder is searched for or a benchmark names; what a file is, its content says.
 IMAGE_SUFFIXES = NON_TIFF_SUFFIXES | {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".qptiff"}
+SEVERAL_SETS = ("AtlasPatch h5", "SpatialData zarr")  # formats that hold features of several encoders
 WANTED = "safetensors, h5, h5ad, npy, npz, pt, parquet, zarr or csv"
 CONVERT_PICKLE = CONVERT.format('pickle.load(open(FILE, "rb"))')
 
@@ -36,8 +40,9 @@ def open_features(path: str | os.PathLike[str], encoder: str | None = None) -> F
     """Opens a feature file; reads its header alone.
 
     Args:
-        path: safetensors (ours), h5 (TRIDENT, CLAM, UNI2, STAMP, Marugoto, AtlasPatch), npy, pt or SlideChat csv.
-        encoder: which encoder's features to take from a file that holds several (AtlasPatch).
+        path: safetensors (ours), h5 (TRIDENT, CLAM, UNI2, STAMP, Marugoto, AtlasPatch), h5ad, zarr (SpatialData,
+            AnnData, tiatoolbox), npy, npz, pt, parquet or SlideChat csv.
+        encoder: which encoder's features to take from a file that holds several (AtlasPatch, SpatialData).
 
     Raises:
         SlideError: in one sentence, what is wrong with the file and what was wanted.
@@ -45,14 +50,17 @@ def open_features(path: str | os.PathLike[str], encoder: str | None = None) -> F
     path = Path(path)
     identity = SlideIdentity.of_file(path)
     try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-        if not head:
-            raise SlideError(f"{path}: found an empty file, wanted a feature file")
-        opened = _open_by_content(path, head, identity, encoder)
+        if identity.content:
+            opened = open_zarr(path, identity, encoder)
+        else:
+            with open(path, "rb") as file:
+                head = file.read(64)
+            if not head:
+                raise SlideError(f"{path}: found an empty file, wanted a feature file")
+            opened = _open_by_content(path, head, identity, encoder)
     except OSError as error:
         raise SlideError(f"{path}: found an unreadable file ({error}), wanted a feature file") from error
-    if encoder is not None and opened.format != "AtlasPatch h5":
+    if encoder is not None and opened.format not in SEVERAL_SETS:
         opened.close()
         raise SlideError(f"{path}: found one set of features ({opened.format}), wanted a choice for encoder={encoder}")
     return opened
@@ -84,6 +92,8 @@ def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: 
         )
     if len(head) > 8 and head[8:9] == b"{" and head[5:8] == bytes(3):
         return open_safetensors(path, identity)
+    if head.startswith(PARQUET_MAGIC):
+        return open_parquet(path, identity)
     if path.suffix.lower() == ".csv":
         return open_csv(path, identity)
     if is_image(path, head):

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features import CoordUnit, SlideError, listed
-from .hdf5_features import _coord_unit
 
 FEATURE_KEYS = (
     "features", "feats", "embeddings", "feature", "feat", "embedding", "patch_features", "patch_embeddings",
@@ -85,7 +84,7 @@ def find_coords(path: Path, arrays: Mapping[str, Array], num_patches: int, attri
 
 def placed(load: Load, attributes: Mapping[str, object]) -> Coords:
     """Coordinates whose unit the attributes tell, under the producers' own names."""
-    unit, remark = _coord_unit(load(), dict(attributes))
+    unit, remark = coord_unit(load(), dict(attributes))
     return Coords(unit, load, (remark,) if remark else ())
 
 
@@ -101,3 +100,16 @@ def _not_coords(path: Path, key: str, array: Array, num_patches: int) -> SlideEr
     return SlideError(
         f"{path}: {key}: found {array.dtype} of shape {array.shape}, wanted one x, y for each of {num_patches} patches"
     )
+
+
+def coord_unit(coords: Any, attributes: dict[str, object]) -> tuple[CoordUnit, str | None]:
+    """STAMP says «um»; without a word, whole numbers are level-0 pixels and fractions are microns."""
+    unit = attributes.get("unit")
+    if unit in ("um", b"um", "µm", "microns"):
+        return "um", None
+    if unit is not None or "patch_size_level0" in attributes or "level0_width" in attributes:
+        return "px", None
+    some = coords[..., :1000, :2]
+    if np.array_equal(some, np.floor(some)):
+        return "px", "coords: no attribute says their unit; taken as level-0 pixels because they are whole numbers"
+    return "um", "coords: no attribute says their unit; taken as microns because they are fractions"
