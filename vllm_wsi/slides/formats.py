@@ -30,7 +30,7 @@ LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # most slide images: svs, ndpi, scn, OME-TIFF ...
 NON_TIFF_SUFFIXES = frozenset((".mrxs", ".czi", ".dcm", ".vms", ".vmu"))  # of slide images whose first bytes say little
 # Of the slide images that a folder is searched for or a benchmark names; what a file is, its content says.
-IMAGE_SUFFIXES = NON_TIFF_SUFFIXES | {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".qptiff"}
+IMAGE_SUFFIXES = NON_TIFF_SUFFIXES | {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".qptiff", ".btf"}
 SEVERAL_SETS = ("AtlasPatch h5", "SpatialData zarr")  # formats that hold features of several encoders
 WANTED = "safetensors, h5, h5ad, npy, npz, pt, parquet, zarr or csv"
 CONVERT_PICKLE = CONVERT.format('pickle.load(open(FILE, "rb"))')
