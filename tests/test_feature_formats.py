@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numcodecs
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import zarr
 
 from vllm_wsi.slides import FeatureFile, SlideError, open_features
 from vllm_wsi.slides.rows import RawRows
+
+from . import feature_stores as stores
 
 N, D = 21, 8
 VALUES = np.random.default_rng(7).standard_normal((N, D))
@@ -153,6 +157,71 @@ def narrow_floats(path: Path) -> None:
 
 
 PLACES = torch.from_numpy(COORDS)
+
+
+def plain_zarr(name: str, zarr_format: int = 3, coords: np.ndarray = COORDS, key: str = "features", **how) -> Case:
+    arrays = {key: F32, "coords": coords}
+    return Case(
+        f"{name}.zarr", lambda path: stores.zarr_group(path, arrays, zarr_format, **how), "zarr", key,
+        coords=COORDS, unit="px",
+    )  # fmt: skip
+
+
+def table(name: str, form: str, write: Callable[..., None], *arguments: Any) -> Case:
+    read = stores.LAZYSLIDE_READ | {"patch_size_level0": "448"}
+    return Case(name, lambda path: write(path, F32, COORDS, *arguments), form, "X", "float32", COORDS, "px", read)
+
+
+def spatial(name: str, models: Mapping[str, np.ndarray], encoder: str | None, zarr_format: int = 3) -> Case:
+    order = np.random.default_rng(5).permutation(N)
+    chosen = encoder or next(iter(models))
+    read = stores.LAZYSLIDE_READ | {"encoder": chosen.removesuffix("_tiles"), "patch_size_level0": "448.0"}
+    return Case(
+        f"{name}.zarr", lambda path: stores.spatial_zarr(path, models, COORDS, order, zarr_format=zarr_format),
+        "SpatialData zarr", f"tables/{chosen.removesuffix('_tiles')}_tiles/X", "float32", COORDS, "px", read, encoder,
+    )  # fmt: skip
+
+
+def parquet(name: str, key: str, write: Callable[..., None], *arguments: Any, **others: Any) -> Case:
+    placed = {"x", "coords"} & others.keys()
+    return Case(
+        f"{name}.parquet", lambda path: write(path, F32, *arguments, **others), "parquet", key,
+        coords=COORDS if placed else None, unit="px" if placed else None,
+    )  # fmt: skip
+
+
+ZARRS = [
+    plain_zarr("v3", chunks=(4, 3)),
+    plain_zarr("v3-one-chunk", key="feats", chunks=(100, 100), coords=COORDS[None]),
+    plain_zarr("v3-bare", chunks=(1, D), compressors=None),
+    plain_zarr("v3-gzip", chunks=(5, D), compressors=zarr.codecs.GzipCodec()),
+    plain_zarr("v3-blosc", chunks=(5, 3), compressors=zarr.codecs.BloscCodec()),
+    plain_zarr("v3-shards", chunks=(2, 4), shards=(6, 8)),
+    plain_zarr("v3-bare-shards", chunks=(3, 2), shards=(9, 4), compressors=None),
+    plain_zarr("v3-dots", chunks=(4, 3), chunk_key_encoding={"name": "v2", "separator": "."}),
+    plain_zarr("v3-big-endian", chunks=(4, 3), serializer=zarr.codecs.BytesCodec(endian="big")),
+    plain_zarr("v2", 2, chunks=(4, 3)),
+    plain_zarr("v2-blosc", 2, chunks=(4, 3), compressors=numcodecs.Blosc(shuffle=2)),
+    plain_zarr("v2-zlib", 2, chunks=(4, 3), compressors=numcodecs.Zlib()),
+    plain_zarr("v2-lz4", 2, chunks=(4, 3), compressors=numcodecs.LZ4()),
+    plain_zarr("v2-fortran", 2, chunks=(4, 3), order="F"),
+    plain_zarr("v2-slashes", 2, chunks=(4, 3), chunk_key_encoding={"name": "v2", "separator": "/"}),
+]
+TABLES = [
+    table("table.h5ad", "AnnData h5ad", stores.h5ad),
+    table("table2.zarr", "AnnData zarr", stores.anndata_zarr, 2),
+    table("table3.zarr", "AnnData zarr", stores.anndata_zarr, 3),
+    spatial("lazyslide", {"uni": F32}, None),
+    spatial("lazyslide2", {"uni": F32}, None, 2),
+    spatial("lazyslide-two-models", {"uni": F32, "conch": F32 * 0}, "uni"),
+    spatial("lazyslide-by-table", {"uni": F32, "conch": F32 * 0}, "uni_tiles"),
+]
+PARQUETS = [
+    parquet("columns", "0 .. 7", stores.columns_parquet, x=COORDS[:, 0], y=COORDS[:, 1]),
+    parquet("prefixed", "feat_0 .. feat_7", stores.columns_parquet, "feat_", slide_id=["S"] * N, tile=["t"] * N),
+    parquet("lists", "features", stores.lists_parquet, "features", x=COORDS[:, 0], y=COORDS[:, 1]),
+    parquet("fixed-lists", "embedding", stores.lists_parquet, "embedding", True, coords=list(map(list, COORDS))),
+]
 VIEW = torch.cat([torch.zeros(3, D), tensor("float32"), torch.ones(2, D)])[3 : 3 + N]
 BATCH, ONE = COORDS[None], COORDS[:1][None]
 CONTIGUOUS = [
@@ -213,6 +282,9 @@ CASES = [
         "safetensors",
         "feats",
     ),
+    *ZARRS,
+    *TABLES,
+    *PARQUETS,
     slidechat("slidechat"),
     slidechat("slidechat-blank-last-line", end="\n\n"),
     slidechat("slidechat-blank-last-lines-crlf", newline="\r\n", end="\r\n\r\n \r\n"),

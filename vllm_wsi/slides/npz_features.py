@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from .features import FeatureFile, RowSource, SlideError, SlideIdentity, check_m
 from .named_arrays import Array, features_key, find_coords
 from .npy_features import CONVERT, check_order, read_npy_header
 from .rows import RawRows, stored_array
-from .zip_records import data_offset
+from .zip_records import ZIP_ERRORS, broken, data_offset, open_record
 
 CONVERT_NPZ = CONVERT.format('numpy.load(FILE)["KEY"]')
 MAX_UNPACKED = 64 << 20  # bytes of an array that is read whole
@@ -40,7 +39,11 @@ class DeflatedRows:
     def __init__(self, path: Path, member: _Member, feature_dim: int) -> None:
         self._path, self._begin, self._row_bytes = path, member.offset, feature_dim * member.dtype.itemsize
         self._archive = zipfile.ZipFile(path)
-        self._file = self._archive.open(member.record)
+        try:
+            self._file = self._archive.open(member.record)
+        except ZIP_ERRORS as error:
+            self._archive.close()
+            raise broken(path) from error
 
     def read_into(self, start: int, out: NDArray) -> None:
         view = memoryview(out.view(np.uint8).reshape(-1).data) if out.size else memoryview(b"")
@@ -51,7 +54,9 @@ class DeflatedRows:
                 if not data:
                     raise SlideError(f"{self._path}: found the end of the archive while reading rows; it was truncated")
                 view[: len(data)], view = data, view[len(data) :]
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except SlideError:
+            raise
+        except ZIP_ERRORS as error:
             raise SlideError(
                 f"{self._path}: found rows that cannot be unpacked from {start} on, wanted features"
             ) from error
@@ -105,33 +110,9 @@ def _member(path: Path, record: zipfile.ZipInfo) -> _Member:
         raise SlideError(
             f"{path}: found a zip archive of other things, wanted a .npz of arrays as numpy.savez writes it"
         )
-    with _unpacking(path, record) as file:
+    with open_record(path, record) as file:
         shape, fortran, dtype = read_npy_header(path, record.filename.removesuffix(".npy"), file)
         return _Member(record, shape, fortran, dtype, file.tell())
-
-
-class _unpacking:
-    """A record's unpacked bytes; damaged ones are a SlideError."""
-
-    def __init__(self, path: Path, record: zipfile.ZipInfo) -> None:
-        self._path, self._record = path, record
-
-    def __enter__(self) -> IO[bytes]:
-        try:
-            self._archive = zipfile.ZipFile(self._path)
-            self._file = self._archive.open(self._record)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            raise self._broken() from error
-        return self._file
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._file.close()
-        self._archive.close()
-        if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)):
-            raise self._broken() from error
-
-    def _broken(self) -> SlideError:
-        return SlideError(f"{self._path}: found a broken zip archive, wanted a .npz of arrays; it may be truncated")
 
 
 def _check(path: Path, key: str, member: _Member) -> None:
@@ -152,7 +133,7 @@ def _read(path: Path, key: str, member: _Member) -> NDArray:
     if member.record.compress_type == zipfile.ZIP_STORED:
         begin = data_offset(path, member.record) + member.offset
         return stored_array(path, key, begin, member.dtype, member.shape)
-    with _unpacking(path, member.record) as file:
+    with open_record(path, member.record) as file:
         data = file.read(member.record.file_size)
     if len(data) != member.record.file_size:
         raise SlideError(f"{path}: {key}: found {len(data)} bytes, wanted {member.record.file_size}; it is truncated")

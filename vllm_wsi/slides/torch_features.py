@@ -18,7 +18,7 @@ from .features import FeatureFile, SlideError, SlideIdentity, check_matrix, list
 from .named_arrays import Array, Coords, features_key, find_coords
 from .npy_features import CONVERT
 from .rows import ArrayRows, read_as, stored_array, stored_rows, widened
-from .zip_records import data_offset
+from .zip_records import data_offset, open_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,11 +165,8 @@ def _places(path: Path, records: Sequence[zipfile.ZipInfo], tensors: Mapping[str
 
 
 def _bytes(path: Path, record: zipfile.ZipInfo) -> bytes:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(record)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise SlideError(f"{path}: found a broken zip archive, wanted a .pt tensor; it may be truncated") from error
+    with open_record(path, record) as file:
+        return file.read()
 
 
 def _refuse_code(path: Path, stream: IO[bytes], count: int) -> None:

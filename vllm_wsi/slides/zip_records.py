@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from .features import SlideError
+
+# What zipfile raises for damaged archives, and for records in a way of packing that it does not know.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError, struct.error)
 
 
 def zip_records(path: Path) -> list[zipfile.ZipInfo]:
@@ -14,11 +21,27 @@ def zip_records(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             records = [record for record in archive.infolist() if not record.is_dir()]
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-        raise SlideError(f"{path}: found a broken zip archive, wanted a .pt or .npz; it may be truncated") from error
+    except ZIP_ERRORS as error:
+        raise broken(path) from error
     if any(record.flag_bits & 1 for record in records):
         raise SlideError(f"{path}: found an encrypted zip archive, wanted a .pt or .npz that can be read")
     return records
+
+
+def broken(path: Path) -> SlideError:
+    return SlideError(f"{path}: found a broken zip archive, wanted a .pt or .npz; it may be truncated")
+
+
+@contextmanager
+def open_record(path: Path, record: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
+    """A record's unpacked bytes; SlideError where they are damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(record) as file:
+            yield file
+    except SlideError:
+        raise
+    except ZIP_ERRORS as error:
+        raise broken(path) from error
 
 
 def data_offset(path: Path, record: zipfile.ZipInfo) -> int:
