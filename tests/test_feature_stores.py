@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
+from vllm_wsi.checkpoint import load_selector
+from vllm_wsi.demo_model import DEMO_CHECKPOINT
 from vllm_wsi.slides import SlideError, SlideIdentity, open_features
 
 from . import feature_stores as stores
@@ -456,3 +458,22 @@ def test_no_file_stays_open_behind_a_slide_or_a_refusal(tmp_path: Path, open_fil
         assert open_files_below() == 0
     refusal(tmp_path / "bad.parquet")
     assert open_files_below() == 0
+
+
+def test_a_slide_of_many_chunks_is_selected_alike_from_every_format(tmp_path: Path):
+    features = np.random.default_rng(8).standard_normal((5000, 64)).astype(np.float32)
+    np.save(tmp_path / "a.npy", features)
+    np.savez_compressed(tmp_path / "b.npz", features=features)
+    stores.zarr_group(tmp_path / "c.zarr", {"features": features}, chunks=(700, 48))
+    stores.zarr_group(tmp_path / "d.zarr", {"features": features}, chunks=(50, 16), shards=(500, 64))
+    stores.columns_parquet(tmp_path / "e.parquet", features)
+    stores.lists_parquet(tmp_path / "f.parquet", features, "features")
+    selector = load_selector(DEMO_CHECKPOINT)
+    found = []
+    for path in sorted(tmp_path.iterdir()):
+        with open_features(path) as slide:
+            found.append(selector.select(slide, 100))
+    for one in found[1:]:
+        assert np.array_equal(one.indices, found[0].indices)
+        assert np.array_equal(one.scores, found[0].scores)
+        assert np.array_equal(one.features, features[one.indices])
