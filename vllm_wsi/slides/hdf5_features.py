@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .anndata_features import is_table, matrix_key, table_attributes, table_coords, table_shape
-from .features import CoordUnit, FeatureFile, SlideError, SlideIdentity, check_matrix, metadata_strings
+from .features import CoordUnit, FeatureFile, SlideError, SlideIdentity, check_matrix, listed, metadata_strings, shown
 from .hdf5_file import Hdf5Source, check_stored, damaged, dataset_rows, has, is_local, local_dataset
 from .named_arrays import NO_COORDS, coord_unit
 
@@ -96,8 +96,8 @@ def _find_features(path: Path, file: h5py.File, encoder: str | None) -> tuple[st
         if encoder is None and len(names) == 1:
             encoder = names[0]
         if encoder not in names:
-            found = ", ".join(names) or "nothing"
-            asked = "one choice among them (#encoder=NAME)" if encoder is None else f"encoder {encoder!r}"
+            found = listed(names) or "nothing"
+            asked = "one choice among them (#encoder=NAME)" if encoder is None else f"encoder {shown(encoder)!r}"
             raise SlideError(f"{path}: features: found a group of {found}, wanted {asked}")
         return f"features/{encoder}", "AtlasPatch"
     if has(file, "features"):
@@ -106,7 +106,7 @@ def _find_features(path: Path, file: h5py.File, encoder: str | None) -> tuple[st
         return "features", "TRIDENT" if is_local(file, "coords") and file["coords"].attrs else "CLAM"
     if has(file, "feats"):
         return "feats", "STAMP" if "stamp_version" in file.attrs or "unit" in file.attrs else "Marugoto"
-    found = ", ".join(sorted(file)) or "no datasets"
+    found = listed(file) or "no datasets"
     raise SlideError(f"{path}: found the keys {found}, wanted a dataset named 'features' or 'feats'")
 
 

@@ -131,9 +131,6 @@ def _content(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, 
     values: dict[str, object] = {
         str(key): value for key, value in content.items() if isinstance(value, (str, int, float, bool))
     }
-    values |= {
-        key: one.item() for key, one in tensors.items() if key and one.numel() == 1 and one.device.type != "meta"
-    }
     return tensors, values
 
 
