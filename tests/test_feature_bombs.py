@@ -78,6 +78,26 @@ def test_a_long_pickle_is_refused(tmp_path):
         open_features(torch_zip(tmp_path / "a.pt", b"\x80\x02" + b"N0" * 40_000 + b"N."))
 
 
+def test_a_packed_array_beside_features_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_wsi.slides.npz_features.MAX_UNPACKED", 32 << 20)
+    n = 3 << 20
+    np.savez_compressed(tmp_path / "a.npz", features=np.zeros((n, 1), np.float16), coords=np.zeros((n, 2), np.int64))
+    assert (tmp_path / "a.npz").stat().st_size < 1 << 20
+    with pytest.raises(SlideError, match="coords: found 50331776 bytes, wanted at most 33554432"):
+        open_features(tmp_path / "a.npz")
+
+
+def test_an_npz_whose_record_is_not_of_its_headers_size_is_refused(tmp_path):
+    np.savez(tmp_path / "whole.npz", features=np.ones((4, 8), np.float32))
+    with zipfile.ZipFile(tmp_path / "whole.npz") as archive:
+        data = archive.read("features.npy")
+    for length in (len(data) - 1, len(data) + 1):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("features.npy", (data + b"x")[:length])
+        with pytest.raises(SlideError, match=f"features: found a record of {length} bytes, wanted {len(data)} by its"):
+            open_features(tmp_path / "a.npz")
+
+
 @pytest.mark.parametrize("make", ["safetensors", "h5"])
 def test_metadata_that_would_be_remembered_with_every_selection_are_bounded(tmp_path, make):
     long = {"note": "x" * 70_000}

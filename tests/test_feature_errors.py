@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from vllm_wsi.slides import SlideError, features_in_memory, open_features, write_features
+
+from . import feature_stores as stores
 
 N, D = 9, 8
 FEATURES = np.random.default_rng(3).standard_normal((N, D)).astype(np.float32)
@@ -92,6 +95,10 @@ def pt(value: object, legacy: bool = False) -> Write:
     return lambda path: torch.save(value, path, _use_new_zipfile_serialization=not legacy)
 
 
+def npz(compressed: bool = False, **arrays: np.ndarray) -> Write:
+    return lambda path: (np.savez_compressed if compressed else np.savez)(path, **arrays)
+
+
 def csv(*lines: str) -> Write:
     return lambda path: path.write_text("\n".join(lines))
 
@@ -105,9 +112,9 @@ REFUSED = [
     ("pipe.h5", os.mkfifo, "found a pipe"),
     ("loop.h5", lambda path: path.symlink_to(path), "wanted a feature file"),
     ("empty.h5", Path.touch, "found an empty file"),
-    ("text.h5", lambda path: path.write_text("no features\n"), "found text that begins with b'no features"),
-    ("wrong-key.safetensors", safetensors({"feats": entry()}), "found the keys feats, wanted a tensor named"),
-    ("no-key.safetensors", safetensors({}), "found the keys no tensors"),
+    ("text.h5", lambda path: path.write_text("no features\n"), "found text, wanted a feature file (safetensors,"),
+    ("wrong-key.safetensors", safetensors({"fs": entry()}), "found the keys fs, wanted features named"),
+    ("no-key.safetensors", safetensors({}), "found no arrays, wanted features named"),
     ("json.safetensors", safetensors(b'{"features": '), "broken safetensors header"),
     ("utf8.safetensors", safetensors(b'{"\xff": 1}'), "broken safetensors header"),
     ("deep.safetensors", safetensors(b'{"a":' + b"[" * 200_000), "broken safetensors header"),
@@ -156,15 +163,35 @@ REFUSED = [
     ("huge.npy", npy_header((1 << 60, D)), "the file is truncated"),
     ("long.npy", npy_header((N,), [("a" * 9000, "<f4"), ("b" * 9000, "<f4")]), "found a broken npy header"),
     ("token.npy", lambda path: path.write_bytes(b"\x93NUMPY\1\0\4\0{'a("), "found a broken npy header"),
-    ("dict.pt", pt({"feats": torch.ones(2, 3), "n": 1}), "found a dict with the keys feats, n, wanted one tensor"),
-    ("list.pt", pt([torch.ones(2, 3)], legacy=True), "found a list, wanted one tensor"),
+    ("dict.pt", pt({"fs": torch.ones(2, 3), "n": 1}), "found the keys fs, wanted features named"),
+    ("no-tensors.pt", pt({"a": 1, "n": 1}), "found a dict with the keys a, n, wanted a tensor"),
+    ("two-sets.pt", pt({"feats": torch.ones(2, 3), "features": torch.ones(2, 3)}), "found several sets of features"),
+    ("few-coords.pt", pt({"feats": torch.ones(3, 4), "coords": torch.zeros(2, 2)}), "coords: found float32 of shape"),
+    ("one-axis.pt", pt({"feats": torch.ones(3, 4), "x": torch.zeros(3), "y": torch.zeros(2)}), "y: found float32 of"),
+    ("bf16-coords.pt", pt({"feats": torch.ones(3, 4), "coords": torch.zeros(3, 2).bfloat16()}), "found bfloat16 of"),
+    ("batch.pt", pt(torch.ones(2, 3, 4)), "found shape (2, 3, 4)"),
+    ("fp8-fnuz.pt", pt(torch.ones(2, 3).to(torch.float8_e4m3fnuz)), "found dtype float8_e4m3fnuz"),
+    ("list.pt", pt([torch.ones(2, 3)], legacy=True), "found a list, wanted a tensor (N, d)"),
     ("sparse.pt", pt(torch.ones(2, 3).to_sparse()), "found a torch.sparse_coo tensor, wanted a dense one"),
     ("transposed.pt", pt(torch.ones(2, 3).T), "strided view, wanted one contiguous tensor"),
     ("vector.pt", pt(torch.ones(3)), "found shape (3,), one vector for a whole slide"),
     ("int.pt", pt(torch.ones(2, 3, dtype=torch.int32)), "found dtype int32"),
-    ("no-header.csv", csv(ROW + ",0_0.jpeg"), "found a header row that begins with '0.25,0.25,0.25'"),
+    ("other-keys.npz", npz(a=FEATURES, b=FEATURES), "found the keys a, b, wanted features named"),
+    ("two.npz", npz(features=FEATURES, feats=FEATURES), "found several sets of features (features, feats)"),
+    ("int.npz", npz(features=COORDS), "features: found dtype int64"),
+    ("vector.npz", npz(features=FEATURES[0]), "features: found shape (8,), one vector for a whole slide"),
+    ("fortran.npz", npz(features=np.asfortranarray(FEATURES)), "features: found Fortran or big-endian order"),
+    ("big-endian.npz", npz(features=FEATURES.astype(">f4")), "features: found Fortran or big-endian order"),
+    ("few-coords.npz", npz(features=FEATURES, coords=COORDS[1:]), "coords: found int64 of shape (8, 2)"),
+    ("names.npz", npz(features=FEATURES, coords=np.array([["a", "b"]] * N)), "coords: found str"),
+    ("object-coords.npz", npz(features=FEATURES, x=COORDS[:, 0], y=COORDS[1:, 1]), "y: found int64 of shape (8,)"),
+    ("many.npz", npz(features=FEATURES, **{f"a{i}": COORDS for i in range(100)}), "found 101 arrays, wanted at most"),
+    ("no-header.csv", csv(ROW + ",0_0.jpeg"), "found another header row of 9 cells"),
     ("no-patches.csv", csv(HEADER), "found no patches below the header row"),
     ("one-cell.csv", csv(HEADER, ROW + ",a", "0.5"), "line 3: found 1 cells"),
+    ("blank-line.csv", csv(HEADER, ROW + ",a", "", ROW + ",b"), "line 3: found a blank line"),
+    ("semicolons.csv", csv(HEADER.replace(",", ";"), ROW.replace(",", ";")), "found another header row of 1 cells"),
+    ("only-blank.csv", csv(HEADER, "", "", ""), "found no patches below the header row"),
     ("cut-number.csv", csv(HEADER, ROW + ",a", ROW[:-1]), "line 3: found 8 cells"),
     ("word.csv", csv(HEADER, ROW.replace("0.25", "none", 1) + ",a"), "line 2: found 9 cells"),
 ]  # fmt: skip
@@ -197,6 +224,10 @@ WHOLE: dict[str, Write] = {
     "array.npy": npy(FEATURES),
     "new.pt": pt(torch.from_numpy(FEATURES)),
     "legacy.pt": pt(torch.from_numpy(FEATURES), legacy=True),
+    "dict.pt": pt({"features": torch.from_numpy(FEATURES), "coords": torch.from_numpy(COORDS)}),
+    "plain.npz": npz(features=FEATURES, coords=COORDS),
+    "packed.npz": npz(True, features=FEATURES, coords=COORDS),
+    "table.h5ad": lambda path: stores.h5ad(path, FEATURES, COORDS),
 }
 
 
@@ -210,7 +241,10 @@ def test_a_file_cut_anywhere_is_refused(name: str, tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize(("name", "least"), [("plain.h5", 150), ("ours.safetensors", 50), ("legacy.pt", 150)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("plain.h5", 150), ("ours.safetensors", 50), ("legacy.pt", 150), ("dict.pt", 100),
+     ("plain.npz", 50), ("packed.npz", 100)],
+)  # fmt: skip
 def test_a_damaged_byte_gives_a_refusal_or_rows_and_no_other_error(name: str, least: int, tmp_path: Path):
     WHOLE[name](tmp_path / name)
     whole = (tmp_path / name).read_bytes()
@@ -219,7 +253,7 @@ def test_a_damaged_byte_gives_a_refusal_or_rows_and_no_other_error(name: str, le
         (tmp_path / name).write_bytes(whole[:place] + b"\xfe" + whole[place + 1 :])
         with contextlib.suppress(SlideError):
             refused += 1
-            open_features(tmp_path / name).close()
+            read_all(tmp_path / name)
             refused -= 1
     assert refused > least
 
@@ -265,3 +299,26 @@ def test_a_buffer_of_another_dtype_or_shape_is_refused(tmp_path, buffer):
     np.save(tmp_path / "a.npy", np.ones((2, 4), np.float32))
     with open_features(tmp_path / "a.npy") as slide, pytest.raises(ValueError, match="found a buffer"):
         slide.read_rows(0, 2, buffer)
+
+
+SECRET_TEXT = "root:x:0:0:TopSecret"
+SECRET_FILES: dict[str, Write] = {
+    "text": lambda path: path.write_text(SECRET_TEXT),
+    "text.csv": lambda path: path.write_text(f"{SECRET_TEXT},1\n{SECRET_TEXT},2\n"),
+    "cell.csv": csv(HEADER, ROW.replace("0.25", SECRET_TEXT, 1) + ",a"),
+    "header.npy": lambda path: path.write_bytes(b"\x93NUMPY\1\0\x40\0" + SECRET_TEXT.encode() + bytes(60)),
+    "bytes": lambda path: path.write_bytes(b"\xff\xfe" + SECRET_TEXT.encode()),
+    "archive.zip": lambda path: zipfile.ZipFile(path, "w").writestr(SECRET_TEXT, SECRET_TEXT),
+    "header.safetensors": safetensors(SECRET_TEXT.encode()),
+    "pickle.pkl": lambda path: path.write_bytes(b"\x80\x04\x8c\x14" + SECRET_TEXT.encode() + b"."),
+    "global.pt": lambda path: path.write_bytes(b"\x80\x02c" + SECRET_TEXT.encode() + b"\n" + SECRET_TEXT.encode()),
+    "table.parquet": lambda path: path.write_bytes(b"PAR1" + SECRET_TEXT.encode() + b"PAR1"),
+    "signature.h5": lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + SECRET_TEXT.encode()),
+}
+
+
+@pytest.mark.parametrize("name", SECRET_FILES)
+def test_no_error_shows_what_a_file_that_is_not_features_holds(name: str, tmp_path: Path):
+    SECRET_FILES[name](tmp_path / name)
+    message = refusal(tmp_path / name)
+    assert not {"root:x", "TopSecret", "0:0"} & {part for part in ("root:x", "TopSecret", "0:0") if part in message}

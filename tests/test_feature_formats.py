@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numcodecs
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import zarr
 
-from vllm_wsi.slides import FeatureFile, open_features
+from vllm_wsi.slides import FeatureFile, SlideError, open_features
 from vllm_wsi.slides.rows import RawRows
+
+from . import feature_stores as stores
 
 N, D = 21, 8
 VALUES = np.random.default_rng(7).standard_normal((N, D))
@@ -113,9 +117,30 @@ def pt(name: str, saved: torch.Tensor, dtype: str = "float32", legacy: bool = Fa
     return Case(f"{name}.pt", write, "pt (before torch 1.6)" if legacy else "pt", dtype=dtype)
 
 
-def slidechat(name: str, before: str = "", end: str = "\n", newline: str = "\n") -> Case:
-    lines = [",".join([*map(str, range(D)), "patch_name"])]
-    lines += [",".join([*map(str, row), f"{i}_53.jpeg"]) for i, row in enumerate(F32)]
+def pt_dict(name: str, legacy: bool = False, key: str = "features", **beside: Any) -> Case:
+    """As slide2vec and home-made scripts write it."""
+    coords = COORDS if {"coords", "coordinates", "x"} & beside.keys() else None
+    read = {name: str(value) for name, value in beside.items() if isinstance(value, (str, float))}
+
+    def write(path: Path) -> None:
+        torch.save({**beside, key: tensor("float32")}, path, _use_new_zipfile_serialization=not legacy)
+
+    form, unit = "pt (before torch 1.6)" if legacy else "pt", "px" if coords is not None else None
+    return Case(f"{name}.pt", write, form, key, coords=coords, unit=unit, metadata=read)
+
+
+def npz(name: str, key: str = "features", compressed: bool = False, read: Mapping[str, str] | None = None, **arrays):
+    save = np.savez_compressed if compressed else np.savez
+    placed = bool({"coords", "coordinates", "x"} & arrays.keys())
+    return Case(
+        f"{name}.npz", lambda path: save(path, **arrays), "npz", key,
+        coords=COORDS if placed else None, unit="px" if placed else None, metadata=read or {},
+    )  # fmt: skip
+
+
+def slidechat(name: str, before: str = "", end: str = "\n", newline: str = "\n", quote: str = "") -> Case:
+    cells = [[*map(str, range(D)), "patch_name"], *([*map(str, row), f"{i}_53.jpeg"] for i, row in enumerate(F32))]
+    lines = [",".join(f"{quote}{cell}{quote}" for cell in row) for row in cells]
     text = before + newline.join(lines) + end
     return Case(f"{name}.csv", lambda path: path.write_bytes(text.encode()), "SlideChat csv")
 
@@ -131,6 +156,72 @@ def narrow_floats(path: Path) -> None:
         dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(raw("bfloat16")), kind)
 
 
+PLACES = torch.from_numpy(COORDS)
+
+
+def plain_zarr(name: str, zarr_format: int = 3, coords: np.ndarray = COORDS, key: str = "features", **how) -> Case:
+    arrays = {key: F32, "coords": coords}
+    return Case(
+        f"{name}.zarr", lambda path: stores.zarr_group(path, arrays, zarr_format, **how), "zarr", key,
+        coords=COORDS, unit="px",
+    )  # fmt: skip
+
+
+def table(name: str, form: str, write: Callable[..., None], *arguments: Any) -> Case:
+    read = stores.LAZYSLIDE_READ | {"patch_size_level0": "448"}
+    return Case(name, lambda path: write(path, F32, COORDS, *arguments), form, "X", "float32", COORDS, "px", read)
+
+
+def spatial(name: str, models: Mapping[str, np.ndarray], encoder: str | None, zarr_format: int = 3) -> Case:
+    order = np.random.default_rng(5).permutation(N)
+    chosen = encoder or next(iter(models))
+    read = stores.LAZYSLIDE_READ | {"encoder": chosen.removesuffix("_tiles"), "patch_size_level0": "448.0"}
+    return Case(
+        f"{name}.zarr", lambda path: stores.spatial_zarr(path, models, COORDS, order, zarr_format=zarr_format),
+        "SpatialData zarr", f"tables/{chosen.removesuffix('_tiles')}_tiles/X", "float32", COORDS, "px", read, encoder,
+    )  # fmt: skip
+
+
+def parquet(name: str, key: str, write: Callable[..., None], *arguments: Any, **others: Any) -> Case:
+    placed = {"x", "coords"} & others.keys()
+    return Case(
+        f"{name}.parquet", lambda path: write(path, F32, *arguments, **others), "parquet", key,
+        coords=COORDS if placed else None, unit="px" if placed else None,
+    )  # fmt: skip
+
+
+ZARRS = [
+    plain_zarr("v3", chunks=(4, 3)),
+    plain_zarr("v3-one-chunk", key="feats", chunks=(100, 100), coords=COORDS[None]),
+    plain_zarr("v3-bare", chunks=(1, D), compressors=None),
+    plain_zarr("v3-gzip", chunks=(5, D), compressors=zarr.codecs.GzipCodec()),
+    plain_zarr("v3-blosc", chunks=(5, 3), compressors=zarr.codecs.BloscCodec()),
+    plain_zarr("v3-shards", chunks=(2, 4), shards=(6, 8)),
+    plain_zarr("v3-bare-shards", chunks=(3, 2), shards=(9, 4), compressors=None),
+    plain_zarr("v3-dots", chunks=(4, 3), chunk_key_encoding={"name": "v2", "separator": "."}),
+    plain_zarr("v3-big-endian", chunks=(4, 3), serializer=zarr.codecs.BytesCodec(endian="big")),
+    plain_zarr("v2", 2, chunks=(4, 3)),
+    plain_zarr("v2-blosc", 2, chunks=(4, 3), compressors=numcodecs.Blosc(shuffle=2)),
+    plain_zarr("v2-zlib", 2, chunks=(4, 3), compressors=numcodecs.Zlib()),
+    plain_zarr("v2-lz4", 2, chunks=(4, 3), compressors=numcodecs.LZ4()),
+    plain_zarr("v2-fortran", 2, chunks=(4, 3), order="F"),
+    plain_zarr("v2-slashes", 2, chunks=(4, 3), chunk_key_encoding={"name": "v2", "separator": "/"}),
+]
+TABLES = [
+    table("table.h5ad", "AnnData h5ad", stores.h5ad),
+    table("table2.zarr", "AnnData zarr", stores.anndata_zarr, 2),
+    table("table3.zarr", "AnnData zarr", stores.anndata_zarr, 3),
+    spatial("lazyslide", {"uni": F32}, None),
+    spatial("lazyslide2", {"uni": F32}, None, 2),
+    spatial("lazyslide-two-models", {"uni": F32, "conch": F32 * 0}, "uni"),
+    spatial("lazyslide-by-table", {"uni": F32, "conch": F32 * 0}, "uni_tiles"),
+]
+PARQUETS = [
+    parquet("columns", "0 .. 7", stores.columns_parquet, x=COORDS[:, 0], y=COORDS[:, 1]),
+    parquet("prefixed", "feat_0 .. feat_7", stores.columns_parquet, "feat_", slide_id=["S"] * N, tile=["t"] * N),
+    parquet("lists", "features", stores.lists_parquet, "features", x=COORDS[:, 0], y=COORDS[:, 1]),
+    parquet("fixed-lists", "embedding", stores.lists_parquet, "embedding", True, coords=list(map(list, COORDS))),
+]
 VIEW = torch.cat([torch.zeros(3, D), tensor("float32"), torch.ones(2, D)])[3 : 3 + N]
 BATCH, ONE = COORDS[None], COORDS[:1][None]
 CONTIGUOUS = [
@@ -169,7 +260,36 @@ CASES = [
     pt("legacy-bf16", tensor("bfloat16"), "bfloat16", legacy=True),
     pt("legacy-view", VIEW, legacy=True),
     pt("legacy-with-gradient", tensor("float32").requires_grad_(), legacy=True),
+    pt("batch", tensor("float32")[None]),
+    pt("legacy-batch", tensor("float32")[None], legacy=True),
+    pt_dict("dict", coords=PLACES),
+    pt_dict("dict-batch-of-places", coords=PLACES[None].int(), mpp=0.5, encoder="uni"),
+    pt_dict("dict-float-places", key="feats", coordinates=PLACES.float(), other=torch.zeros(3, 3)),
+    pt_dict("dict-axes", key="embeddings", x=PLACES[:, 0].clone(), y=PLACES[:, 1].clone()),
+    pt_dict("dict-no-places", key="tile_features"),
+    pt_dict("dict-legacy", legacy=True, coords=PLACES, mpp=0.5),
+    npz("plain", features=F32, coords=COORDS),
+    npz("compressed", compressed=True, features=F32, coords=COORDS.astype(np.int32)),
+    npz("axes", features=F32, x=COORDS[:, 0], y=COORDS[:, 1]),
+    npz("batch", "feats", feats=F32[None], coordinates=COORDS[None], names=np.array(["a", "b"])),
+    npz("one-array", "arr_0", arr_0=F32),
+    npz("numbers", read={"mpp": "0.5", "slide": "S1"}, features=F32, coords=COORDS, mpp=0.5, slide="S1"),
+    npz("objects-beside", features=F32, coords=COORDS, extra=np.array([{}])),
+    Case("batch.npy", lambda path: np.save(path, F32[None]), "npy"),
+    Case(
+        "feats.safetensors",
+        lambda path: safetensors.torch.save_file({"feats": tensor("float32")[None]}, path),
+        "safetensors",
+        "feats",
+    ),
+    *ZARRS,
+    *TABLES,
+    *PARQUETS,
     slidechat("slidechat"),
+    slidechat("slidechat-blank-last-line", end="\n\n"),
+    slidechat("slidechat-blank-last-lines-crlf", newline="\r\n", end="\r\n\r\n \r\n"),
+    slidechat("slidechat-quoted", quote='"'),
+    slidechat("slidechat-quoted-bom", quote='"', before="\ufeff"),
     slidechat("slidechat-bom", before="\ufeff"),
     slidechat("slidechat-no-last-newline", end=""),
     slidechat("slidechat-crlf", newline="\r\n", end="\r\n"),
@@ -252,6 +372,50 @@ def test_bfloat16_within_hdf5_is_widened(tmp_path: Path):
     with open_features(tmp_path / "bf16.h5") as slide:
         assert slide.dtype == "float32"
         assert np.array_equal(slide.read_rows(0, N), tensor("bfloat16").float().numpy())
+
+
+@pytest.mark.parametrize("suffix", ["pt", "dict.pt", "safetensors"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_8_bit_floats_are_widened_to_float16_as_torch_does(dtype: str, suffix: str, tmp_path: Path):
+    codes = torch.arange(256, dtype=torch.uint8).reshape(32, 8).view(getattr(torch, dtype))
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "safetensors":
+        safetensors.torch.save_file({"features": codes}, path)
+    else:
+        saved = {"features": codes, "coords": torch.zeros(32, 2)} if suffix == "dict.pt" else codes
+        torch.save(saved, path)
+    with open_features(path) as slide:
+        assert (slide.num_patches, slide.feature_dim, slide.dtype) == (32, 8, "float16")
+        assert slide.remarks[-1] == f"{slide.key or 'features'}: stored as {dtype}, read as float16"
+        assert np.array_equal(slide.read_rows(3, 32), codes[3:].to(torch.float16).numpy(), equal_nan=True)
+        assert np.array_equal(slide.read_rows(0, 1), codes[:1].to(torch.float16).numpy(), equal_nan=True)
+
+
+def test_8_bit_rows_are_widened_in_steps(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("vllm_wsi.slides.rows.FLOAT8_STEP", 20)
+    codes = torch.arange(256, dtype=torch.uint8).reshape(32, 8).view(torch.float8_e5m2)
+    torch.save(codes, tmp_path / "a.pt")
+    with open_features(tmp_path / "a.pt") as slide:
+        assert np.array_equal(slide.read_rows(0, 31), codes[:31].to(torch.float16).numpy(), equal_nan=True)
+
+
+def test_tensors_of_one_record_each_are_told_apart_wherever_they_lie(tmp_path: Path):
+    both = {"coords": PLACES, "first": torch.zeros(5), "features": VIEW, "last": torch.ones(D, N)}
+    torch.save(both, tmp_path / "a.pt")
+    with open_features(tmp_path / "a.pt") as slide:
+        assert isinstance(slide.rows, RawRows)
+        assert np.array_equal(slide.read_rows(0, N), F32)
+        assert np.array_equal(slide.read_coords(), COORDS)
+
+
+def test_slideflow_tile_centres_are_not_taken_for_corners(tmp_path: Path):
+    torch.save(tensor("float32"), tmp_path / "a.pt")
+    np.savez(tmp_path / "a.index.npz", COORDS)
+    with open_features(tmp_path / "a.pt") as slide:
+        assert slide.read_coords() is None
+        assert "a.index.npz beside it holds the centres of slideflow's tiles" in slide.remarks[0]
+    with pytest.raises(SlideError, match="found slideflow's index of tile centres, wanted the features beside it"):
+        open_features(tmp_path / "a.index.npz")
 
 
 @pytest.mark.parametrize(

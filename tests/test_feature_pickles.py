@@ -90,11 +90,17 @@ def test_opening_a_pickle_runs_nothing_in_it(name: str, write, load, tmp_path: P
     ("name", "write", "said"),
     [
         ("trident.pt", lambda path: pt(path, FEATURES), "TRIDENT's .pt holds a NumPy array"),
-        ("old.pt", lambda path: legacy_pt(path, FEATURES), "wanted a plain tensor"),
+        ("dict.pt", lambda path: pt(path, {"KEY": FEATURES}), "TRIDENT's .pt holds a NumPy array"),
+        (
+            "objects.npz",
+            lambda path: np.savez(path, features=np.array(FEATURES, object)),
+            "found pickled Python objects",
+        ),
+        ("old.pt", lambda path: legacy_pt(path, FEATURES), "wanted a tensor (N, d)"),
         ("plain.pkl", lambda path: pickled(4)(path, FEATURES), "found a pickle, which can run code"),
         ("objects.npy", lambda path: np.save(path, FEATURES.astype(object)), "found a pickled Python object"),
         ("gtex.npy", lambda path: npy(path, {"KEY": FEATURES}), "found a pickled Python object"),
-        ("several.npz", lambda path: np.savez(path, KEY=FEATURES), "found a zip archive of KEY.npy"),
+        ("several.npz", lambda path: np.savez(path, KEY=FEATURES), "found the keys KEY, wanted features named"),
     ],
 )
 def test_the_conversion_that_a_refusal_offers_works(name: str, write, said: str, tmp_path: Path):
@@ -112,4 +118,6 @@ def test_the_conversion_that_a_refusal_offers_works(name: str, write, said: str,
 def test_a_zip_of_other_things_is_refused(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "notes.zip", "w") as archive:
         archive.writestr("notes.txt", "no features")
-    assert refusal(tmp_path / "notes.zip").endswith("found a zip archive of notes.txt, wanted a .pt tensor")
+    assert refusal(tmp_path / "notes.zip").startswith(
+        f"{tmp_path / 'notes.zip'}: found a zip archive of other things, wanted a feature file"
+    )

@@ -117,7 +117,8 @@ def run_demo(
 
 
 def _is_image(path: Path) -> bool:
-    SlideIdentity.of_file(path)
+    if SlideIdentity.of_file(path).content:  # a zarr store is a directory
+        return False
     with open(path, "rb") as file:
         return is_image(path, file.read(64))
 

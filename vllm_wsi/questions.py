@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .slides import FeatureFile, SlideError, open_features
+from .slides.formats import IMAGE_SUFFIXES
+from .slides.identity import is_store
+from .slides.slide_names import names_of_slide, slide_name, walk_features
 
 SLIDE_MARK = "<image>"
 """Where a question's text names its slide, as SlideInstruct and LLaVA write it."""
 
-FEATURE_SUFFIXES = (".safetensors", ".h5", ".npy", ".pt", ".csv")
 MAX_PROBLEMS = 10
 
 
@@ -123,18 +125,18 @@ class FeatureFinder:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._by_stem: dict[str, list[Path]] = {}
-        for path in sorted(root.rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(root).parts[:-1])
-            if path.suffix in FEATURE_SUFFIXES and not hidden:
-                self._by_stem.setdefault(path.stem, []).append(path)
+        self._by_name: dict[str, list[Path]] = {}
+        self._by_image: dict[str, list[Path]] = {}  # where the features' name is that of an image: a.ome.h5, a.svs.h5
+        for path in walk_features(root):
+            name, *shorter = names_of_slide(slide_name(path.name))
+            self._by_name.setdefault(name, []).append(path)
+            for one in shorter:
+                self._by_image.setdefault(one, []).append(path)
 
     def __call__(self, name: str) -> FeaturePath:
         path = self._root / name
-        if not path.is_file():
-            stem = Path(name).name
-            stem = Path(stem).stem if Path(stem).suffix in FEATURE_SUFFIXES else stem
-            files = self._by_stem.get(stem, [])
+        if not (path.is_file() or is_store(path)) or path.suffix.lower() in IMAGE_SUFFIXES:
+            files = self._files(slide_name(Path(name).name))
             files = [file for file in files if file.parent == path.parent] or files
             if not files:
                 raise NoFeaturesError(
@@ -146,9 +148,14 @@ class FeatureFinder:
             path = files[0]
         return FeaturePath(path)
 
+    def _files(self, slide: str) -> list[Path]:
+        names = list(names_of_slide(slide))
+        found = [*(self._by_name.get(name) for name in names), *(self._by_image.get(name) for name in names)]
+        return next((files for files in found if files), [])
+
     def names_of_case(self, case: str) -> list[str]:
         """Names of the slides of a case, or of a slide without its UUID: those that begin with the barcode."""
-        return sorted(name for name in self._by_stem if name.startswith((f"{case}-", f"{case}.")))
+        return sorted(name for name in self._by_name if name.startswith((f"{case}-", f"{case}.")))
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:

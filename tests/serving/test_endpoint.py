@@ -10,12 +10,14 @@ import h5py
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vllm_wsi.serving.viewer_page import FOLDER
 from vllm_wsi.slides import open_features, write_features
 from vllm_wsi.slides.pictures import INFERNO
 
+from .. import feature_stores as stores
 from .conftest import KEY, make_slide, slide_message
 from .slide_images import CELL, COLUMNS, grid_colour, make_grid_image, make_grid_slide, make_real_slide, random_features
 
@@ -191,6 +193,40 @@ def test_one_patch_as_large_as_the_slide_is_drawn_at_once(http, media):
     path = media / "giant.safetensors"
     write_features(path, random_features(1, 1), np.array([(0, 0)]), {"patch_size_level0": "100000"})
     assert picture(http.get("heatmap.png", params={"url": path.as_uri(), "overlay": 1})).shape == (2048, 2048, 4)
+
+
+def test_every_format_on_disk_gives_the_selection_of_the_same_features(http, media):
+    folder = media / "formats"
+    folder.mkdir()
+    features, coords = random_features(300, 9), np.stack(np.divmod(np.arange(300), 20), axis=1) * 256
+    note = {"patch_size_level0": 256.0}
+    write_features(folder / "a.safetensors", features, coords, {"patch_size_level0": "256.0"})
+    np.savez_compressed(folder / "b.npz", features=features, coords=coords, **note)
+    torch.save({"feats": torch.from_numpy(features), "coords": torch.from_numpy(coords), **note}, folder / "c.pt")
+    stores.zarr_group(folder / "d.zarr", {"features": features, "coords": coords}, chunks=(70, 20)).attrs.update(note)
+    stores.spatial_zarr(folder / "e.zarr", {"uni": features, "conch": features * 0}, coords, np.arange(300)[::-1], 256)
+    answers = []
+    for url in [path.as_uri() + ("#encoder=uni" if path.name == "e.zarr" else "") for path in sorted(folder.iterdir())]:
+        response = http.post("select", json={"url": url})
+        assert response.status_code == 200, response.text
+        answers.append({key: response.json()[key] for key in ("indices", "scores", "rects")})
+    assert len(answers) == 5
+    assert answers[1:] == answers[:1] * 4
+    listed = {slide["name"] for slide in http.get("slides").json()["slides"]}
+    assert {f"endpoint/formats/{name}" for name in ("b.npz", "c.pt", "d.zarr", "e.zarr")} <= listed
+    assert not [name for name in listed if ".zarr/" in name]
+    several = http.post("select", json={"url": (folder / "e.zarr").as_uri()})
+    assert (several.status_code, "wanted one choice among them (#encoder=NAME)" in several.text) == (400, True)
+
+
+def test_a_store_is_selected_anew_when_it_changes(http, media):
+    path = media / "changing.zarr"
+    features = random_features(50, 1)
+    rounds = []
+    for values in (features, features[::-1].copy()):
+        stores.zarr_group(path, {"features": values})
+        rounds.append(http.post("select", json={"url": path.as_uri()}).json()["indices"])
+    assert rounds[1] == sorted(49 - row for row in rounds[0])
 
 
 def test_slides_are_listed_with_what_they_have_and_nothing_from_elsewhere(http, media):

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from vllm_wsi.questions import FeatureFinder, NoFeaturesError
-from vllm_wsi.slides import SlideError, open_features, write_features
+from vllm_wsi.slides import SlideError, SlideIdentity, open_features, write_features
 
 RULES = ("random-32", "uniform-32")
 KEPT = 32
@@ -110,8 +110,8 @@ class SlideFiles:
     def _thinned(self, slide: SlideFile, rule: str) -> Path:
         from vllm_wsi.sparsify.policies import RandomPolicy, UniformPolicy
 
-        stat = slide.path.stat()
-        source = f"{slide.path.name}:{stat.st_size}:{stat.st_mtime_ns}"
+        state = SlideIdentity.of_file(slide.path)
+        source = f"{slide.path.name}:{state.size}:{state.mtime_ns}{state.content and f':{state.content}'}"
         suffix = f"{rule}-seed{self._seed}" if rule == "random-32" else rule
         folder = self._work
         if slide.path.is_relative_to(self.features):

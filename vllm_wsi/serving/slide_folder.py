@@ -9,8 +9,8 @@ from typing import Any
 
 from vllm_wsi.slides import SlideError
 from vllm_wsi.slides.formats import IMAGE_SUFFIXES, QC_SUFFIX
+from vllm_wsi.slides.slide_names import image_names, is_feature_file, is_feature_store, slide_name
 
-FEATURE_SUFFIXES = frozenset((".safetensors", ".h5", ".npy", ".pt", ".csv"))
 MAX_ENTRIES = 10_000  # files and folders that one listing looks at
 MAX_DEPTH = 8  # folders below the allowed path
 
@@ -25,7 +25,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def list_slides(root: Path) -> dict[str, Any]:
-    """Feature files below a folder, each with whether a slide image of its name lies beside it.
+    """Feature files and zarr stores below a folder, each with whether one slide image of its name lies beside it.
 
     Hidden files are left out, and so are links that lead out of the folder; links to folders are not followed.
 
@@ -41,7 +41,7 @@ def list_slides(root: Path) -> dict[str, Any]:
     while folders and seen <= MAX_ENTRIES:
         folder, depth = folders.popleft()
         features: list[Path] = []
-        stems: set[str] = set()  # that have an image
+        pictures: set[str] = set()
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -54,21 +54,33 @@ def list_slides(root: Path) -> dict[str, Any]:
                     if entry.name.startswith("."):
                         continue
                     if entry.is_dir(follow_symlinks=False):
-                        if depth < MAX_DEPTH:
+                        if is_feature_store(path):
+                            features.append(path)
+                        elif depth < MAX_DEPTH:
                             folders.append((path, depth + 1))
                         else:
                             truncated = True
-                    elif suffix in FEATURE_SUFFIXES and _is_file_below(entry, root):
+                    elif not _is_file_below(entry, root):
+                        continue
+                    elif suffix in images:
+                        pictures.add(entry.name)
+                    elif _is_feature_file(path):
                         features.append(path)
-                    elif suffix in images and _is_file_below(entry, root):
-                        stems.add(path.stem)
         except OSError:  # a folder that may not be read, or that went away
             pass
         for path in features:
             name = path.relative_to(root).as_posix()
-            slides.append({"name": name, "url": path.as_uri(), "has_image": path.stem in stems})
+            found = pictures.intersection(image_names(slide_name(path.name), images))
+            slides.append({"name": name, "url": path.as_uri(), "has_image": len(found) == 1})
     slides.sort(key=lambda slide: slide["name"])
     return {"slides": slides, "truncated": truncated}
+
+
+def _is_feature_file(path: Path) -> bool:
+    try:
+        return is_feature_file(path)
+    except OSError:
+        return False
 
 
 def _is_file_below(entry: os.DirEntry[str], root: Path) -> bool:
@@ -79,23 +91,23 @@ def _is_file_below(entry: os.DirEntry[str], root: Path) -> bool:
 
 
 def image_of(features: Path, root: Path) -> Path | None:
-    """The slide image beside a feature file that has its name, links followed; None where there is none.
+    """The slide image beside features that has their name, links followed; None where there is none.
 
     Raises:
-        SlideError: it is a link that leads out of `root`.
+        SlideError: there are several, or it is a link that leads out of `root`.
     """
-    for suffix in sorted(image_suffixes()):
-        for spelled in (suffix, suffix.upper()):
-            path = features.with_suffix(spelled)
-            if not path.is_file():
-                continue
-            # A MIRAX slide is a file and the folder of its name.
-            parts = [path, path.with_suffix("")] if suffix == ".mrxs" else [path]
-            if any(root not in part.resolve().parents for part in parts):
-                raise SlideError(
-                    f"{path.name}: found a link out of --allowed-local-media-path, wanted a slide image below it"
-                )
-            return path.resolve()
+    names = image_names(slide_name(features.name), image_suffixes())
+    found = {path.name: path for path in map(features.with_name, names) if path.is_file()}
+    if len({path.resolve() for path in found.values()}) > 1:
+        raise SlideError(f"{features.name}: found several slide images beside it ({', '.join(found)}), wanted one")
+    for path in found.values():
+        # A MIRAX slide is a file and the folder of its name.
+        parts = [path, path.with_suffix("")] if path.suffix.lower() == ".mrxs" else [path]
+        if any(root not in part.resolve().parents for part in parts):
+            raise SlideError(
+                f"{path.name}: found a link out of --allowed-local-media-path, wanted a slide image below it"
+            )
+        return path.resolve()
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +28,11 @@ class CsvRows:
             try:
                 if len(cells) <= self._d:
                     raise ValueError("the line is cut short")
-                out[i] = [float(cell) for cell in cells[: self._d]]
+                out[i] = [float(cell.strip(b'" ')) for cell in cells[: self._d]]
             except ValueError as error:
+                found = "a blank line" if cells == [b""] else f"{len(cells)} cells"
                 raise SlideError(
-                    f"{self._path}: line {start + i + 2}: found {len(cells)} cells ({error}), "
-                    f"wanted {self._d} numbers and a name"
+                    f"{self._path}: line {start + i + 2}: found {found}, wanted {self._d} numbers and a name"
                 ) from error
 
     def close(self) -> None:
@@ -44,11 +45,12 @@ def open_csv(path: Path, identity: SlideIdentity) -> FeatureFile:
     The names of the last column are grid indices, not pixels, so such a file has no coordinates.
     """
     with open(path, "rb") as file:
-        header = file.readline(1 << 20).decode("utf-8-sig", "replace").strip().split(",")
-    feature_dim = next((i for i, cell in enumerate(header) if cell.strip('"') != str(i)), len(header))
+        header = header_cells(file)
+    feature_dim = next((i for i, cell in enumerate(header) if cell != str(i)), len(header))
     if feature_dim < 2:
-        found = ",".join(header[:3])
-        raise SlideError(f"{path}: found a header row that begins with {found!r}, wanted SlideChat's 0,1,..,patch_name")
+        raise SlideError(
+            f"{path}: found another header row of {len(header)} cells, wanted SlideChat's 0,1,..,patch_name"
+        )
     starts = _line_starts(path)
     if len(starts) < 2:
         raise SlideError(f"{path}: found no patches below the header row, wanted at least one")
@@ -59,15 +61,27 @@ def open_csv(path: Path, identity: SlideIdentity) -> FeatureFile:
     )  # fmt: skip
 
 
+def header_cells(file: IO[bytes], most: int = 1 << 20) -> list[str]:
+    """The cells of a CSV's first line, of which at most that many bytes are read; a byte-order mark is none of them."""
+    line = file.readline(most).decode("utf-8-sig", "replace")
+    return [cell.strip().strip('"') for cell in line.split(",")]
+
+
+def is_feature_csv(path: Path) -> bool:
+    """Whether a CSV looks like SlideChat's by its first bytes, for a listing of many files."""
+    with open(path, "rb") as file:
+        return header_cells(file, 64)[:3] == ["0", "1", "2"]
+
+
 def _line_starts(path: Path) -> NDArray:
-    """int64: the first byte of each line behind the header, and the end of the last."""
-    ends, base, size = [], 0, 0
+    """int64: the first byte of each line behind the header, and the end of the last that is not blank."""
+    ends, base, last = [], 0, 0
     with open(path, "rb") as file:
         while chunk := file.read(SCAN_BYTES):
             ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + base + 1)
+            if filled := len(chunk.rstrip()):
+                last = base + filled
             base += len(chunk)
-            size = base
     starts = np.concatenate(ends) if ends else np.empty(0, np.int64)
-    if len(starts) and starts[-1] != size:
-        starts = np.append(starts, size)
-    return starts
+    starts = starts[starts < last]
+    return np.append(starts, last) if len(starts) else starts

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .identity import SlideError, SlideIdentity, encodable
 
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
@@ -28,43 +29,6 @@ Source = Literal["file", "format", "given", "guess"]
 
 MAX_METADATA = 1 << 16
 MAX_ARRAY = 16  # numbers of an attribute that are kept one by one
-
-
-class SlideError(ValueError):
-    """A slide that cannot be used; the message is one sentence that names file, key, found and wanted."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(encodable(message))  # what a file says may hold half of a surrogate pair
-
-
-def encodable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
-
-
-class SlideIdentity(NamedTuple):
-    """Tells one state of one file from every other: a file replaced under its name has another identity."""
-
-    path: str  # resolved; for features in memory a digest of them
-    size: int  # bytes
-    mtime_ns: int = 0
-    inode: int = 0  # 0: not a file
-    ctime_ns: int = 0  # moves with every change, also where a tool sets the mtime back
-
-    @classmethod
-    def of_file(cls, path: Path) -> SlideIdentity:
-        """Costs one stat. Raises SlideError where there is no regular file."""
-        try:
-            path = path.resolve()
-            stat = path.stat()
-        except OSError as error:
-            raise SlideError(f"{path}: found no readable file ({error.strerror}), wanted a feature file") from None
-        except (ValueError, RuntimeError):  # a NUL in the name; a loop of links
-            raise SlideError(f"{str(path)!r}: found an impossible file name, wanted a feature file") from None
-        if S_ISDIR(stat.st_mode):
-            raise SlideError(f"{path}: found a directory, wanted a feature file")
-        if not S_ISREG(stat.st_mode):
-            raise SlideError(f"{path}: found a pipe, socket or device, wanted a feature file")
-        return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns)
 
 
 class RowSource(Protocol):
@@ -149,8 +113,11 @@ class FeatureFile:
 
 
 def check_matrix(path: str | Path, key: str, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
-    """(N, d); raises SlideError unless this is a float matrix of at least one patch."""
+    """(N, d) of (N, d) or of a batch of one slide (1, N, d); raises SlideError unless it is a float matrix of at least
+    one patch."""
     where = f"{path}: {key}: found" if key else f"{path}: found"
+    if len(shape) == 3 and shape[0] == 1:
+        shape = shape[1:]
     if len(shape) >= 1 and shape[0] == 0:
         raise SlideError(f"{where} no patches (shape {shape}), wanted at least one; the slide may hold no tissue")
     if len(shape) == 1:
@@ -158,8 +125,22 @@ def check_matrix(path: str | Path, key: str, shape: tuple[int, ...], dtype: str)
     if len(shape) != 2 or min(shape) < 1:
         raise SlideError(f"{where} shape {shape}, wanted patch features (N, d)")
     if dtype not in FLOAT_DTYPES:
-        raise SlideError(f"{where} dtype {dtype}, wanted one of {', '.join(FLOAT_DTYPES)}")
+        raise SlideError(f"{where} dtype {shown(dtype)}, wanted one of {', '.join(FLOAT_DTYPES)}")
     return shape[0], shape[1]
+
+
+def shown(text: object, length: int = 40) -> str:
+    """A name out of a file as an error may show it: short, in one line."""
+    short = str(text)
+    short = short if len(short) <= length else f"{short[:length]}..."
+    return "".join(char if char.isprintable() else "?" for char in short)
+
+
+def listed(names: Iterable[object], most: int = 8) -> str:
+    """The keys of a file as an error lists them."""
+    found = sorted(map(str, names))
+    more = [f"and {len(found) - most} more"] if len(found) > most else []
+    return ", ".join([*map(shown, found[:most]), *more])
 
 
 def write_features(

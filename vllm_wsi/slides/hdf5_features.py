@@ -1,8 +1,7 @@
-"""HDF5 feature files: TRIDENT, CLAM, UNI2, STAMP, Marugoto/MoPaDi and AtlasPatch."""
+"""HDF5 feature files: TRIDENT, CLAM, UNI2, STAMP, Marugoto/MoPaDi, AtlasPatch and AnnData (.h5ad)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .features import FeatureFile, RowSource, SlideError, SlideIdentity, check_matrix, metadata_strings
+from .anndata_features import is_table, matrix_key, table_attributes, table_coords, table_shape
+from .features import FeatureFile, SlideError, SlideIdentity, check_matrix, listed, metadata_strings, shown
+from .hdf5_file import Hdf5Source, check_stored, damaged, dataset_rows, has, is_local, local_dataset
+from .named_arrays import NO_COORDS
 from .places import GRID_SAMPLE, LEVEL0_KEYS, coord_unit, one_unit, unit_fields, unit_remarks
-from .rows import RawRows
-
-MAX_CHUNK_BYTES = 64 << 20
 
 # Attribute names of the producers -> ours. TRIDENT's own names are ours already.
 RENAMED = {
@@ -31,7 +30,7 @@ def open_hdf5(path: Path, identity: SlideIdentity, encoder: str | None) -> Featu
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
     try:
         return _open(path, file, identity, encoder)
     except SlideError:
@@ -39,78 +38,44 @@ def open_hdf5(path: Path, identity: SlideIdentity, encoder: str | None) -> Featu
         raise
     except Exception as error:  # h5py raises KeyError, RuntimeError, TypeError and more where bytes are damaged
         file.close()
-        raise _damaged(path) from error
-
-
-def _damaged(path: Path) -> SlideError:
-    return SlideError(
-        f"{path}: found an HDF5 signature but no readable file, wanted HDF5; it is truncated, damaged or being written"
-    )
-
-
-class Hdf5Rows:
-    """Rows of a chunked or compressed dataset, through the HDF5 library (which serves one thread at a time)."""
-
-    def __init__(self, file: h5py.File, dataset: h5py.Dataset, path: Path) -> None:
-        self._file, self._dataset, self._path = file, dataset, path
-        self._lead = (0,) if dataset.ndim == 3 else ()
-
-    def read_into(self, start: int, out: NDArray) -> None:
-        if not len(out):
-            return
-        try:
-            self._dataset.read_direct(out, np.s_[(*self._lead, slice(start, start + len(out)))])
-        except OSError as error:
-            raise SlideError(
-                f"{self._path}: found unreadable rows from {start} on, wanted features; {error}"
-            ) from error
-
-    def close(self) -> None:
-        self._file.close()
+        raise damaged(path) from error
 
 
 def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
+    source = Hdf5Source(path, file)
+    if is_table(source):
+        return _open_anndata(path, file, source, identity)
     key, form = _find_features(path, file, encoder)
-    features = _local_dataset(path, file, key)
+    features = local_dataset(path, file, key)
     shape: tuple[int, ...] = features.shape or ()  # None: HDF5's null dataspace
-    if len(shape) == 3 and shape[0] == 1:  # UNI2: a batch of one slide
-        shape = shape[1:]
     n, d = check_matrix(path, key, shape, features.dtype.name)
-    _check_stored(path, key, features)
+    check_stored(path, key, features)
 
     remarks: list[str] = []
     attributes: dict[str, object] = dict(file.attrs)
     load_coords: Callable[[], NDArray] | None = None
     groups = [attributes, dict(features.attrs)]
     sample = np.empty((0, 2))
-    if _has(file, "coords"):
-        dataset = _local_dataset(path, file, "coords")
+    if has(file, "coords"):
+        dataset = local_dataset(path, file, "coords")
         groups.insert(1, dict(dataset.attrs))
         load_coords = _coords_loader(path, dataset, n)
         sample = np.asarray(dataset[..., :GRID_SAMPLE, :2]).reshape(-1, 2)
         if dataset.shape[-1] == 5 and not any(key in attributes for key in ("patch_size", *LEVEL0_KEYS)):
             attributes |= _atlas_size(dataset)
     else:
-        remarks.append("the file has no coords: kept patches have rows, but no place on the slide")
-    said = [_strings(path, group) for group in groups]
-    one_unit(str(path), said)
+        remarks.append(NO_COORDS)
+    one_unit(str(path), [_strings(path, group) for group in groups])
     attributes = attributes | {key: value for group in groups[1:] for key, value in group.items()}
     if form == "AtlasPatch":
         attributes.setdefault("encoder", key.split("/")[1])
 
-    rows: RowSource
-    offset = features.id.get_offset()
-    # Big-endian numbers, and small floats that h5py widens, are converted by the library.
-    as_stored = features.id.get_type() == h5py.h5t.py_create(features.dtype.newbyteorder("<"))
-    if offset is not None and file.userblock_size == 0 and as_stored:
-        rows = RawRows(path, offset, features.dtype, n, d)
-        file.close()
-    else:
-        rows = Hdf5Rows(file, features, path)
+    rows = dataset_rows(path, file, features, n, d)
     metadata = _strings(path, attributes)
     unit = None
     if load_coords is not None:
-        unit = coord_unit(str(path), metadata, form in ("STAMP", "Marugoto"), form not in ("STAMP", "Marugoto"), sample)
+        stamp = form in ("STAMP", "Marugoto")
+        unit = coord_unit(str(path), metadata, stamp, not stamp, sample)
         remarks += unit_remarks(unit)
     return FeatureFile(
         name=str(path), format=f"{form} h5", key=key, num_patches=n, feature_dim=d,
@@ -131,71 +96,37 @@ def _atlas_size(coords: h5py.Dataset) -> dict[str, object]:
     return {"patch_size": int(some[0, 0]), "patch_level": int(some[0, 2])}
 
 
-def _check_stored(path: Path, key: str, dataset: h5py.Dataset) -> None:
-    """A dataset may claim more than was ever written, which HDF5 reads as fill values without end, or hold it in
-    chunks so large that reading a few rows unpacks all of them."""
-    if dataset.chunks is None:
-        found, wanted = dataset.id.get_storage_size(), math.prod(dataset.shape) * dataset.id.get_type().get_size()
-        if found < wanted:
-            raise SlideError(
-                f"{path}: {key}: found {found} of {wanted} bytes, wanted all; the file was not written whole"
-            )
-        return
-    chunk_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize
-    if chunk_bytes > MAX_CHUNK_BYTES:
-        raise SlideError(
-            f"{path}: {key}: found chunks of {chunk_bytes >> 20} MiB, wanted at most {MAX_CHUNK_BYTES >> 20}; "
-            f"repack it once: h5repack -l {key}:CHUNK=1024x{dataset.shape[-1]} IN OUT"
-        )
-    wanted = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-    found = dataset.id.get_num_chunks()
-    if found < wanted:
-        raise SlideError(f"{path}: {key}: found {found} of {wanted} chunks, wanted all; the file was not written whole")
+def _open_anndata(path: Path, file: h5py.File, source: Hdf5Source, identity: SlideIdentity) -> FeatureFile:
+    key, attributes = matrix_key(source), table_attributes(source)
+    n, d, dtype = table_shape(source, key)
+    coords = table_coords(source, "", n, attributes)
+    rows = dataset_rows(path, file, local_dataset(path, file, key), n, d)
+    return FeatureFile(
+        str(path), "AnnData h5ad", key, n, d, dtype, rows, identity, metadata_strings(path, attributes),
+        **coords.fields(), remarks=coords.remarks,
+    )  # fmt: skip
 
 
 def _find_features(path: Path, file: h5py.File, encoder: str | None) -> tuple[str, str]:
     """(key of the features, name of the layout)."""
-    kind = file.get("features", getclass=True) if _is_local(file, "features") else None
+    kind = file.get("features", getclass=True) if is_local(file, "features") else None
     if kind is h5py.Group:
         names = sorted(file["features"])
         if encoder is None and len(names) == 1:
             encoder = names[0]
         if encoder not in names:
-            found = ", ".join(names) or "nothing"
-            asked = "one choice among them (#encoder=NAME)" if encoder is None else f"encoder {encoder!r}"
+            found = listed(names) or "nothing"
+            asked = "one choice among them (#encoder=NAME)" if encoder is None else f"encoder {shown(encoder)!r}"
             raise SlideError(f"{path}: features: found a group of {found}, wanted {asked}")
         return f"features/{encoder}", "AtlasPatch"
-    if _has(file, "features"):
+    if has(file, "features"):
         if kind is h5py.Dataset and file["features"].ndim == 3:
             return "features", "UNI2"
-        return "features", "TRIDENT" if _is_local(file, "coords") and file["coords"].attrs else "CLAM"
-    if _has(file, "feats"):
+        return "features", "TRIDENT" if is_local(file, "coords") and file["coords"].attrs else "CLAM"
+    if has(file, "feats"):
         return "feats", "STAMP" if "stamp_version" in file.attrs or "unit" in file.attrs else "Marugoto"
-    found = ", ".join(sorted(file)) or "no datasets"
+    found = listed(file) or "no datasets"
     raise SlideError(f"{path}: found the keys {found}, wanted a dataset named 'features' or 'feats'")
-
-
-def _has(file: h5py.File, key: str) -> bool:
-    """Whether the root has that name, without following a link (`in` and `get` follow it)."""
-    return file.id.links.exists(key.encode())
-
-
-def _is_local(file: h5py.File, key: str) -> bool:
-    return _has(file, key) and file.id.links.get_info(key.encode()).type == h5py.h5l.TYPE_HARD
-
-
-def _local_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
-    """The dataset, if it lies in this file: links and external storage could point at any file of the machine."""
-    parts = key.split("/")
-    for depth in range(1, len(parts) + 1):
-        if not _is_local(file, "/".join(parts[:depth])):
-            raise SlideError(f"{path}: {key}: found a link to elsewhere, wanted a dataset in this file")
-    dataset = file[key]
-    if not isinstance(dataset, h5py.Dataset):
-        raise SlideError(f"{path}: {key}: found a {type(dataset).__name__.lower()}, wanted a dataset")
-    if dataset.external or dataset.is_virtual:
-        raise SlideError(f"{path}: {key}: found data stored in other files, wanted it in this file")
-    return dataset
 
 
 def _coords_loader(path: Path, dataset: h5py.Dataset, num_patches: int) -> Callable[[], NDArray]:
@@ -207,7 +138,7 @@ def _coords_loader(path: Path, dataset: h5py.Dataset, num_patches: int) -> Calla
             f"{path}: coords: found {dataset.dtype} of shape {dataset.shape}, wanted one x, y for each of "
             f"{num_patches} patches"
         )
-    _check_stored(path, "coords", dataset)
+    check_stored(path, "coords", dataset)
 
     def load() -> NDArray:
         try:
