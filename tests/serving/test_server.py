@@ -15,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from PIL import Image
 
 from vllm_wsi.slides import open_features
 
@@ -232,6 +233,20 @@ def test_malformed_image_embeds_are_a_4xx_with_one_sentence(client, payload, sen
 )
 def test_image_embeds_that_are_no_base64_of_features_are_a_4xx(client, payload):
     assert refused(client, messages=embeds_message(payload))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WebP", "BMP"])
+def test_a_picture_of_a_chat_client_is_called_that_and_what_to_send_is_said(client, media, kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "pink").save(buffer, kind)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    path = media / f"picture.{kind.lower()}"
+    path.write_bytes(buffer.getvalue())
+    for url in (f"data:image/{kind.lower()};base64,{data}", path.as_uri()):
+        sentence = refused(client, url)
+        assert f"found a {kind} picture, wanted the features of a slide" in sentence
+        assert "vllm-wsi encode SLIDE --encoder NAME" in sentence
+        assert "vllm-wsi-" not in sentence  # the spool file's name
 
 
 def test_one_broken_image_embeds_part_beside_a_good_one_is_a_4xx(client):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from cachetools import LRUCache
+from numpy.typing import NDArray
 from prometheus_client import Counter
 from torch import Tensor, nn
 
 from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, open_features
+from vllm_wsi.slides.features import RowSource
 from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 
 T = TypeVar("T")
@@ -42,7 +47,8 @@ class StallingPool:
     """Threads for work that may wait for a disk, from which no thread can be called off.
 
     While all of them wait, further work queues for `STALL_SECONDS`; from then on it is refused until something is begun
-    or done, so that what waits stays bounded.
+    or done, so that what waits stays bounded. The threads are daemons: one that waits for a disk does not hold up the
+    end of the process, as the standard library's pools do.
 
     Args:
         name: of the threads.
@@ -50,27 +56,57 @@ class StallingPool:
     """
 
     def __init__(self, name: str, threads: int) -> None:
-        self._pool, self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name), threads
+        self._name, self._most = name, threads
+        self._work: SimpleQueue[tuple[Future, Callable[..., Any], tuple[object, ...]]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._unfinished = 0
+        self._threads = self._unfinished = 0
         self._moved = time.monotonic()  # when something was last begun or done
+        self._closed = False
 
     def submit(self, function: Callable[..., T], *args: object) -> Future[T]:
         """Raises SlidesStalled."""
+        future: Future[T] = Future()
         with self._lock:
+            if self._closed:
+                raise SlidesStalled("the server is shutting down")
             seconds = time.monotonic() - self._moved
-            if self._unfinished >= self._threads and seconds >= STALL_SECONDS:
+            if self._unfinished >= self._most and seconds >= STALL_SECONDS:
                 raise SlidesStalled(
-                    f"its {self._threads} readers have waited {seconds:.0f} s for other slides; ask again later"
+                    f"its {self._most} readers have waited {seconds:.0f} s for other slides; ask again later"
                 )
             self._unfinished += 1
-        future = self._pool.submit(self._run, function, *args)
+            if self._threads < min(self._most, self._unfinished):
+                self._threads += 1
+                threading.Thread(target=self._serve, name=f"{self._name}-{self._threads}", daemon=True).start()
         future.add_done_callback(self._done)  # also where a client that went away cancelled it
+        self._work.put((future, function, args))
         return future
 
-    def _run(self, function: Callable[..., T], *args: object) -> T:
-        self._moved = time.monotonic()
-        return function(*args)
+    def close(self) -> None:
+        """Refuses further work, and drops what was not begun; the threads go with the process."""
+        with self._lock:
+            self._closed = True
+        with contextlib.suppress(Empty):
+            while True:
+                future, _, _ = self._work.get_nowait()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(SlidesStalled("the server is shutting down"))
+
+    def _serve(self) -> None:
+        while True:
+            future, function, args = self._work.get()
+            self._moved = time.monotonic()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = function(*args)
+            except BaseException as error:
+                outcome: Callable[[], None] = partial(future.set_exception, error)
+            else:
+                outcome = partial(future.set_result, result)
+            with contextlib.suppress(InvalidStateError):  # the service was closed meanwhile
+                outcome()
+            del future, function, args, outcome  # while it waits for the next, it holds no slide
 
     def _done(self, _: Future) -> None:
         with self._lock:
@@ -149,6 +185,7 @@ class SelectionService:
         self._lock = threading.Lock()
         self._done: LRUCache[str, SelectedSlide] = LRUCache(cache_bytes, getsizeof=lambda done: done.num_bytes)
         self._under_way: dict[str, Future[SelectedSlide]] = {}
+        self._closing = threading.Event()
 
     def submit(self, request: SlideRequest) -> Future[SelectedSlide]:
         """For a known slide a stat and a look-up.
@@ -190,6 +227,17 @@ class SelectionService:
     def select(self, request: SlideRequest) -> SelectedSlide:
         return self.submit(request).result()
 
+    def close(self) -> None:
+        """Calls off what is under way: requests get SlidesStalled, chunks that were not read yet are not read."""
+        self._closing.set()
+        self._pool.close()
+        self._look_ups.close()
+        with self._lock:
+            under_way = list(self._under_way.values())
+        for future in under_way:
+            with contextlib.suppress(InvalidStateError):  # it has just ended by itself
+                future.set_exception(SlidesStalled("the server is shutting down"))
+
     async def look_up(self, function: Callable[..., T], *args: object) -> T:
         """Runs what a mount that does not answer would hold up: paths and stats.
 
@@ -202,6 +250,7 @@ class SelectionService:
             with request.open() as slide:
                 if slide.identity != identity or request.identity() != identity:
                     raise SlideError(f"{slide.name}: the file changed while it was opened; ask again")
+                slide.rows = _UntilClosed(slide.rows, self._closing)
                 selection = self.selector.select(slide, k, request.keep_every)
             if request.identity() != identity:
                 raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
@@ -228,6 +277,21 @@ class SelectionService:
                 self._under_way.pop(digest, None)
 
 
+class _UntilClosed:
+    """Rows of a slide, as long as the service is open."""
+
+    def __init__(self, rows: RowSource, closing: threading.Event) -> None:
+        self._rows, self._closing = rows, closing
+
+    def read_into(self, start: int, out: NDArray) -> None:
+        if self._closing.is_set():
+            raise SlidesStalled("the server is shutting down")
+        self._rows.read_into(start, out)
+
+    def close(self) -> None:
+        self._rows.close()
+
+
 async def finished(future: Future[SelectedSlide]) -> SelectedSlide:
     """Awaits a selection; a client that goes away cancels its own wait, not the others' selection."""
     return future.result() if future.done() else await asyncio.shield(asyncio.wrap_future(future))
@@ -250,6 +314,15 @@ def service_for(selector: SlideSelector, scorer: str, max_slide_tokens: int) -> 
             _services[key] = SelectionService(selector, scorer, max_slide_tokens)
         _current = _services[key]
         return _current
+
+
+def close_services() -> None:
+    """Calls off all slides of this process; nothing is selected in it any more."""
+    with _services_lock:
+        services = list(_services.values())
+        _services.clear()
+    for service in services:
+        service.close()
 
 
 def current_service() -> SelectionService | None:

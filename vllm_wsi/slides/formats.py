@@ -28,6 +28,7 @@ ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_PROTOCOLS = tuple(bytes([0x80, n]) for n in range(2, 6))
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # most slide images: svs, ndpi, scn, OME-TIFF ...
+PICTURE_MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
 NON_TIFF_SUFFIXES = frozenset((".mrxs", ".czi", ".dcm", ".vms", ".vmu"))  # of slide images whose first bytes say little
 # Of the slide images that a folder is searched for or a benchmark names; what a file is, its content says.
 IMAGE_SUFFIXES = NON_TIFF_SUFFIXES | {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".qptiff", ".btf"}
@@ -98,9 +99,14 @@ def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: 
         return open_parquet(path, identity)
     if path.suffix.lower() == ".csv":
         return open_csv(path, identity)
+    if (picture := _picture(head)) is not None:
+        raise SlideError(
+            f"{path}: found a {picture} picture, wanted the features of a slide; pictures are not read here: "
+            "encode the slide once (vllm-wsi encode SLIDE --encoder NAME) and send its feature file"
+        )
     if is_image(path, head):
         raise SlideError(
-            f"{path}: found a slide image, wanted features; encode it once: vllm-wsi encode {path.name} --encoder NAME"
+            f"{path}: found a slide image, wanted features; encode it once: vllm-wsi encode SLIDE --encoder NAME"
         )
     kind = "text" if _is_text(head) else "unknown content"
     raise SlideError(f"{path}: found {kind}, wanted a feature file ({WANTED})")  # shows nothing of what it holds
@@ -119,6 +125,18 @@ def _open_zip(path: Path, identity: SlideIdentity) -> FeatureFile:
 def is_image(path: Path, head: bytes) -> bool:
     """Whether that is a slide image, by its first bytes, or by its name where those say nothing."""
     return head.startswith(TIFF_MAGIC) or path.suffix.lower() in NON_TIFF_SUFFIXES
+
+
+def _picture(head: bytes) -> str | None:
+    """The kind of an ordinary picture, as chat clients send them, by its first bytes."""
+    for magic, kind in PICTURE_MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WebP"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"avif"):
+        return "HEIF"
+    return "BMP" if head.startswith(b"BM") and head[6:10] == bytes(4) else None
 
 
 def _is_text(head: bytes) -> bool:
