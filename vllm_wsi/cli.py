@@ -30,16 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encode.add_argument("--mpp", type=float, help="microns per pixel of the slides, instead of what they say")
     encode.add_argument("--patch-px", type=int, default=224, help="edge of a patch in pixels (default 224)")
     encode.add_argument("--patch-mpp", type=float, default=0.5, help="microns of such a pixel (default 0.5: 20x)")
-    encode.add_argument(
-        "--tissue",
-        default="glass",
-        choices=["glass", "entropy", "none"],
-        help="what differs from the slide's glass (default), what is textured, or the whole slide",
-    )
-    encode.add_argument(
-        "--channels", metavar="A,B,C", help="names or numbers of three channels, for fluorescence; read as RGB"
-    )
-    encode.add_argument("--qc", type=Path, metavar="DIR", help="a small picture of tissue and patches for each slide")
+    encode.add_argument("--tissue", default="otsu", choices=["otsu", "entropy", "none"], help="(default otsu)")
     encode.add_argument("--background", type=float, default=0.3, help="largest share beside the tissue (default 0.3)")
     encode.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="(default float16)")
     encode.add_argument("--batch-size", type=int, default=32, help="patches encoded at once (default 32)")
@@ -206,9 +197,9 @@ def _encode(args: argparse.Namespace) -> int:
     from .slides.encode import EncodeSettings
     from .slides.encode_many import Outcome, count_by_status, encode_many, find_jobs, write_summary
 
-    chosen = ("patch_px", "patch_mpp", "mpp", "tissue", "background", "channels", "dtype", "batch_size")
+    chosen = ("patch_px", "patch_mpp", "mpp", "tissue", "background", "dtype", "batch_size")
     settings = EncodeSettings(**{name: getattr(args, name) for name in chosen})
-    jobs = find_jobs(args.slides, args.out, args.qc)
+    jobs = find_jobs(args.slides, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(jobs), unit="slide", disable=None) as bar:
 
@@ -218,9 +209,8 @@ def _encode(args: argparse.Namespace) -> int:
             if outcome.status == "failed":
                 bar.write(f"failed: {outcome.reason}", file=sys.stderr)
             else:
-                said = [f"{outcome.patches:,} patches in {outcome.seconds:.1f} s"] if outcome.patches else []
-                said += [f"warning: {outcome.reason}" if outcome.patches else outcome.reason] if outcome.reason else []
-                bar.write(f"{outcome.status}: {outcome.slide}: {'; '.join(said)}")
+                patches = f"{outcome.patches:,} patches in {outcome.seconds:.1f} s" if outcome.patches else "is there"
+                bar.write(f"{outcome.status}: {outcome.slide}: {patches}")
 
         def progress(done: int, total: int) -> None:
             bar.set_postfix_str(f"{done:,} of {total:,} patches")

@@ -140,7 +140,7 @@ def write_photograph(folder: Path) -> Path:
     return path
 
 
-def _encoded(image: Path, encoder_name: str, work: Path, patch_px: int = 224, tissue: str = "glass") -> DemoSlide:
+def _encoded(image: Path, encoder_name: str, work: Path, patch_px: int = 224, tissue: str = "otsu") -> DemoSlide:
     from .slides.encode import EncodeSettings, encode_slide
     from .slides.encoders import load_encoder
 

@@ -23,7 +23,7 @@ from .slide_images import CELL, COLUMNS, grid_colour, make_grid_image, make_grid
 
 pytestmark = pytest.mark.server
 ROUTES = ["slides", "slide?url=x", "tile?url=x&level=1&x=0&y=0", "heatmap.png?url=x", "select"]
-ROUTES += ["qc.png?url=x", "region?url=x&x=0&y=0&width=1&height=1"]
+ROUTES += ["region?url=x&x=0&y=0&width=1&height=1"]
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_a_slide_is_described(http, grid, media):
     tiles = found.pop("tiles")
     assert found == {
         "name": "grid.safetensors", "num_patches": 48, "encoder": "test@1", "extent_px": [2000, 1600], "mpp": 0.5,
-        "has_image": True, "has_qc": False, "guesses": [], "remarks": [],
+        "has_image": True, "guesses": [], "remarks": [],
     }  # fmt: skip
     assert (tiles["size_px"], tiles["min_level"], tiles["max_level"]) == (512, 9, 11)
     found = http.get("slide", params={"url": (media / "microns.h5").as_uri()}).json()
@@ -466,18 +466,3 @@ def test_geojson_counts_from_the_bounds_of_the_file_or_from_the_slides_corner(ht
         corners[origin] = [f["geometry"]["coordinates"][0][0] for f in answer["features"]]
         assert answer["places"]["origin"]["bounds"] == [64, 32]
     assert [[x - 64, y - 32] for x, y in corners["slide"]] == corners["bounds"]
-
-
-def test_the_picture_of_tissue_and_patches_lies_beside_the_slide_or_in_qc(http, media, tmp_path):
-    path = make_slide(media / "checked.safetensors", 4)
-    url, secret = {"url": path.as_uri()}, tmp_path / "secret.png"
-    secret.write_bytes(b"not for you")
-    assert http.get("slide", params=url).json()["has_qc"] is False
-    assert http.get("qc.png", params=url).status_code == 400
-    (media / "checked.qc.png").symlink_to(secret)
-    assert http.get("qc.png", params=url).status_code == 400
-    (media / "qc").mkdir()
-    (media / "qc/checked.qc.png").write_bytes(b"a picture")
-    assert http.get("slide", params=url).json()["has_qc"] is True
-    answer = http.get("qc.png", params=url)
-    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"a picture", "image/png")

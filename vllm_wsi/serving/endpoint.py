@@ -97,13 +97,6 @@ async def slide(shown: Shown, url: SlideUrl) -> dict[str, Any]:
     return await shown.slide(url)
 
 
-@router.get("/qc.png")
-async def qc(shown: Shown, url: SlideUrl) -> Response:
-    """What `encode --qc` drew: the tissue that it found and the patches that it made."""
-    headers = {"Cache-Control": PRIVATE, "X-Content-Type-Options": "nosniff"}
-    return Response(await shown.qc(url), media_type="image/png", headers=headers)
-
-
 @router.get("/tile")
 async def tile(
     request: Request, shown: Shown, url: SlideUrl, level: int, x: int, y: int, version: str | None = None

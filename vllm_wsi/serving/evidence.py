@@ -26,13 +26,12 @@ from vllm_wsi.slides.regions import extent, geojson, level0_rects, said_size
 from .connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
 from .selection import SelectedSlide
-from .slide_folder import image_of, image_suffixes, list_slides, qc_of
+from .slide_folder import image_of, image_suffixes, list_slides
 
 if TYPE_CHECKING:
     from openslide import AbstractSlide
 
 BOUNDS = "openslide.bounds-"
-MAX_QC_BYTES = 32 << 20
 PICTURE_CACHE_BYTES = 32 << 20
 NO_IMAGE = "found no slide image of its name beside it, wanted one to show the slide"
 
@@ -125,10 +124,6 @@ class Evidence:
     async def slide(self, url: str) -> dict[str, Any]:
         return await self._headers.run(self._describe, url)
 
-    async def qc(self, url: str) -> bytes:
-        """PNG of what `encode` took for tissue."""
-        return await self._headers.run(self._read_qc, url)
-
     async def tile(self, url: str, level: int, x: int, y: int, known: str | None) -> tuple[bytes | None, str, str]:
         """(JPEG, ETag, version of the image); no JPEG where the client knows this ETag already."""
         return await self._pixels.run(self._read, url, tile, (level, x, y), known)
@@ -210,19 +205,9 @@ class Evidence:
                 "mpp": positive_number(slide.metadata.get("mpp")) or (None if image is None else image.mpp),
                 "has_image": image is not None,
                 "tiles": None if image is None else image.tiles,
-                "has_qc": qc_of(path, self._root) is not None,
                 "guesses": guessed,
                 "remarks": remarks,
             }
-
-    def _read_qc(self, url: str) -> bytes:
-        path = self._connector.local_path(url)
-        found = None if path is None else qc_of(path.resolve(), self._root)
-        if found is None:
-            raise SlideError("url: found no picture of tissue and patches beside it, wanted one by encode --qc")
-        if (size := found.stat().st_size) > MAX_QC_BYTES:
-            raise SlideError(f"{found.name}: found {size} bytes, wanted at most {MAX_QC_BYTES}")
-        return found.read_bytes()
 
     def _read(
         self, url: str, read: Callable[..., bytes], what: tuple[Any, ...], known: str | None

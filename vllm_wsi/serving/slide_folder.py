@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_wsi.slides import SlideError
-from vllm_wsi.slides.formats import IMAGE_SUFFIXES, QC_SUFFIX
+from vllm_wsi.slides.formats import IMAGE_SUFFIXES
 from vllm_wsi.slides.slide_names import image_names, is_feature_file, is_feature_store, slide_name
 
 MAX_ENTRIES = 10_000  # files and folders that one listing looks at
@@ -108,13 +108,4 @@ def image_of(features: Path, root: Path) -> Path | None:
                 f"{path.name}: found a link out of --allowed-local-media-path, wanted a slide image below it"
             )
         return path.resolve()
-    return None
-
-
-def qc_of(features: Path, root: Path) -> Path | None:
-    """The picture that `encode --qc` made of a slide, beside its feature file or in a folder `qc` there."""
-    for folder in (features.parent, features.parent / "qc"):
-        path = folder / f"{features.stem}{QC_SUFFIX}"
-        if path.is_file() and root in path.resolve().parents:
-            return path.resolve()
     return None

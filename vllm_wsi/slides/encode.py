@@ -14,10 +14,9 @@ from openslide import AbstractSlide
 
 from .encoders import PatchEncoder
 from .features import SlideError, write_features
-from .image import image_mpp, open_image, read_scaled, slide_hash
+from .image import image_mpp, open_image, read_scaled
 from .places import bounds_metadata
-from .qc import write_qc
-from .tissue import TissueMethod, find_patches
+from .tissue import TissueMethod, tissue_patches
 
 MAX_UPSAMPLING = 1.1  # slides of 0.55 mpp serve as 0.5 mpp; coarser ones are overviews
 
@@ -29,9 +28,8 @@ class EncodeSettings:
     patch_px: int = 224  # edge of a patch as the encoder sees it
     patch_mpp: float = 0.5  # microns per pixel of those pixels: 20x
     mpp: float | None = None  # microns per level-0 pixel, instead of what the slide says
-    tissue: TissueMethod = "glass"
+    tissue: TissueMethod = "otsu"
     background: float = 0.3  # largest share of a patch beside the tissue
-    channels: str | None = None  # three names or numbers, for a slide that is no brightfield RGB
     dtype: str = "float16"  # of the features
     batch_size: int = 32
 
@@ -42,7 +40,6 @@ class EncodeSettings:
             "patch_mpp": f"{self.patch_mpp:g}",
             "tissue": self.tissue,
             "background": f"{self.background:g}",
-            **({} if self.channels is None else {"channels": self.channels}),
         }
 
 
@@ -51,8 +48,6 @@ class EncodeResult:
     """What came of one slide."""
 
     num_patches: int
-    tissue_share: float = 1.0  # of the slide
-    warning: str = ""  # one sentence
     seconds: dict[str, float] = field(default_factory=dict)  # of reading, tissue, encoding, writing
 
 
@@ -62,7 +57,6 @@ def encode_slide(
     encoder: PatchEncoder,
     settings: EncodeSettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    qc: Path | None = None,
 ) -> EncodeResult:
     """Writes the features of one slide; the file appears under its name only when it is whole.
 
@@ -72,13 +66,12 @@ def encode_slide(
         path: slide image.
         out: feature file (`write_features`), with coordinates in level-0 pixels and metadata that says how it was made.
         on_progress: called with patches done and in all.
-        qc: where a small PNG of the tissue and the patches goes, before anything is encoded.
 
     Raises:
-        SlideError: the image cannot be read, is no brightfield RGB, says no mpp, is too coarse, or holds no tissue.
+        SlideError: the image cannot be read, says no mpp, is too coarse, or holds no tissue.
     """
     name, seconds = str(path), dict.fromkeys(("reading", "tissue", "encoding", "writing"), 0.0)
-    with open_image(path, settings.channels) as image:
+    with open_image(path) as image:
         mpp = image_mpp(image, name, settings.mpp)
         if settings.patch_mpp / mpp < 1 / MAX_UPSAMPLING:
             raise SlideError(
@@ -87,12 +80,7 @@ def encode_slide(
             )
         size_px = round(settings.patch_px * settings.patch_mpp / mpp)
         began = time.perf_counter()
-        tissue = find_patches(
-            image, name, mpp, size_px, settings.tissue, settings.background, settings.channels is not None
-        )
-        patches = tissue.patches
-        if qc is not None:
-            write_qc(qc, tissue)
+        patches = tissue_patches(image, name, mpp, size_px, settings.tissue, settings.background)
         seconds["tissue"] = time.perf_counter() - began
         features = np.empty((len(patches), encoder.feature_dim), settings.dtype)
         for start, batch, read_seconds in _batches(image, name, patches, size_px, settings):
@@ -103,7 +91,7 @@ def encode_slide(
             seconds["encoding"] += time.perf_counter() - began
             on_progress(start + len(batch), len(patches))
         width, height = image.dimensions
-        reader, bounds, hashed = type(image).__name__, bounds_metadata(image.properties), slide_hash(image, path)
+        reader, bounds = type(image).__name__, bounds_metadata(image.properties)
     if not np.isfinite(features).all():
         raise SlideError(
             f"{name}: features: found {int((~np.isfinite(features)).sum())} values that are not finite in "
@@ -118,20 +106,13 @@ def encode_slide(
         "width": str(width),
         "height": str(height),
         "reader": reader,
-        "slide_hash": hashed,
         **bounds,
     }
     began = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_features(out, features, patches, metadata)
     seconds["writing"] = time.perf_counter() - began
-    return EncodeResult(len(patches), tissue.share, tissue.warning, seconds)
-
-
-def hash_slide(path: Path, channels: str | None = None) -> str:
-    """Opens a slide for its `slide_hash`. Raises SlideError."""
-    with open_image(path, channels) as image:
-        return slide_hash(image, path)
+    return EncodeResult(len(patches), seconds)
 
 
 def _batches(

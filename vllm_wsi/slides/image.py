@@ -2,58 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from openslide import (
-    PROPERTY_NAME_MPP_X,
-    PROPERTY_NAME_MPP_Y,
-    PROPERTY_NAME_QUICKHASH1,
-    AbstractSlide,
-    OpenSlide,
-    OpenSlideError,
-)
+from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, AbstractSlide, OpenSlide, OpenSlideError
 from PIL import Image
 
-from .channels import pick_channels
 from .features import SlideError, SlideIdentity
 from .places import positive_number
 
 MAX_ASPECT = 1.02  # of the two mpp of one slide
 BAND_PX = 1 << 24  # level pixels that are held at once while a region is scaled down
 WHITE = (255, 255, 255)
-HASHED_BYTES = 1 << 20  # at each end of a file that openslide does not know
 
 
-def open_image(path: str | os.PathLike[str], channels: str | None = None) -> AbstractSlide:
+def open_image(path: str | os.PathLike[str]) -> AbstractSlide:
     """Opens a slide image; the caller closes it.
 
-    Args:
-        channels: three names or numbers, in the order of red, green and blue, for an image of separate channels.
-
     Raises:
-        SlideError: neither openslide nor tifffile can read it, its first pixel is damaged, or it holds separate
-            channels and nobody chose three.
+        SlideError: neither openslide nor tifffile can read it, or its first pixel is damaged.
     """
     path = Path(path)
     SlideIdentity.of_file(path)  # a pipe would wait for ever
     try:
         image = OpenSlide(path)
     except (OpenSlideError, ValueError) as error:
-        return _open_tiff(path, str(error), channels)
+        return _open_tiff(path, str(error))
     # Of an OME-TIFF openslide sees a flat generic TIFF: neither its pyramid (sub-IFDs) nor its mpp.
     if image.detect_format(path) == "generic-tiff" and "<OME" in image.properties.get("tiff.ImageDescription", ""):
         image.close()
-        return _open_tiff(path, "OME-TIFF", channels)
+        return _open_tiff(path, "OME-TIFF")
     try:
-        if channels is not None and pick_channels(("red", "green", "blue"), channels) != (0, 1, 2):
-            raise SlideError(
-                f"{path}: channels: found red, green, blue, wanted --channels 0,1,2 to take them as they are"
-            )
         read_scaled(image, str(path), 0, 0, 1, 1, (1, 1))
     except SlideError:
         image.close()
@@ -61,28 +43,13 @@ def open_image(path: str | os.PathLike[str], channels: str | None = None) -> Abs
     return image
 
 
-def _open_tiff(path: Path, refusal: str, channels: str | None) -> AbstractSlide:
+def _open_tiff(path: Path, refusal: str) -> AbstractSlide:
     from .tiff_image import TiffImage
 
     try:
-        return TiffImage(path, channels)
+        return TiffImage(path)
     except SlideError as error:
         raise SlideError(f"{path}: found {error}, wanted a slide image; openslide says: {refusal}") from error
-
-
-def slide_hash(image: AbstractSlide, path: Path) -> str:
-    """Tells one slide from every other, whatever its file is called and whichever file of a series was opened.
-
-    openslide's own, of the smallest level and the properties; else of the file's size, beginning and end.
-    """
-    if (own := image.properties.get(PROPERTY_NAME_QUICKHASH1)) is not None:
-        return f"quickhash-1:{own}"
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with open(path, "rb") as file:
-        digest.update(f"{size}".encode() + file.read(HASHED_BYTES))
-        file.seek(max(0, size - HASHED_BYTES))
-        digest.update(file.read(HASHED_BYTES))
-    return f"ends:{digest.hexdigest()}"
 
 
 def image_mpp(image: AbstractSlide, name: str, given: float | None = None) -> float:

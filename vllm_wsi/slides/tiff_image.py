@@ -13,7 +13,6 @@ import zarr
 from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, PROPERTY_NAME_VENDOR, AbstractSlide
 from PIL import Image
 
-from .channels import RGB_NAMES, pick_channels
 from .features import SlideError
 from .places import parse_unit, positive_number
 
@@ -24,17 +23,11 @@ TIFF_ERRORS = (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeErr
 class TiffImage(AbstractSlide):
     """The largest 8-bit RGB series of a TIFF file, with its pyramid.
 
-    Separate channels are RGB only where the file calls them red, green and blue, or its pixels are RGB in planes: three
-    fluorophores look the same to a reader that counts to three.
-
-    Args:
-        channels: three names or numbers of separate channels, to be shown as red, green and blue.
-
     Raises:
         SlideError: begins with what was found; `open_image` names the file.
     """
 
-    def __init__(self, path: Path, channels: str | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         try:
             self._file = tifffile.TiffFile(path)
@@ -43,7 +36,6 @@ class TiffImage(AbstractSlide):
         try:
             series = self._largest()
             self._axes = series.levels[0].axes
-            self._picked = self._pick(series, channels)
             self._levels: list[Any] = [zarr.open(series.aszarr(level=i), mode="r") for i in range(len(series.levels))]
             sizes = [self._size(level) for level in self._levels]
             # A pyramid's levels shrink; what does not is another picture.
@@ -63,41 +55,11 @@ class TiffImage(AbstractSlide):
 
     def _largest(self) -> tifffile.TiffPageSeries:
         usable = [s for s in self._file.series if s.axes in ("YXS", "SYX", "CYX") and s.dtype == np.uint8]
-        usable = [s for s in usable if s.axes == "CYX" or s.shape["YXS".index("S") if s.axes == "YXS" else 0] in (3, 4)]
+        usable = [s for s in usable if s.shape["YXS".index("S") if s.axes == "YXS" else 0] in (3, 4)]
         if not usable:
             kinds = ", ".join(f"{s.dtype} {s.axes} {s.shape}" for s in self._file.series[:3]) or "no images"
             raise SlideError(f"{kinds} where 8-bit RGB is needed")
         return max(usable, key=lambda s: np.prod(s.shape))
-
-    def _pick(self, series: tifffile.TiffPageSeries, channels: str | None) -> tuple[int, ...]:
-        """Which three of the samples or channels are red, green and blue."""
-        page = series.keyframe
-        in_one_image = self._axes != "CYX" or (
-            page.photometric == tifffile.PHOTOMETRIC.RGB and page.samplesperpixel > 2
-        )
-        count = series.shape[-1] if self._axes == "YXS" else series.shape[0]
-        names = list(RGB_NAMES[0]) if in_one_image else self._channel_names(series, count)
-        if channels is not None:
-            return pick_channels(names, channels)
-        if not in_one_image and tuple(name.lower() for name in names) not in RGB_NAMES:
-            raise SlideError(
-                f"{count} channels {', '.join(names)} where 8-bit RGB is needed (--channels says which three to take)"
-            )
-        return 0, 1, 2
-
-    def _channel_names(self, series: tifffile.TiffPageSeries, count: int) -> list[str]:
-        found: list[str] = []
-        for pixels in self._ome_pixels(series):
-            found = [channel.get("Name", "") for channel in pixels.iterfind("{*}Channel")]
-        return [name or str(i) for i, name in enumerate(found)] if len(found) == count else list(map(str, range(count)))
-
-    def _ome_pixels(self, series: tifffile.TiffPageSeries) -> list[ElementTree.Element]:
-        """The OME descriptions of pictures of this size."""
-        if not (self._file.is_ome and self._file.ome_metadata):
-            return []
-        width, height = self._size(series)
-        every = ElementTree.fromstring(self._file.ome_metadata).iterfind(".//{*}Pixels")
-        return [entry for entry in every if (entry.get("SizeX"), entry.get("SizeY")) == (str(width), str(height))]
 
     def _size(self, level: Any) -> tuple[int, int]:
         """(width, height)"""
@@ -106,7 +68,11 @@ class TiffImage(AbstractSlide):
 
     def _mpp(self, series: tifffile.TiffPageSeries) -> tuple[float, float] | None:
         if self._file.is_ome and self._file.ome_metadata:
-            for entry in self._ome_pixels(series):
+            pixels = ElementTree.fromstring(self._file.ome_metadata).iterfind(".//{*}Pixels")
+            width, height = self._sizes[0]
+            for entry in pixels:
+                if (entry.get("SizeX"), entry.get("SizeY")) != (str(width), str(height)):
+                    continue
                 found = [_microns(entry, axis) for axis in "XY"]
                 return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
             return None
@@ -162,13 +128,12 @@ class TiffImage(AbstractSlide):
             return region
         try:
             if self._axes == "YXS":
-                pixels = np.asarray(self._levels[level][y0:y1, x0:x1])[..., list(self._picked)]
+                pixels = np.asarray(self._levels[level][y0:y1, x0:x1])
             else:
-                planes = [np.asarray(self._levels[level][channel, y0:y1, x0:x1]) for channel in self._picked]
-                pixels = np.stack(planes, axis=2)
+                pixels = np.moveaxis(np.asarray(self._levels[level][:, y0:y1, x0:x1]), 0, 2)
         except TIFF_ERRORS as error:
             raise OSError(str(error) or type(error).__name__) from error
-        region.paste(Image.fromarray(np.ascontiguousarray(pixels)), (x0 - x, y0 - y))
+        region.paste(Image.fromarray(np.ascontiguousarray(pixels[..., :3])), (x0 - x, y0 - y))
         return region
 
 

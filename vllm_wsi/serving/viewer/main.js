@@ -86,7 +86,7 @@ async function open(url) {
   listPatches();
   showProblem(null);
   setHeat(0);
-  at("remark").hidden = at("geojson").hidden = at("accept").hidden = at("qc").hidden = true;
+  at("remark").hidden = at("geojson").hidden = at("accept").hidden = true;
   at("kept-note").textContent = "";
   at("title").textContent = "";
   at("empty").hidden = false;
@@ -96,7 +96,6 @@ async function open(url) {
     state.facts = facts;
     at("title").textContent = describe(facts);
     showRemarks(facts);
-    at("qc").hidden = !facts.has_qc;
     at("patches").classList.toggle("with-pictures", facts.has_image); // takes their room before the view is laid out
     if (facts.extent_px) await openSlide(viewer, url, facts);
     if (signal.aborted) return;
@@ -254,17 +253,6 @@ at("geojson").addEventListener("click", async (event) => {
     link.download = `${state.facts.name}.geojson`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  } catch (error) {
-    showProblem(error);
-  }
-});
-at("qc").addEventListener("click", async (event) => {
-  event.preventDefault();
-  try {
-    const answer = await api.ask(api.address("wsi/qc.png", { url: state.url }));
-    const address = URL.createObjectURL(await answer.blob());
-    window.open(address, "_blank");
-    setTimeout(() => URL.revokeObjectURL(address), 60000);
   } catch (error) {
     showProblem(error);
   }
