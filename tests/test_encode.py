@@ -14,7 +14,7 @@ from vllm_wsi.slides.colour_texture import ColourTexture
 from vllm_wsi.slides.encode import EncodeSettings, encode_slide
 from vllm_wsi.slides.encode_many import encode_many, find_jobs
 from vllm_wsi.slides.image import open_image, read_scaled
-from vllm_wsi.slides.tissue import tissue_patches
+from vllm_wsi.slides.patches import find_patches
 
 from .slide_images import tissue_picture, write_ome_tiff, write_tiff
 
@@ -110,16 +110,16 @@ def test_an_ome_tiff_goes_the_same_way(tmp_path):
 
 def test_patches_come_row_by_row_and_none_twice(tmp_path):
     with open_image(write_tiff(tmp_path / "a.tiff", tissue_picture(2048, 1536))) as image:
-        coords = tissue_patches(image, "a", 0.5, 64)
+        coords = find_patches(image, "a", 0.5, 64).corners
     assert len(np.unique(coords, axis=0)) == len(coords)
     assert np.array_equal(coords, coords[np.lexsort((coords[:, 0], coords[:, 1]))])
 
 
 def test_without_a_search_for_tissue_the_whole_slide_is_taken(tmp_path):
     with open_image(write_tiff(tmp_path / "a.tiff", np.full((512, 640, 3), 243, np.uint8))) as image:
-        assert len(tissue_patches(image, "a", 0.5, 128, "none")) == 4 * 5
+        assert len(find_patches(image, "a", 0.5, 128, "none").corners) == 4 * 5
         with pytest.raises(SlideError, match="found no tissue"):
-            tissue_patches(image, "a", 0.5, 128)
+            find_patches(image, "a", 0.5, 128)
 
 
 @pytest.mark.parametrize(
@@ -200,17 +200,17 @@ def test_several_workers_write_what_one_writes(tmp_path):
 
 def test_a_slide_that_takes_its_process_down_stops_no_other(tmp_path, monkeypatch):
     """The reader of `bomb` ends its process, as a damaged slide in a native library can."""
-    for name in ("a", "bomb", "c"):
-        write_tiff(tmp_path / f"{name}.tiff", tissue_picture(640, 512))
+    for seed, name in enumerate(("a", "bomb", "c")):
+        write_tiff(tmp_path / f"{name}.tiff", tissue_picture(640, 512, seed))
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
         "import os, signal\n"
         "import vllm_wsi.slides.encode as encode\n"
         "opened = encode.open_image\n"
-        "def open_image(path):\n"
+        "def open_image(path, channels):\n"
         f"    if path.name == 'bomb.tiff': os.kill(os.getpid(), {int(signal.SIGSEGV)})\n"
-        "    return opened(path)\n"
+        "    return opened(path, channels)\n"
         "encode.open_image = open_image\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(hook))
