@@ -19,8 +19,7 @@ from typing import Any, Literal, TypeVar
 from .encode import EncodeResult, EncodeSettings, encode_slide
 from .encoders import PatchEncoder, load_encoder
 from .features import SlideError, write_atomically
-from .formats import IMAGE_SUFFIXES, open_features
-from .qc import QC_SUFFIX
+from .formats import IMAGE_SUFFIXES, QC_SUFFIX, open_features
 from .regions import positive_number
 from .same_slide import Sameness, find_same, slide_key
 
@@ -171,7 +170,7 @@ def _encode(
 ) -> Outcome:
     began = time.perf_counter()
     try:
-        result: EncodeResult = encode_slide(job.slide, job.out, encoder, settings, on_progress)
+        result: EncodeResult = encode_slide(job.slide, job.out, encoder, settings, on_progress, job.qc)
     except (SlideError, OSError, MemoryError) as error:
         return Outcome(str(job.slide), "failed", reason=str(error) or type(error).__name__)
     except Exception as error:  # of a library, on a file that nobody foresaw: the other slides go on

@@ -32,6 +32,7 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # most slide images: svs,
 NON_TIFF_SUFFIXES = frozenset((".mrxs", ".czi", ".dcm", ".vms", ".vmu"))  # of slide images whose first bytes say little
 # Of the slide images that a folder is searched for or a benchmark names; what a file is, its content says.
 IMAGE_SUFFIXES = NON_TIFF_SUFFIXES | {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".qptiff"}
+QC_SUFFIX = ".qc.png"  # of the pictures that `encode --qc` draws of tissue and patches
 MAX_SAFETENSORS_HEADER = 1 << 20  # bytes; two tensors and their metadata need a few hundred
 MAX_TENSOR_PICKLE = 1 << 16  # bytes; that of one tensor needs a few hundred
 SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}

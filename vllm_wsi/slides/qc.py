@@ -11,8 +11,7 @@ from scipy import ndimage
 from .patches import Tiling
 from .pictures import write_png
 
-QC_SUFFIX = ".qc.png"
-QC_SIDE = 1536  # its longest side, in its own pixels
+QC_SIDES = 768, 1536  # its longest side in its own pixels, at least and at most
 TISSUE, PATCH, INK = (0, 190, 60), (30, 80, 255), (255, 140, 0)
 
 
@@ -23,10 +22,11 @@ def write_qc(path: Path, tiling: Tiling) -> None:
 
 
 def draw_qc(tiling: Tiling) -> np.ndarray:
-    """RGB [h, w, 3] of what was scanned, its longer side at most `QC_SIDE`."""
+    """RGB [h, w, 3] of what was scanned, its longer side within `QC_SIDES`."""
     overview = tiling.overview
     height, width = overview.scanned.shape
-    shrink = max(1.0, max(width, height) / QC_SIDE)
+    longest = max(width, height)
+    shrink = longest / np.clip(longest, *QC_SIDES)
     size = max(1, round(width / shrink)), max(1, round(height / shrink))
     picture = Image.fromarray(overview.rgb).resize(size, Image.Resampling.BOX)
     draw = ImageDraw.Draw(picture)

@@ -129,7 +129,7 @@ class TiffImage(AbstractSlide):
             if place < len(images):
                 names = [entry.get("Name") for entry in images[place].iterfind("./{*}Pixels/{*}Channel")]
         elif self._file.is_qpi:
-            names = [_qpi_channel(page.description) for page in series.pages]
+            names = [_qpi_channel(page) for page in series.pages]
         return [names[i] or str(i) if i < len(names) else str(i) for i in range(count)]
 
     def _size(self, level: Any) -> tuple[int, int]:
@@ -215,10 +215,10 @@ class TiffImage(AbstractSlide):
         return np.stack([planes[i] for i in self._planes], axis=2)
 
 
-def _qpi_channel(description: str) -> str | None:
+def _qpi_channel(page: object) -> str | None:
     """Of a page that an Akoya scanner wrote."""
     try:
-        return ElementTree.fromstring(description).findtext(".//Name")
+        return ElementTree.fromstring(getattr(page, "description", "")).findtext(".//Name")
     except ElementTree.ParseError:
         return None
 

@@ -28,6 +28,8 @@ PEAK_SHARE = 0.15  # of the flat pixels: a brighter peak that holds fewer is dir
 NO_GLASS = 245.0  # what a slide of tissue alone is compared with, unless it has something brighter
 LEAST_DENSITY = 0.018  # optical density beside the glass; below lies the noise of JPEG
 MOST_DENSITY = 0.04  # palest tissue that is kept beside dark tissue
+SHADE_DENSITY = 0.12  # of a shadow at most
+GREY = 0.25  # difference of its channels' densities, over their mean
 INK_DENSITY = 0.45  # pens are thicker than stains
 INK_ROUGHNESS = 0.12  # and smoother: deviation of the density within a few pixels, over its mean
 
@@ -69,11 +71,11 @@ def find_tissue(rgb: NDArray[np.uint8], scanned: NDArray[np.bool_], name: str, p
     absorbed = np.clip(np.log10((colour + 1) / (smooth + 1)), 0, None)  # nothing makes glass brighter
     density = np.linalg.norm(absorbed, axis=2)
     ink = _find_ink(absorbed, density) & seen
-    found = seen & ~ink
+    found = seen & ~ink & ~_find_shade(absorbed, density, flat)
     threshold = _threshold(density[found], noise)
     mask = _tidied((density > threshold) & found, patch_side) & found
     count = int(seen.sum())
-    share, rough_share = mask.sum() / count, (found & ~flat).sum() / count
+    share, rough_share = mask.sum() / count, (seen & ~ink & ~flat).sum() / count
     if not mask.any():
         raise SlideError(f"{name}: found no tissue, wanted some; --tissue none takes the whole slide")
     warnings = _doubts(mask, flat, glass, share, rough_share, ink.sum() / count)
@@ -163,6 +165,15 @@ def _threshold(density: NDArray[np.float32], noise: float) -> float:
     return float(np.clip(threshold_otsu(density), least, max(least, MOST_DENSITY)))
 
 
+def _find_shade(
+    absorbed: NDArray[np.float32], density: NDArray[np.float32], flat: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Glass where there is less light, as beside a cover slip's edge: flat, and darker in all channels alike, which no
+    stain is."""
+    grey = np.ptp(absorbed, axis=2) < GREY * absorbed.mean(axis=2)
+    return opening(flat & grey & (density < SHADE_DENSITY), disk(3))
+
+
 def _find_ink(absorbed: NDArray[np.float32], density: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Green, blue and black pen: denser and smoother than a stain."""
     red, green, blue = np.moveaxis(absorbed, 2, 0)
@@ -193,7 +204,7 @@ def _doubts(
     doubts = []
     if glass is None:
         doubts.append("found no glass to compare with")
-    if (mask & flat).sum() > 0.6 * mask.sum():
+    if (mask & flat).sum() > 0.8 * mask.sum():
         doubts.append(f"{(mask & flat).sum() / mask.sum():.0%} of the tissue found is as flat as glass")
     if rough_share > 2 * share and rough_share - share > 0.02:
         doubts.append(f"found tissue on {share:.1%} of the slide, while {rough_share:.1%} of it look like some")
