@@ -24,6 +24,8 @@ GLASS_TINT = 50  # between its channels at most
 FLAT = 3.0  # of 255: standard deviation of glass within a few pixels
 GLASS_RANGE = 24  # of 255: brightest to darkest glass of one slide
 GLASS_SHARE = 0.005  # of the scanned pixels, below which no glass was found
+GAPS_SHARE = 0.1  # of the scanned pixels: where fewer are flat, glass shows in the gaps of tissue alone,
+GAPS_BRIGHTER = 5  # of 255, and the brightest is nearer to it than the flattest
 PEAK_SHARE = 0.15  # of the flat pixels: a brighter peak that holds fewer is dirt or a bubble
 NO_GLASS = 245.0  # what a slide of tissue alone is compared with, unless it has something brighter
 LEAST_DENSITY = 0.018  # optical density beside the glass; below lies the noise of JPEG
@@ -152,6 +154,11 @@ def _find_glass(
     while low > max(0, top - GLASS_RANGE) and 0.2 * histogram[top] < histogram[low - 1] < max(1.5 * fewest, much):
         low -= 1
         fewest = min(fewest, histogram[low])
+    if len(candidates) < GAPS_SHARE * seen.sum():
+        bright = smooth[seen & like]
+        least = np.quantile(bright.mean(axis=1), 0.99)
+        if top < least - GAPS_BRIGHTER:
+            return np.median(bright[bright.mean(axis=1) >= least], axis=0), 0.0
     own = candidates[(grey >= low - 1) & (grey <= top + 3)]
     colour = np.median(own, axis=0)
     density = np.linalg.norm(np.clip(np.log10((colour + 1) / (own + 1)), 0, None), axis=1)
