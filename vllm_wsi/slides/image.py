@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, AbstractSlide, OpenSlide, OpenSlideError
 from PIL import Image
 
-from .channels import RGB, pick_channels
+from .channels import ChannelError, check_rgb
 from .features import SlideError, SlideIdentity
 from .regions import positive_number
 
@@ -41,9 +41,9 @@ def open_image(path: str | os.PathLike[str], channels: Sequence[str] | None = No
         image.close()
         return _open_tiff(path, channels, refusal)
     try:
-        if channels is not None and pick_channels(channels, RGB) != (0, 1, 2):
-            raise SlideError(f"--channels {','.join(channels)}, wanted Red,Green,Blue, which this picture has")
-    except SlideError as error:
+        if channels is not None:
+            check_rgb(channels)
+    except ChannelError as error:
         image.close()
         raise SlideError(f"{path}: found {error}") from error
     try:
@@ -64,11 +64,11 @@ def _not_for_openslide(path: Path, image: OpenSlide) -> str:
 
 
 def _open_tiff(path: Path, channels: Sequence[str] | None, refusal: str) -> AbstractSlide:
-    from .tiff_image import NotRgb, TiffImage
+    from .tiff_image import TiffImage
 
     try:
         return TiffImage(path, channels)
-    except NotRgb as error:
+    except ChannelError as error:
         raise SlideError(f"{path}: found {error}") from error
     except SlideError as error:
         raise SlideError(f"{path}: found {error}, wanted a slide image; openslide says: {refusal}") from error

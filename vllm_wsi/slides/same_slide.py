@@ -29,6 +29,8 @@ class Sameness(NamedTuple):
 
 def slide_key(path: Path) -> SlideKey | None:
     """openslide's quickhash, else size and both ends of the file; None where it cannot be read."""
+    if not path.is_file():  # a pipe would wait for ever
+        return None
     try:
         with OpenSlide(path) as image:
             vendor, quickhash = (image.properties.get(key) for key in (PROPERTY_NAME_VENDOR, PROPERTY_NAME_QUICKHASH1))
@@ -37,8 +39,6 @@ def slide_key(path: Path) -> SlideKey | None:
     except (OpenSlideError, ValueError, OSError):
         pass
     try:
-        if not path.is_file():
-            return None
         size = path.stat().st_size
         with open(path, "rb") as file:
             digest = hashlib.blake2b(file.read(SAMPLE), digest_size=16)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, PROPERTY_NAME_VENDOR, AbstractSlide
 from PIL import Image
 
-from .channels import RGB, is_rgb, listed, pick_channels
+from .channels import ChannelError, check_rgb, is_rgb, listed, pick_channels
 from .features import SlideError
 
 MICRONS = {"µm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
@@ -23,10 +23,6 @@ TIFF_ERRORS = (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeErr
 
 
 COLOUR = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
-
-
-class NotRgb(SlideError):
-    """A picture of other channels than red, green and blue; begins with what was found."""
 
 
 def is_colour_tiff(path: Path) -> bool:
@@ -84,7 +80,7 @@ class TiffImage(AbstractSlide):
         """The slide itself and not its label, be that the only one in colour."""
         pictures = [s for s in self._file.series if {"Y", "X"} <= set(s.axes)]
         if not pictures:
-            raise NotRgb("no images, wanted 8-bit RGB")
+            raise ChannelError("no images, wanted 8-bit RGB")
         areas = [s.shape[s.axes.index("Y")] * s.shape[s.axes.index("X")] for s in pictures]
         large = [s for s, area in zip(pictures, areas, strict=True) if area >= 0.99 * max(areas)]
         return next((s for s in large if self._is_colour(s)), large[0])
@@ -103,13 +99,15 @@ class TiffImage(AbstractSlide):
 
     def _chosen_planes(self, series: tifffile.TiffPageSeries, channels: Sequence[str] | None) -> tuple[int, ...]:
         if self._is_colour(series):
-            return (0, 1, 2) if channels is None else pick_channels(channels, RGB)
+            if channels is not None:
+                check_rgb(channels)
+            return 0, 1, 2
         if series.axes not in ("YX", "CYX"):
-            raise NotRgb(f"{series.dtype} {series.axes} {series.shape}, wanted 8-bit RGB")
+            raise ChannelError(f"{series.dtype} {series.axes} {series.shape}, wanted 8-bit RGB")
         names = self._channel_names(series)
         count = f"{len(names)} channel{'s' if len(names) > 1 else ''} {listed(names)}"
         if series.dtype != np.uint8:
-            raise NotRgb(
+            raise ChannelError(
                 f"{count} of {series.dtype}, wanted 8-bit RGB; how far each channel is to be scaled down, only who "
                 "made it can say"
             )
@@ -117,7 +115,7 @@ class TiffImage(AbstractSlide):
             return pick_channels(channels, names)
         if is_rgb(names):
             return 0, 1, 2
-        raise NotRgb(f"{count}, wanted 8-bit RGB; --channels says which three")
+        raise ChannelError(f"{count}, wanted 8-bit RGB; --channels says which three")
 
     def _channel_names(self, series: tifffile.TiffPageSeries) -> list[str]:
         """As the file says, else their numbers."""

@@ -126,11 +126,11 @@ def _find_fill(
     edge = rest & ~ndimage.binary_erosion(rest, border_value=1)
     straight = ndimage.binary_opening(edge, np.ones((1, 9))) | ndimage.binary_opening(edge, np.ones((9, 1)))
     tint = np.ptp(smooth, axis=2)
-    like = rest & flat & (smooth.min(axis=2) > GLASS_BRIGHT) & (tint < GLASS_TINT / 2)
-    if straight.sum() < 0.8 * edge.sum() or like.sum() < 0.02 * rest.sum():
+    inner = ndimage.binary_erosion(rest, iterations=4)  # without the rim, where the fill's colour is blurred
+    like = inner & flat & (smooth.min(axis=2) > GLASS_BRIGHT) & (tint < GLASS_TINT / 2)
+    if straight.sum() < 0.8 * edge.sum() or like.sum() <= 0.02 * inner.sum():
         return none
-    alone = like.sum() > 0.97 * ndimage.binary_erosion(rest, iterations=4).sum()
-    if alone and np.median(tint[like]) > GLASS_TINT / 4:
+    if like.sum() > 0.97 * inner.sum() and np.median(tint[like]) > GLASS_TINT / 4:
         return none  # one pale tint on one constant colour: a stain rather than glass
     return ~rest
 
