@@ -17,7 +17,7 @@ from openslide import (
 from .image import read_scaled
 
 OVERVIEW_MPP = 4.0  # microns of its pixels: a nucleus is one or two of them
-OVERVIEW_SIDE = 4096  # its longest side, in its own pixels
+OVERVIEW_SIDE = 3072  # its longest side, in its own pixels
 PATCH_IN_OVERVIEW = 8  # pixels that a patch takes there at least
 
 
