@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vllm_wsi.cli import main
 from vllm_wsi.slides import SlideError, open_features
@@ -14,7 +15,8 @@ from vllm_wsi.slides.colour_texture import ColourTexture
 from vllm_wsi.slides.encode import EncodeSettings, encode_slide
 from vllm_wsi.slides.encode_many import encode_many, find_jobs
 from vllm_wsi.slides.image import open_image, read_scaled
-from vllm_wsi.slides.tissue import tissue_patches
+from vllm_wsi.slides.patches import find_patches
+from vllm_wsi.slides.qc import PATCH, TISSUE
 
 from .slide_images import tissue_picture, write_ome_tiff, write_tiff
 
@@ -110,16 +112,16 @@ def test_an_ome_tiff_goes_the_same_way(tmp_path):
 
 def test_patches_come_row_by_row_and_none_twice(tmp_path):
     with open_image(write_tiff(tmp_path / "a.tiff", tissue_picture(2048, 1536))) as image:
-        coords = tissue_patches(image, "a", 0.5, 64)
+        coords = find_patches(image, "a", 0.5, 64).corners
     assert len(np.unique(coords, axis=0)) == len(coords)
     assert np.array_equal(coords, coords[np.lexsort((coords[:, 0], coords[:, 1]))])
 
 
 def test_without_a_search_for_tissue_the_whole_slide_is_taken(tmp_path):
     with open_image(write_tiff(tmp_path / "a.tiff", np.full((512, 640, 3), 243, np.uint8))) as image:
-        assert len(tissue_patches(image, "a", 0.5, 128, "none")) == 4 * 5
+        assert len(find_patches(image, "a", 0.5, 128, "none").corners) == 4 * 5
         with pytest.raises(SlideError, match="found no tissue"):
-            tissue_patches(image, "a", 0.5, 128)
+            find_patches(image, "a", 0.5, 128)
 
 
 @pytest.mark.parametrize(
@@ -200,17 +202,17 @@ def test_several_workers_write_what_one_writes(tmp_path):
 
 def test_a_slide_that_takes_its_process_down_stops_no_other(tmp_path, monkeypatch):
     """The reader of `bomb` ends its process, as a damaged slide in a native library can."""
-    for name in ("a", "bomb", "c"):
-        write_tiff(tmp_path / f"{name}.tiff", tissue_picture(640, 512))
+    for seed, name in enumerate(("a", "bomb", "c")):
+        write_tiff(tmp_path / f"{name}.tiff", tissue_picture(640, 512, seed))
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
         "import os, signal\n"
         "import vllm_wsi.slides.encode as encode\n"
         "opened = encode.open_image\n"
-        "def open_image(path):\n"
+        "def open_image(path, channels):\n"
         f"    if path.name == 'bomb.tiff': os.kill(os.getpid(), {int(signal.SIGSEGV)})\n"
-        "    return opened(path)\n"
+        "    return opened(path, channels)\n"
         "encode.open_image = open_image\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(hook))
@@ -298,3 +300,58 @@ def test_a_patch_is_read_at_the_level_that_fits(tmp_path):
     picture = tissue_picture(1024, 1024)
     with open_image(write_ome_tiff(tmp_path / "a.ome.tif", picture)) as image:
         assert np.array_equal(read_scaled(image, "a", 256, 256, 256, 256, (64, 64)), picture[256:512:4, 256:512:4])
+
+
+def test_the_summary_tells_tissue_and_patches_and_a_picture_shows_them(tmp_path):
+    folder, out, qc = tmp_path / "slides", tmp_path / "out", tmp_path / "qc"
+    (folder / "deep").mkdir(parents=True)
+    picture = tissue_picture(640, 512)
+    write_tiff(folder / "deep/a.tiff", picture)
+    write_tiff(folder / "none.tiff", np.full((512, 640, 3), 243, np.uint8))
+    for _ in range(2):  # a slide that is there already tells it from its features
+        assert encode(folder, "--out", out, "--qc", qc, "--patch-px", 64, "--workers", 1) == 1
+        with open(out / "encode_summary.csv", newline="") as file:
+            row, other = csv.DictReader(file)
+        assert float(row["tissue_share"]) == pytest.approx(0.25, abs=0.04)  # the middle half, each way
+        assert int(row["patches"]) == 5 * 4
+        assert row["warning"] == ""
+        assert (other["status"], other["tissue_share"], other["patches"]) == ("failed", "", "0")
+    assert [path.relative_to(qc).as_posix() for path in qc.rglob("*.*")] == ["deep/a.qc.png"]
+    drawn = np.asarray(Image.open(qc / "deep/a.qc.png")).astype(int)
+    scale = drawn.shape[1] / 640
+    assert drawn.shape == (614, 768, 3)
+    with open_features(out / "deep/a.safetensors") as slide:
+        corners = slide.read_coords()
+    for x, y in corners.tolist():  # each patch has its upper side in blue, or in green where the tissue ends there
+        side = drawn[round(y * scale) - 8 : round(y * scale) + 9, round((x + 32) * scale)]
+        assert min(np.abs(side - colour).sum(axis=1).min() for colour in (PATCH, TISSUE)) == 0
+    outside = drawn[: round(100 * scale)]
+    assert np.abs(outside - 243).max() <= 1
+
+
+def test_a_warning_goes_to_the_summary_and_to_the_screen(tmp_path, capsys):
+    """Pieces that are smaller than the patches."""
+    picture = np.full((1024, 1024, 3), 243, np.uint8)
+    rng = np.random.default_rng(0)
+    for y in range(20, 900, 128):
+        for x in range(20, 900, 128):
+            picture[y : y + 36, x : x + 36] = np.clip(rng.normal((170, 70, 150), 25, (36, 36, 3)), 0, 255)
+    picture[500:640, 500:640] = np.clip(rng.normal((170, 70, 150), 25, (140, 140, 3)), 0, 255)
+    path = write_tiff(tmp_path / "a.tiff", picture)
+    assert encode(path, "--out", tmp_path, "--patch-px", 64) == 0
+    printed = capsys.readouterr().err
+    assert "of the tissue found, which lies in pieces smaller than they" in printed
+    with open(tmp_path / "encode_summary.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert f"warning: {path}: {row['warning']}" in printed
+
+
+def test_features_of_tissue_found_another_way_are_not_taken_for_finished(tmp_path, capsys):
+    path = write_tiff(tmp_path / "a.tiff", tissue_picture(640, 512))
+    assert encode(path, "--out", tmp_path, "--patch-px", 64) == 0
+    for options in (["--tissue", "none"], ["--channels", "0,1,2"], ["--background", "0.5"]):
+        assert encode(path, "--out", tmp_path, "--patch-px", 64, *options) == 1
+        assert "choose another --out" in capsys.readouterr().err
+    with open_features(tmp_path / "a.safetensors") as slide:
+        assert (slide.metadata["tissue"], slide.metadata["channels"]) == ("otsu@2", "RGB")
+        assert 0.2 < float(slide.metadata["tissue_share"]) < 0.3

@@ -30,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     encode.add_argument("--mpp", type=float, help="microns per pixel of the slides, instead of what they say")
     encode.add_argument("--patch-px", type=int, default=224, help="edge of a patch in pixels (default 224)")
     encode.add_argument("--patch-mpp", type=float, default=0.5, help="microns of such a pixel (default 0.5: 20x)")
-    encode.add_argument("--tissue", default="otsu", choices=["otsu", "entropy", "none"], help="(default otsu)")
+    encode.add_argument("--tissue", default="otsu", choices=["otsu", "none"], help="by its distance from the glass, or "
+                        "the whole slide (default otsu)")  # fmt: skip
+    encode.add_argument("--channels", metavar="A,B,C", help="names or numbers from 0 of the three that are encoded as "
+                        "red, green and blue, of fluorescence and the like (default: RGB alone)")  # fmt: skip
+    encode.add_argument("--qc", type=Path, metavar="DIR", help="pictures of tissue and patches; where it is --out, the "
+                        "viewer links them")  # fmt: skip
     encode.add_argument("--background", type=float, default=0.3, help="largest share beside the tissue (default 0.3)")
     encode.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="(default float16)")
     encode.add_argument("--batch-size", type=int, default=32, help="patches encoded at once (default 32)")
@@ -198,8 +203,9 @@ def _encode(args: argparse.Namespace) -> int:
     from .slides.encode_many import Outcome, count_by_status, encode_many, find_jobs, write_summary
 
     chosen = ("patch_px", "patch_mpp", "mpp", "tissue", "background", "dtype", "batch_size")
-    settings = EncodeSettings(**{name: getattr(args, name) for name in chosen})
-    jobs = find_jobs(args.slides, args.out)
+    channels = None if args.channels is None else tuple(args.channels.split(","))
+    settings = EncodeSettings(**{name: getattr(args, name) for name in chosen}, channels=channels)
+    jobs = find_jobs(args.slides, args.out, args.qc)
     args.out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(jobs), unit="slide", disable=None) as bar:
 
@@ -209,8 +215,10 @@ def _encode(args: argparse.Namespace) -> int:
             if outcome.status == "failed":
                 bar.write(f"failed: {outcome.reason}", file=sys.stderr)
             else:
-                patches = f"{outcome.patches:,} patches in {outcome.seconds:.1f} s" if outcome.patches else "is there"
-                bar.write(f"{outcome.status}: {outcome.slide}: {patches}")
+                patches = f"{outcome.patches:,} patches in {outcome.seconds:.1f} s"
+                bar.write(f"{outcome.status}: {outcome.slide}: {outcome.reason or patches}")
+            if outcome.warning:
+                bar.write(f"warning: {outcome.slide}: {outcome.warning}", file=sys.stderr)
 
         def progress(done: int, total: int) -> None:
             bar.set_postfix_str(f"{done:,} of {total:,} patches")

@@ -15,14 +15,14 @@ from PIL import Image
 
 from vllm_wsi.serving.viewer_page import FOLDER
 from vllm_wsi.slides import open_features, write_features
-from vllm_wsi.slides.pictures import INFERNO
+from vllm_wsi.slides.pictures import INFERNO, write_png
 
 from .. import feature_stores as stores
 from .conftest import KEY, make_slide, slide_message
 from .slide_images import CELL, COLUMNS, grid_colour, make_grid_image, make_grid_slide, make_real_slide, random_features
 
 pytestmark = pytest.mark.server
-ROUTES = ["slides", "slide?url=x", "tile?url=x&level=1&x=0&y=0", "heatmap.png?url=x", "select"]
+ROUTES = ["slides", "slide?url=x", "qc.png?url=x", "tile?url=x&level=1&x=0&y=0", "heatmap.png?url=x", "select"]
 ROUTES += ["region?url=x&x=0&y=0&width=1&height=1"]
 
 
@@ -247,7 +247,7 @@ def test_a_slide_is_described(http, grid, media):
     tiles = found.pop("tiles")
     assert found == {
         "name": "grid.safetensors", "num_patches": 48, "encoder": "test@1", "extent_px": [2000, 1600], "mpp": 0.5,
-        "has_image": True, "guesses": [], "remarks": [],
+        "has_image": True, "guesses": [], "has_qc": False, "remarks": [],
     }  # fmt: skip
     assert (tiles["size_px"], tiles["min_level"], tiles["max_level"]) == (512, 9, 11)
     found = http.get("slide", params={"url": (media / "microns.h5").as_uri()}).json()
@@ -319,12 +319,43 @@ def test_tiles_of_a_slide_outside_the_allowed_path_are_refused(http, media, shar
     by_dots = shared_folder / Path(os.path.relpath(outside, shared_folder))
     assert by_dots.is_file()
     for url in (outside.as_uri(), f"file://{by_dots}", "file:///etc/passwd"):
-        for route in ("tile", "slide", "heatmap.png", "region"):
+        for route in ("tile", "slide", "heatmap.png", "region", "qc.png"):
             more = {"level": 11, "x": 0, "y": 0, "width": 9, "height": 9}
             assert "allowed-local-media-path" in refusal(http.get(route, params={"url": url} | more))
     linked = {"url": (media / "out-image.safetensors").as_uri(), "level": 11, "x": 0, "y": 0}
     assert "found a link out of --allowed-local-media-path" in refusal(http.get("tile", params=linked))
     assert "found a link out" in http.get("slide", params={"url": linked["url"]}).json()["remarks"][0]
+
+
+def test_the_picture_of_tissue_and_patches_is_shown_where_it_lies_beside_the_features(http, media):
+    path = make_grid_slide(media, "checked")
+    drawn = path.with_suffix(".qc.png")
+    where = {"url": path.as_uri()}
+    assert "found no picture of tissue and patches" in refusal(http.get("qc.png", params=where))
+    write_png(drawn, np.full((3, 5, 3), 77, np.uint8))
+    assert http.get("slide", params=where).json()["has_qc"] is True
+    answer = http.get("qc.png", params=where)
+    assert (answer.headers["content-type"], answer.headers["x-content-type-options"]) == ("image/png", "nosniff")
+    assert np.array_equal(picture(answer), np.full((3, 5, 3), 77))
+    again = http.get("qc.png", params=where, headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+@pytest.mark.parametrize("kind", ["link", "text", "large"])
+def test_what_only_has_the_name_of_such_a_picture_is_not_shown(http, media, tmp_path, kind):
+    path = make_grid_slide(media, f"unchecked-{kind}")
+    drawn, secret = path.with_suffix(".qc.png"), tmp_path / "secret.png"
+    write_png(secret, np.zeros((3, 5, 3), np.uint8))
+    if kind == "link":
+        drawn.symlink_to(secret)
+    else:
+        drawn.write_bytes(b"<script>alert(1)</script>" if kind == "text" else b"\x89PNG\r\n\x1a\n")
+        os.truncate(drawn, 25 if kind == "text" else (32 << 20) + 1)
+    wanted = {"link": "found a link out of", "text": "found no PNG file", "large": "wanted at most 33554432"}
+    message = refusal(http.get("qc.png", params={"url": path.as_uri()}))
+    assert wanted[kind] in message
+    assert str(media) not in message
+    assert http.get("slide", params={"url": path.as_uri()}).json()["has_qc"] is (kind != "link")
 
 
 def test_a_broken_image_takes_nothing_but_itself_away(http, media):

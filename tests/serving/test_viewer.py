@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from vllm_wsi.slides import open_features
+from vllm_wsi.slides.pictures import write_png
 
 from .conftest import KEY, make_slide, slide_message
 from .slide_images import CELL, grid_colour, make_grid_image, make_grid_slide, make_real_slide
@@ -284,6 +285,20 @@ def test_a_patch_that_is_clicked_comes_to_the_middle(new_page, server, media):
     page.locator("#patches button").nth(20).click()
     settle(page)
     assert np.abs(np.array(centre(page)) - [x + w / 2, y + h / 2]).max() < 1
+
+
+def test_the_picture_of_tissue_and_patches_opens_where_there_is_one(new_page, server, media):
+    path = make_grid_slide(media, "checked")
+    page = new_page()
+    show(page, server, path)
+    assert page.locator("#qc").is_hidden()
+    write_png(path.with_suffix(".qc.png"), np.full((30, 50, 3), 77, np.uint8))
+    page.reload()
+    page.wait_for_selector("#qc:not([hidden])")
+    with page.expect_popup() as opened:
+        page.locator("#qc").click()
+    opened.value.wait_for_selector("img", state="attached")
+    assert opened.value.evaluate("[document.images[0].naturalWidth, document.images[0].naturalHeight]") == [50, 30]
 
 
 def test_the_keyboard_alone_is_enough(new_page, server, media, tmp_path):

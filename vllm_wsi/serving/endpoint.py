@@ -97,6 +97,13 @@ async def slide(shown: Shown, url: SlideUrl) -> dict[str, Any]:
     return await shown.slide(url)
 
 
+@router.get("/qc.png")
+async def qc_picture(request: Request, shown: Shown, url: SlideUrl) -> Response:
+    picture, etag = await shown.qc_picture(url)
+    known = request.headers.get("if-none-match")
+    return _picture(None if known is not None and etag in known else picture, "image/png", etag, PRIVATE)
+
+
 @router.get("/tile")
 async def tile(
     request: Request, shown: Shown, url: SlideUrl, level: int, x: int, y: int, version: str | None = None

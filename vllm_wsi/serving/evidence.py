@@ -26,13 +26,15 @@ from vllm_wsi.slides.regions import extent, geojson, level0_rects, said_size
 from .connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
 from .selection import SelectedSlide
-from .slide_folder import image_of, image_suffixes, list_slides
+from .slide_folder import image_of, image_suffixes, list_slides, qc_picture_of
 
 if TYPE_CHECKING:
     from openslide import AbstractSlide
 
 BOUNDS = "openslide.bounds-"
 PICTURE_CACHE_BYTES = 32 << 20
+MAX_QC_BYTES = 32 << 20
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 NO_IMAGE = "found no slide image of its name beside it, wanted one to show the slide"
 
 
@@ -124,6 +126,10 @@ class Evidence:
     async def slide(self, url: str) -> dict[str, Any]:
         return await self._headers.run(self._describe, url)
 
+    async def qc_picture(self, url: str) -> tuple[bytes, str]:
+        """(PNG, ETag) of what `encode` took for tissue and for patches, where it lies beside the feature file."""
+        return await self._headers.run(self._read_qc, url)
+
     async def tile(self, url: str, level: int, x: int, y: int, known: str | None) -> tuple[bytes | None, str, str]:
         """(JPEG, ETag, version of the image); no JPEG where the client knows this ETag already."""
         return await self._pixels.run(self._read, url, tile, (level, x, y), known)
@@ -176,6 +182,11 @@ class Evidence:
         found = self._find_image(url)
         image = found.image
         remarks = [] if found.missing is None else [found.missing]
+        try:
+            has_qc = self._qc_path(url) is not None
+        except SlideError as error:
+            has_qc = False
+            remarks.append(str(error))
         with naming_the_file_alone(path), open_features(path, _fragment_encoder(url)) as slide:
             size_px: tuple[float, float] | None = None
             if image is not None:
@@ -206,8 +217,27 @@ class Evidence:
                 "has_image": image is not None,
                 "tiles": None if image is None else image.tiles,
                 "guesses": guessed,
+                "has_qc": has_qc,
                 "remarks": remarks,
             }
+
+    def _qc_path(self, url: str) -> Path | None:
+        path = self._connector.local_path(url)
+        return None if path is None else qc_picture_of(path, self._root)
+
+    def _read_qc(self, url: str) -> tuple[bytes, str]:
+        path = self._qc_path(url)
+        if path is None:
+            raise SlideError("found no picture of tissue and patches beside this slide, wanted one of encode --qc")
+        with naming_the_file_alone(path):
+            identity = SlideIdentity.of_file(path)
+            if identity.size > MAX_QC_BYTES:
+                raise SlideError(f"{path}: found {identity.size} bytes, wanted at most {MAX_QC_BYTES}")
+            with open(path, "rb") as file:
+                data = file.read(MAX_QC_BYTES)
+            if not data.startswith(PNG_MAGIC):
+                raise SlideError(f"{path}: found no PNG file, wanted a picture of tissue and patches")
+        return data, _digest(identity)
 
     def _read(
         self, url: str, read: Callable[..., bytes], what: tuple[Any, ...], known: str | None

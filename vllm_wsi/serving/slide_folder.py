@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_wsi.slides import SlideError
-from vllm_wsi.slides.formats import IMAGE_SUFFIXES
+from vllm_wsi.slides.formats import IMAGE_SUFFIXES, QC_SUFFIX
 from vllm_wsi.slides.slide_names import image_names, is_feature_file, is_feature_store, slide_name
 
 MAX_ENTRIES = 10_000  # files and folders that one listing looks at
@@ -88,6 +88,20 @@ def _is_file_below(entry: os.DirEntry[str], root: Path) -> bool:
         return entry.is_file() and (not entry.is_symlink() or root in Path(entry.path).resolve().parents)
     except (OSError, RuntimeError):  # a loop of links
         return False
+
+
+def qc_picture_of(features: Path, root: Path) -> Path | None:
+    """The picture of tissue and patches that `encode --qc` wrote beside a feature file; None where there is none.
+
+    Raises:
+        SlideError: it is a link that leads out of `root`.
+    """
+    path = features.with_suffix(QC_SUFFIX)
+    if not path.is_file():
+        return None
+    if root not in path.resolve().parents:
+        raise SlideError(f"{path.name}: found a link out of --allowed-local-media-path, wanted a picture below it")
+    return path.resolve()
 
 
 def image_of(features: Path, root: Path) -> Path | None:

@@ -15,8 +15,10 @@ from openslide import AbstractSlide
 from .encoders import PatchEncoder
 from .features import SlideError, write_features
 from .image import image_mpp, open_image, read_scaled
+from .patches import TissueMethod, find_patches
 from .places import bounds_metadata
-from .tissue import TissueMethod, tissue_patches
+from .qc import write_qc
+from .tissue import MASK_VERSION
 
 MAX_UPSAMPLING = 1.1  # slides of 0.55 mpp serve as 0.5 mpp; coarser ones are overviews
 
@@ -30,6 +32,7 @@ class EncodeSettings:
     mpp: float | None = None  # microns per level-0 pixel, instead of what the slide says
     tissue: TissueMethod = "otsu"
     background: float = 0.3  # largest share of a patch beside the tissue
+    channels: tuple[str, ...] | None = None  # names or numbers from 0 of the three that are encoded; None: RGB alone
     dtype: str = "float16"  # of the features
     batch_size: int = 32
 
@@ -38,8 +41,9 @@ class EncodeSettings:
         return {
             "patch_size": str(self.patch_px),
             "patch_mpp": f"{self.patch_mpp:g}",
-            "tissue": self.tissue,
+            "tissue": MASK_VERSION if self.tissue == "otsu" else self.tissue,
             "background": f"{self.background:g}",
+            "channels": "RGB" if self.channels is None else ",".join(self.channels),
         }
 
 
@@ -48,6 +52,8 @@ class EncodeResult:
     """What came of one slide."""
 
     num_patches: int
+    tissue_share: float | None  # of what was scanned; None: not looked for
+    warnings: tuple[str, ...]  # what may be wrong with the choice of patches
     seconds: dict[str, float] = field(default_factory=dict)  # of reading, tissue, encoding, writing
 
 
@@ -57,6 +63,7 @@ def encode_slide(
     encoder: PatchEncoder,
     settings: EncodeSettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    qc: Path | None = None,
 ) -> EncodeResult:
     """Writes the features of one slide; the file appears under its name only when it is whole.
 
@@ -66,12 +73,14 @@ def encode_slide(
         path: slide image.
         out: feature file (`write_features`), with coordinates in level-0 pixels and metadata that says how it was made.
         on_progress: called with patches done and in all.
+        qc: PNG file of what was taken for tissue, and of the patches.
 
     Raises:
-        SlideError: the image cannot be read, says no mpp, is too coarse, or holds no tissue.
+        SlideError: the image cannot be read, says no mpp, is too coarse, holds no tissue, or is no stained tissue on
+            bright glass and no channels were named.
     """
     name, seconds = str(path), dict.fromkeys(("reading", "tissue", "encoding", "writing"), 0.0)
-    with open_image(path) as image:
+    with open_image(path, settings.channels) as image:
         mpp = image_mpp(image, name, settings.mpp)
         if settings.patch_mpp / mpp < 1 / MAX_UPSAMPLING:
             raise SlideError(
@@ -80,7 +89,11 @@ def encode_slide(
             )
         size_px = round(settings.patch_px * settings.patch_mpp / mpp)
         began = time.perf_counter()
-        patches = tissue_patches(image, name, mpp, size_px, settings.tissue, settings.background)
+        dark_ground = settings.channels is not None
+        tiling = find_patches(image, name, mpp, size_px, settings.tissue, settings.background, dark_ground)
+        patches = tiling.corners
+        if qc is not None:
+            write_qc(qc, tiling)
         seconds["tissue"] = time.perf_counter() - began
         features = np.empty((len(patches), encoder.feature_dim), settings.dtype)
         for start, batch, read_seconds in _batches(image, name, patches, size_px, settings):
@@ -108,11 +121,14 @@ def encode_slide(
         "reader": reader,
         **bounds,
     }
+    share = None if tiling.tissue is None else tiling.tissue.share
+    if share is not None:
+        metadata["tissue_share"] = f"{share:.4f}"
     began = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_features(out, features, patches, metadata)
     seconds["writing"] = time.perf_counter() - began
-    return EncodeResult(len(patches), seconds)
+    return EncodeResult(len(patches), share, tiling.warnings, seconds)
 
 
 def _batches(

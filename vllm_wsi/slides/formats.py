@@ -32,6 +32,7 @@ PICTURE_MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF87a"
 NON_TIFF_SUFFIXES = frozenset((".mrxs", ".czi", ".dcm", ".vms", ".vmu"))  # of slide images whose first bytes say little
 # Of the slide images that a folder is searched for or a benchmark names; what a file is, its content says.
 IMAGE_SUFFIXES = NON_TIFF_SUFFIXES | {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".qptiff", ".btf"}
+QC_SUFFIX = ".qc.png"  # of the pictures that `encode --qc` draws of tissue and patches
 SEVERAL_SETS = ("AtlasPatch h5", "SpatialData zarr")  # formats that hold features of several encoders
 WANTED = "safetensors, h5, h5ad, npy, npz, pt, parquet, zarr or csv"
 CONVERT_PICKLE = CONVERT.format('pickle.load(open(FILE, "rb"))')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, AbstractSlide, OpenSlide, OpenSlideError
 from PIL import Image
 
+from .channels import ChannelError, check_rgb
 from .features import SlideError, SlideIdentity
 from .places import positive_number
 
@@ -19,22 +21,31 @@ BAND_PX = 1 << 24  # level pixels that are held at once while a region is scaled
 WHITE = (255, 255, 255)
 
 
-def open_image(path: str | os.PathLike[str]) -> AbstractSlide:
+def open_image(path: str | os.PathLike[str], channels: Sequence[str] | None = None) -> AbstractSlide:
     """Opens a slide image; the caller closes it.
 
+    Args:
+        channels: names or numbers from 0 of the three to take for red, green and blue, where it is no RGB picture.
+
     Raises:
-        SlideError: neither openslide nor tifffile can read it, or its first pixel is damaged.
+        SlideError: neither openslide nor tifffile can read it, or its first pixel is damaged, or it has other channels
+            than red, green and blue.
     """
     path = Path(path)
     SlideIdentity.of_file(path)  # a pipe would wait for ever
     try:
         image = OpenSlide(path)
     except (OpenSlideError, ValueError) as error:
-        return _open_tiff(path, str(error))
-    # Of an OME-TIFF openslide sees a flat generic TIFF: neither its pyramid (sub-IFDs) nor its mpp.
-    if image.detect_format(path) == "generic-tiff" and "<OME" in image.properties.get("tiff.ImageDescription", ""):
+        return _open_tiff(path, channels, str(error))
+    if image.detect_format(path) == "generic-tiff" and (refusal := _not_for_openslide(path, image)):
         image.close()
-        return _open_tiff(path, "OME-TIFF")
+        return _open_tiff(path, channels, refusal)
+    try:
+        if channels is not None:
+            check_rgb(channels)
+    except ChannelError as error:
+        image.close()
+        raise SlideError(f"{path}: found {error}") from error
     try:
         read_scaled(image, str(path), 0, 0, 1, 1, (1, 1))
     except SlideError:
@@ -43,11 +54,22 @@ def open_image(path: str | os.PathLike[str]) -> AbstractSlide:
     return image
 
 
-def _open_tiff(path: Path, refusal: str) -> AbstractSlide:
+def _not_for_openslide(path: Path, image: OpenSlide) -> str:
+    """Why openslide shows something else of a flat TIFF than what is in it; empty where it does not."""
+    from .tiff_image import is_colour_tiff
+
+    if "<OME" in image.properties.get("tiff.ImageDescription", ""):
+        return "OME-TIFF, of which openslide sees neither the pyramid (sub-IFDs) nor the mpp"
+    return "" if is_colour_tiff(path) else "TIFF of other samples than 8-bit RGB"
+
+
+def _open_tiff(path: Path, channels: Sequence[str] | None, refusal: str) -> AbstractSlide:
     from .tiff_image import TiffImage
 
     try:
-        return TiffImage(path)
+        return TiffImage(path, channels)
+    except ChannelError as error:
+        raise SlideError(f"{path}: found {error}") from error
     except SlideError as error:
         raise SlideError(f"{path}: found {error}, wanted a slide image; openslide says: {refusal}") from error
 
@@ -76,16 +98,24 @@ def image_mpp(image: AbstractSlide, name: str, given: float | None = None) -> fl
 
 
 def read_scaled(
-    image: AbstractSlide, name: str, x_px: float, y_px: float, width_px: float, height_px: float, size: tuple[int, int]
+    image: AbstractSlide,
+    name: str,
+    x_px: float,
+    y_px: float,
+    width_px: float,
+    height_px: float,
+    size: tuple[int, int],
+    with_alpha: bool = False,
 ) -> NDArray[np.uint8]:
     """A region at another scale, in bounded memory whatever the region's size.
 
     Args:
         x_px, y_px, width_px, height_px: of the region, in level-0 pixels; beyond the slide it is white.
         size: (width, height) of the result.
+        with_alpha: also tell what was scanned there (255) from what the reader knows nothing of (0).
 
     Returns:
-        RGB [height, width, 3].
+        RGB [height, width, 3], upon white; or RGBA [height, width, 4].
 
     Raises:
         SlideError: the file is damaged there; openslide reads nothing more from an image after that.
@@ -95,7 +125,7 @@ def read_scaled(
     scale = image.level_downsamples[level]
     columns = math.ceil(width_px / scale) + 2
     band = max(1, int(BAND_PX / columns * height / max(1.0, height_px / scale)))  # output rows at a time
-    out = np.empty((height, width, 3), np.uint8)
+    out = np.empty((height, width, 4 if with_alpha else 3), np.uint8)
     left = math.floor(x_px / scale)
     for start in range(0, height, band):
         # One row more on each side: the filter that scales down reaches that far.
@@ -107,17 +137,21 @@ def read_scaled(
             part = image.read_region(location, level, (columns, math.ceil(y1) - first + 1))
         except (OpenSlideError, ValueError, OSError) as error:
             raise SlideError(f"{name}: found damaged pixels ({error}), wanted a readable slide image") from error
+        alpha = part.getchannel("A")
         flat = Image.new("RGB", part.size, WHITE)
-        flat.paste(part, mask=part.getchannel("A"))
+        flat.paste(part, mask=alpha)
         x0 = x_px / scale - left
         box = (x0, y0 - first, x0 + width_px / scale, y1 - first)
-        rows = bottom - top
-        if (width, rows) == (box[2] - box[0], box[3] - box[1]) and box[0] == box[1] == 0:
-            flat = flat.crop((0, 0, width, rows))
-        else:
-            flat = flat.resize((width, rows), Image.Resampling.BILINEAR, box)
-        out[start : start + band] = np.asarray(flat)[start - top : start - top + band]
+        for plane, channels in ((flat, slice(0, 3)), (alpha, 3))[: 1 + with_alpha]:
+            scaled = np.asarray(_resized(plane, (width, bottom - top), box))
+            out[start : start + band, :, channels] = scaled[start - top : start - top + band]
     return out
+
+
+def _resized(plane: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
+    if size == (box[2] - box[0], box[3] - box[1]) and box[0] == box[1] == 0:
+        return plane.crop((0, 0, *size))
+    return plane.resize(size, Image.Resampling.BILINEAR, box)
 
 
 def thumbnail(image: AbstractSlide, name: str, max_side: int) -> NDArray[np.uint8]:

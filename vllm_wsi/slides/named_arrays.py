@@ -83,9 +83,9 @@ def find_coords(path: Path, arrays: Mapping[str, Array], num_patches: int, attri
     return Coords()
 
 
-def placed(path: Path, load: Load, attributes: Mapping[str, object]) -> Coords:
-    """Coordinates whose unit the attributes tell, under the producers' own names."""
-    unit = coord_unit(str(path), metadata_strings(path, attributes), False, False, load()[:GRID_SAMPLE])
+def placed(path: Path, load: Load, attributes: Mapping[str, object], pixels: bool = False) -> Coords:
+    """Coordinates whose unit the attributes tell, under the producers' own names; `pixels`: or the format's rule."""
+    unit = coord_unit(str(path), metadata_strings(path, attributes), False, pixels, load()[:GRID_SAMPLE])
     return Coords(unit, load, tuple(unit_remarks(unit)))
 
 

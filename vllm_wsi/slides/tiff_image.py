@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,9 +10,11 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 import zarr
+from numpy.typing import NDArray
 from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, PROPERTY_NAME_VENDOR, AbstractSlide
 from PIL import Image
 
+from .channels import ChannelError, check_rgb, is_rgb, listed, pick_channels
 from .features import SlideError
 from .places import parse_unit, positive_number
 
@@ -20,14 +22,34 @@ from .places import parse_unit, positive_number
 TIFF_ERRORS = (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, ImportError)
 
 
+COLOUR = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
+
+
+def is_colour_tiff(path: Path) -> bool:
+    """Whether a TIFF's first page is 8-bit colour: openslide shows any other as colour too, and of several channels,
+    each on a page of its own, the first alone."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages.first
+            return page.photometric in COLOUR and page.samplesperpixel in (3, 4) and page.dtype == np.uint8
+    except TIFF_ERRORS:
+        return True  # openslide reads what tifffile does not
+
+
 class TiffImage(AbstractSlide):
-    """The largest 8-bit RGB series of a TIFF file, with its pyramid.
+    """The largest picture of a TIFF file, with its pyramid: 8-bit RGB, or three 8-bit channels that were asked for.
+
+    Separate planes of one sample are channels, whatever their number: three of them may be fluorescence as well. They
+    are red, green and blue where they are called so.
+
+    Args:
+        channels: names or numbers from 0 of the three to take for red, green and blue.
 
     Raises:
         SlideError: begins with what was found; `open_image` names the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, channels: Sequence[str] | None = None) -> None:
         super().__init__()
         try:
             self._file = tifffile.TiffFile(path)
@@ -35,6 +57,7 @@ class TiffImage(AbstractSlide):
             raise SlideError(f"no readable TIFF ({error})") from error
         try:
             series = self._largest()
+            self._planes = self._chosen_planes(series, channels)
             self._axes = series.levels[0].axes
             self._levels: list[Any] = [zarr.open(series.aszarr(level=i), mode="r") for i in range(len(series.levels))]
             sizes = [self._size(level) for level in self._levels]
@@ -54,16 +77,62 @@ class TiffImage(AbstractSlide):
             raise SlideError(f"a TIFF that tifffile cannot decode ({error})") from error
 
     def _largest(self) -> tifffile.TiffPageSeries:
-        usable = [s for s in self._file.series if s.axes in ("YXS", "SYX", "CYX") and s.dtype == np.uint8]
-        usable = [s for s in usable if s.shape["YXS".index("S") if s.axes == "YXS" else 0] in (3, 4)]
-        if not usable:
-            kinds = ", ".join(f"{s.dtype} {s.axes} {s.shape}" for s in self._file.series[:3]) or "no images"
-            raise SlideError(f"{kinds} where 8-bit RGB is needed")
-        return max(usable, key=lambda s: np.prod(s.shape))
+        """The slide itself and not its label, be that the only one in colour."""
+        pictures = [s for s in self._file.series if {"Y", "X"} <= set(s.axes)]
+        if not pictures:
+            raise ChannelError("no images, wanted 8-bit RGB")
+        areas = [s.shape[s.axes.index("Y")] * s.shape[s.axes.index("X")] for s in pictures]
+        large = [s for s, area in zip(pictures, areas, strict=True) if area >= 0.99 * max(areas)]
+        return next((s for s in large if self._is_colour(s)), large[0])
+
+    @staticmethod
+    def _is_colour(series: tifffile.TiffPageSeries) -> bool:
+        page = series.keyframe
+        # Planar colour is called CYX by some writers; its pages hold all three samples.
+        return (
+            series.axes in ("YXS", "SYX", "CYX")
+            and series.dtype == np.uint8
+            and page.photometric in COLOUR
+            and page.samplesperpixel == series.shape[2 if series.axes == "YXS" else 0]
+            and page.samplesperpixel in (3, 4)
+        )
+
+    def _chosen_planes(self, series: tifffile.TiffPageSeries, channels: Sequence[str] | None) -> tuple[int, ...]:
+        if self._is_colour(series):
+            if channels is not None:
+                check_rgb(channels)
+            return 0, 1, 2
+        if series.axes not in ("YX", "CYX"):
+            raise ChannelError(f"{series.dtype} {series.axes} {series.shape}, wanted 8-bit RGB")
+        names = self._channel_names(series)
+        count = f"{len(names)} channel{'s' if len(names) > 1 else ''} {listed(names)}"
+        if series.dtype != np.uint8:
+            raise ChannelError(
+                f"{count} of {series.dtype}, wanted 8-bit RGB; how far each channel is to be scaled down, only who "
+                "made it can say"
+            )
+        if channels is not None:
+            return pick_channels(channels, names)
+        if is_rgb(names):
+            return 0, 1, 2
+        raise ChannelError(f"{count}, wanted 8-bit RGB; --channels says which three")
+
+    def _channel_names(self, series: tifffile.TiffPageSeries) -> list[str]:
+        """As the file says, else their numbers."""
+        count = series.shape[0] if series.axes == "CYX" else 1
+        names: list[str | None] = []
+        if self._file.is_ome and self._file.ome_metadata:
+            images = ElementTree.fromstring(self._file.ome_metadata).findall("./{*}Image")
+            place = next(i for i, other in enumerate(self._file.series) if other is series)
+            if place < len(images):
+                names = [entry.get("Name") for entry in images[place].iterfind("./{*}Pixels/{*}Channel")]
+        elif self._file.is_qpi:
+            names = [_qpi_channel(page) for page in series.pages]
+        return [names[i] or str(i) if i < len(names) else str(i) for i in range(count)]
 
     def _size(self, level: Any) -> tuple[int, int]:
         """(width, height)"""
-        height, width = level.shape[:2] if self._axes == "YXS" else level.shape[1:]
+        height, width = (level.shape[self._axes.index(axis)] for axis in "YX")
         return int(width), int(height)
 
     def _mpp(self, series: tifffile.TiffPageSeries) -> tuple[float, float] | None:
@@ -127,14 +196,29 @@ class TiffImage(AbstractSlide):
         if x1 <= x0 or y1 <= y0:
             return region
         try:
-            if self._axes == "YXS":
-                pixels = np.asarray(self._levels[level][y0:y1, x0:x1])
-            else:
-                pixels = np.moveaxis(np.asarray(self._levels[level][:, y0:y1, x0:x1]), 0, 2)
+            pixels = self._read(level, slice(y0, y1), slice(x0, x1))
         except TIFF_ERRORS as error:
             raise OSError(str(error) or type(error).__name__) from error
-        region.paste(Image.fromarray(np.ascontiguousarray(pixels[..., :3])), (x0 - x, y0 - y))
+        region.paste(Image.fromarray(np.ascontiguousarray(pixels)), (x0 - x, y0 - y))
         return region
+
+    def _read(self, level: int, rows: slice, columns: slice) -> NDArray[np.uint8]:
+        """RGB [h, w, 3]"""
+        source = self._levels[level]
+        if self._axes == "YXS":
+            return np.asarray(source[rows, columns])[..., self._planes]
+        if self._axes == "YX":
+            return np.repeat(np.asarray(source[rows, columns])[..., None], 3, axis=2)
+        planes = {i: np.asarray(source[i, rows, columns]) for i in set(self._planes)}
+        return np.stack([planes[i] for i in self._planes], axis=2)
+
+
+def _qpi_channel(page: object) -> str | None:
+    """Of a page that an Akoya scanner wrote."""
+    try:
+        return ElementTree.fromstring(getattr(page, "description", "")).findtext(".//Name")
+    except ElementTree.ParseError:
+        return None
 
 
 def _microns(pixels: ElementTree.Element, axis: str) -> float | None:

@@ -86,7 +86,7 @@ async function open(url) {
   listPatches();
   showProblem(null);
   setHeat(0);
-  at("remark").hidden = at("geojson").hidden = at("accept").hidden = true;
+  at("remark").hidden = at("geojson").hidden = at("accept").hidden = at("qc").hidden = true;
   at("kept-note").textContent = "";
   at("title").textContent = "";
   at("empty").hidden = false;
@@ -96,6 +96,7 @@ async function open(url) {
     state.facts = facts;
     at("title").textContent = describe(facts);
     showRemarks(facts);
+    at("qc").hidden = !facts.has_qc;
     at("patches").classList.toggle("with-pictures", facts.has_image); // takes their room before the view is laid out
     if (facts.extent_px) await openSlide(viewer, url, facts);
     if (signal.aborted) return;
@@ -260,6 +261,19 @@ at("geojson").addEventListener("click", async (event) => {
 at("accept").addEventListener("click", () => {
   accepted.add(state.url);
   open(state.url);
+});
+at("qc").addEventListener("click", async (event) => {
+  event.preventDefault();
+  try {
+    const answer = await api.ask(api.address("wsi/qc.png", { url: state.url })); // a plain link would carry no key
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(await answer.blob());
+    link.target = "_blank";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+  } catch (error) {
+    showProblem(error);
+  }
 });
 at("key").value = api.key.get();
 at("key-form").addEventListener("submit", (event) => {
