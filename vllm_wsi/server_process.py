@@ -101,6 +101,15 @@ class VllmServer:
     def log_tail(self, lines: int = 30) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
+    def terminate(self, seconds: float = STOP_SECONDS) -> int:
+        """SIGTERM to the parent alone, as a supervisor sends it; returns its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended within so many seconds.
+        """
+        os.kill(self.pid, signal.SIGTERM)
+        return self._process.wait(seconds)
+
     def stop(self) -> None:
         """Ends the server and every process it started."""
         if self.is_alive:
