@@ -22,6 +22,7 @@ from vllm_wsi.slides.places import Said
 
 from .evidence import Evidence
 from .images import TILE_PX
+from .open_requests import AnswerOpenRequests, OpenRequests, end_with_engine
 from .viewer_page import page_router
 
 PRIVATE = "private, no-cache"  # asked again each time: the answer is «unchanged» as long as the file is
@@ -142,11 +143,17 @@ class SelectEndpoint:
     name = "vllm_wsi"
     required_tasks = ("generate",)
 
+    def __init__(self) -> None:
+        self._open = OpenRequests()
+
     def attach_router(self, app: FastAPI) -> None:
+        app.add_middleware(AnswerOpenRequests, requests=self._open)
         app.include_router(router)
         app.include_router(page_router)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        if engine_client is not None:
+            end_with_engine(engine_client, self._open, state)
         model = engine_client.model_config if engine_client is not None else None
         if model is None or not isinstance(model.hf_config, SparseWSIConfig):
             return

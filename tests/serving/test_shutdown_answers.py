@@ -1,0 +1,74 @@
+"""SIGTERM to the parent of a real `vllm serve`, as a supervisor sends it, while requests are under way."""
+
+import collections
+import concurrent.futures
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from vllm_wsi.server_process import VllmServer
+
+pytestmark = pytest.mark.server
+ENDS_WITHIN = 10  # seconds, of which uvicorn may wait five for clients that do not read
+CLIENT_WAITS = 60  # longer than that: a request without an answer is a failure
+
+
+class Clients(concurrent.futures.ThreadPoolExecutor):
+    """Clients that each want a long answer."""
+
+    def __init__(self, server, number):
+        super().__init__(number)
+        self._server, self.streaming = server, threading.Semaphore(0)
+
+    def ask(self, stream):
+        """Future of a status, or of «cut» where the connection closed within an answer."""
+        return self.submit(self._ask, stream)
+
+    def _ask(self, stream):
+        body = {"model": self._server.model, "max_tokens": 1900, "ignore_eos": True, "stream": stream}
+        body["messages"] = [{"role": "user", "content": "Tell me about it."}]
+        try:
+            with httpx.stream(
+                "POST", f"{self._server.api}/chat/completions", json=body, timeout=CLIENT_WAITS
+            ) as answer:
+                for _ in answer.iter_raw():
+                    if stream:
+                        self.streaming.release()
+                return answer.status_code
+        except httpx.RemoteProtocolError:
+            return "cut"
+
+
+def test_every_client_is_answered_and_nothing_stays(checkpoint, tmp_path):
+    args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "32"]
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TMPDIR": str(tmp_path)}
+    with VllmServer(checkpoint, tmp_path, tmp_path / "server.log", args, env) as server:
+        address = ("127.0.0.1", server.port)
+        with socket.create_connection(address), socket.create_connection(address) as half:
+            half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            with Clients(server, 20) as clients:
+                asked = [clients.ask(stream) for stream in [False] * 16 + [True] * 4]
+                assert clients.streaming.acquire(timeout=CLIENT_WAITS)  # the answers are being made
+                parent = psutil.Process(server.pid)
+                processes = [parent, *parent.children(recursive=True)]
+                shared = {Path(part.path) for process in processes for part in process.memory_maps()}
+                shared = {path for path in shared if path.parent == Path("/dev/shm") and path.exists()}
+                began = time.monotonic()
+                os.kill(server.pid, signal.SIGTERM)
+                assert server.terminate(CLIENT_WAITS) == 0, server.log_tail()  # the second SIGTERM changes nothing
+                assert time.monotonic() - began < ENDS_WITHIN, server.log_tail()
+                answers = collections.Counter(client.result() for client in asked)
+            assert half.recv(100).startswith(b"HTTP/1.1 503")
+    assert set(answers) <= {200, 503, "cut"}, answers
+    assert answers[503] > 0
+    alive = psutil.wait_procs(processes, timeout=10)[1]
+    assert [process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    assert list(tmp_path.glob("vllm-wsi-*")) == []
+    assert [path for path in shared if path.exists()] == []
