@@ -15,6 +15,8 @@ import pytest
 
 from vllm_wsi.server_process import VllmServer
 
+from .conftest import make_slide, slide_message
+
 pytestmark = pytest.mark.server
 ENDS_WITHIN = 10  # seconds, of which uvicorn may wait five for clients that do not read
 CLIENT_WAITS = 60  # longer than that: a request without an answer is a failure
@@ -27,13 +29,13 @@ class Clients(concurrent.futures.ThreadPoolExecutor):
         super().__init__(number)
         self._server, self.streaming = server, threading.Semaphore(0)
 
-    def ask(self, stream):
-        """Future of a status, or of «cut» where the connection closed within an answer."""
-        return self.submit(self._ask, stream)
+    def ask(self, stream, content="Tell me about it."):
+        """Future of a status, of «cut» where the connection closed within an answer, or of «refused»."""
+        return self.submit(self._ask, stream, content)
 
-    def _ask(self, stream):
+    def _ask(self, stream, content):
         body = {"model": self._server.model, "max_tokens": 1900, "ignore_eos": True, "stream": stream}
-        body["messages"] = [{"role": "user", "content": "Tell me about it."}]
+        body["messages"] = [{"role": "user", "content": content}]
         try:
             with httpx.stream(
                 "POST", f"{self._server.api}/chat/completions", json=body, timeout=CLIENT_WAITS
@@ -42,32 +44,46 @@ class Clients(concurrent.futures.ThreadPoolExecutor):
                     if stream:
                         self.streaming.release()
                 return answer.status_code
-        except httpx.RemoteProtocolError:
+        except (httpx.RemoteProtocolError, httpx.ReadError):
             return "cut"
+        except httpx.ConnectError:
+            return "refused"  # it came too late
 
 
 def test_every_client_is_answered_and_nothing_stays(checkpoint, tmp_path):
     args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "32"]
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TMPDIR": str(tmp_path)}
+    path = os.pathsep.join([str(Path(__file__).parent / "held_reader"), os.environ.get("PYTHONPATH", "")])
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TMPDIR": str(tmp_path), "PYTHONPATH": path}
+    held = make_slide(tmp_path / "held.safetensors", 100)
+    Path(f"{held}.hold").touch()  # its rows cannot be read, as on a mount that does not answer
     with VllmServer(checkpoint, tmp_path, tmp_path / "server.log", args, env) as server:
         address = ("127.0.0.1", server.port)
         with socket.create_connection(address), socket.create_connection(address) as half:
             half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-            with Clients(server, 20) as clients:
-                asked = [clients.ask(stream) for stream in [False] * 16 + [True] * 4]
-                assert clients.streaming.acquire(timeout=CLIENT_WAITS)  # the answers are being made
+            with Clients(server, 22) as clients:
+                slides = [clients.ask(False, slide_message(held.as_uri())[0]["content"]) for _ in range(2)]
+                deadline = time.monotonic() + CLIENT_WAITS
+                while server.metrics().get("vllm_wsi:selections_joined_total", 0) < 1:  # both wait for its rows
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
                 parent = psutil.Process(server.pid)
                 processes = [parent, *parent.children(recursive=True)]
                 shared = {Path(part.path) for process in processes for part in process.memory_maps()}
                 shared = {path for path in shared if path.parent == Path("/dev/shm") and path.exists()}
+                asked = [clients.ask(stream) for stream in [False] * 16 + [True] * 4]
+                assert clients.streaming.acquire(timeout=CLIENT_WAITS)  # the answers are being made
+                deadline = time.monotonic() + CLIENT_WAITS
+                while server.metrics().get("vllm:num_requests_running", 0) < 12:  # more than are streamed
+                    assert time.monotonic() < deadline
                 began = time.monotonic()
                 os.kill(server.pid, signal.SIGTERM)
                 assert server.terminate(CLIENT_WAITS) == 0, server.log_tail()  # the second SIGTERM changes nothing
                 assert time.monotonic() - began < ENDS_WITHIN, server.log_tail()
                 answers = collections.Counter(client.result() for client in asked)
+            assert [client.result() for client in slides] == [503, 503]
             assert half.recv(100).startswith(b"HTTP/1.1 503")
-    assert set(answers) <= {200, 503, "cut"}, answers
-    assert answers[503] > 0
+    assert set(answers) <= {200, 503, "cut", "refused"}, answers
+    assert answers[503] > 0, answers
     alive = psutil.wait_procs(processes, timeout=10)[1]
     assert [process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
     assert list(tmp_path.glob("vllm-wsi-*")) == []

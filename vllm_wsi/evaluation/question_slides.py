@@ -127,7 +127,8 @@ class SlideFiles:
             rows = selection.indices.numpy()
             features = selection.features
             features = features.numpy() if features.dtype.itemsize != 2 else features.float().numpy()
-            coords = file.read_coords() if file.coord_unit == "px" else None
+            certain = file.coord_unit == "px" and file.unit_source != "guess"  # the thinned file would not say so
+            coords = file.read_coords() if certain else None
             coords = None if coords is None else np.asarray(coords)[rows]
             if coords is not None and not np.array_equal(coords, np.round(coords)):
                 coords = None

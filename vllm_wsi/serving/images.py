@@ -11,7 +11,6 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from vllm_wsi.slides import SlideError, SlideIdentity
 
-from .connector import naming_the_file_alone
+from .connector import naming_the_file_alone, stalls_as_503
+from .selection import StallingPool
 
 if TYPE_CHECKING:
     from openslide import AbstractSlide
@@ -49,12 +49,13 @@ class Threads:
     """A few threads for work that may be slow: it holds up its own kind, but neither the event loop nor selections."""
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix=name)
+        self._pool = StallingPool(name, THREADS)
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
-        """Raises SlideError also where a file or a folder may not be read."""
+        """Raises SlideError also where a file or a folder may not be read; answers a 503 where all threads stall."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+            with stalls_as_503():
+                return await asyncio.wrap_future(self._pool.submit(function, *args))
         except OSError as error:
             name = Path(str(error.filename or "file")).name
             raise SlideError(f"{name}: found no way to read it ({error.strerror or error}), wanted a slide") from error

@@ -16,6 +16,8 @@ from fastapi.responses import JSONResponse
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
+from .selection import close_services
+
 if TYPE_CHECKING:
     from starlette.datastructures import State
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -103,9 +105,12 @@ def end_with_engine(engine: EngineClient, requests: OpenRequests, state: State) 
     def shutdown(timeout: float | None = None) -> None:
         on_loop(requests.refuse if timeout else requests.end)
         on_loop(bound_the_wait)
+        if not timeout:
+            close_services()
         try:
             stop(timeout=timeout)
         finally:
             on_loop(requests.end)
+            close_services()  # slides that are read for nobody any more would hold up the end of the process
 
     engine.shutdown = shutdown  # type: ignore[method-assign]

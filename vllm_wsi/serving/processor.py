@@ -33,7 +33,6 @@ from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 from .key_guard import install_key_guard
 from .prompt_guard import check_slide_tokens, install_embeds_guard, install_prompt_guard
 from .selection import SelectedSlide, scorer_digest, service_for
-from .shutdown import install_shutdown
 from .slide_parser import MODALITY, SlideParser
 
 MAX_SLIDE_TOKENS = 256
@@ -65,7 +64,6 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         install_prompt_guard()
         install_embeds_guard()
         install_key_guard()
-        install_shutdown()
         config, model = self.get_hf_config(), self.ctx.model_config
         self._check_tokenizer(config)
         options = dict(self.ctx.get_mm_config().mm_processor_kwargs or {})
