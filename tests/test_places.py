@@ -10,15 +10,14 @@ from vllm_wsi.slides.places import (
     Origin,
     PatchSize,
     Said,
-    Unit,
     bounds_metadata,
     guesses,
     origin,
-    parse_unit,
     patch_size,
     refuse_guesses,
     settle,
 )
+from vllm_wsi.slides.units import Unit, parse_unit
 
 FEATURES = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float16)
 MICRON_NAMES = ["um", "UM", " um ", "\u00b5m", "\u03bcm", "\u039cM", "micron", "microns", "MICRONS", "Micrometer",

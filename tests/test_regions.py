@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from vllm_wsi.slides import SlideError
-from vllm_wsi.slides.places import Origin, PatchSize, Unit, patch_size, positive_number
+from vllm_wsi.slides.places import Origin, PatchSize, patch_size
 from vllm_wsi.slides.regions import extent, geojson, level0_rects, said_size
+from vllm_wsi.slides.units import Unit, positive_number
 
 GRID = np.array([[x, y] for y in (0, 512, 1024) for x in (0, 512, 1536)])
 NO_NUMBERS = ["", "x", "nan", "inf", "-inf", "1e999", "0", "-0.0", "-1", "True", "0.5 um"]  # as a file may hold them

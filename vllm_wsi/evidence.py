@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from .slides import SlideError
 from .slides.features import write_atomically
-from .slides.places import Said, origin, positive_number, refuse_guesses
+from .slides.places import Said, origin, refuse_guesses
 from .slides.regions import extent, geojson
+from .slides.units import positive_number
 from .sparsify.selector import NOTHING_SAID, Selection
 
 if TYPE_CHECKING:

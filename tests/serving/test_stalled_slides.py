@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from vllm.exceptions import GracefulHTTPError
 
-from vllm_wsi.serving import connector, selection
+from vllm_wsi.serving import connector, stalling_pool
 from vllm_wsi.serving.connector import SlideConnector
-from vllm_wsi.serving.selection import LOOK_UP_THREADS, SelectionService, SlideRequest, SlidesStalled
+from vllm_wsi.serving.selection import LOOK_UP_THREADS, SelectionService, SlideRequest
+from vllm_wsi.serving.stalling_pool import SlidesStalled
 from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.rows import RawRows
 from vllm_wsi.sparsify.scorer import seeded_scorer
@@ -81,7 +82,7 @@ def test_once_all_threads_stood_still_too_long_new_slides_alone_are_refused(serv
     known, new = slide(tmp_path, "known"), slide(tmp_path, "new")
     service.select(SlideRequest(known))
     held = stall_all(service, tmp_path)
-    monkeypatch.setattr(selection, "STALL_SECONDS", 0)
+    monkeypatch.setattr(stalling_pool, "STALL_SECONDS", 0)
     for _ in range(3):
         with pytest.raises(SlidesStalled, match=f"its {THREADS} readers have waited"):
             service.submit(SlideRequest(new))
@@ -95,7 +96,7 @@ def test_once_all_threads_stood_still_too_long_new_slides_alone_are_refused(serv
 
 def test_a_slide_by_value_that_is_refused_is_closed(service, tmp_path, disk, monkeypatch, open_files_below):
     stall_all(service, tmp_path)
-    monkeypatch.setattr(selection, "STALL_SECONDS", 0)
+    monkeypatch.setattr(stalling_pool, "STALL_SECONDS", 0)
     while open_files_below() < THREADS:  # the stalled ones are being opened
         pass
     opened = open_features(slide(tmp_path, "new"))
@@ -106,7 +107,7 @@ def test_a_slide_by_value_that_is_refused_is_closed(service, tmp_path, disk, mon
 
 async def test_clients_are_told_503_so_that_they_ask_again(service, client, tmp_path, disk, monkeypatch):
     stall_all(service, tmp_path)
-    monkeypatch.setattr(selection, "STALL_SECONDS", 0)
+    monkeypatch.setattr(stalling_pool, "STALL_SECONDS", 0)
     url = slide(tmp_path, "new").as_uri()
     for ask in (client.fetch_image_async(url), asyncio.to_thread(client.fetch_image, url)):
         with pytest.raises(GracefulHTTPError, match="cannot be read now") as error:

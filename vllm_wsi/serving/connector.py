@@ -26,7 +26,8 @@ from vllm.multimodal.media.connector import global_thread_pool
 from vllm_wsi.slides import SlideError, SlideIdentity, open_features
 from vllm_wsi.sparsify.staging import read_tensor_rows
 
-from .selection import SelectedSlide, SelectionService, SlideRequest, SlidesStalled, current_service, finished
+from .selection import SelectedSlide, SelectionService, SlideRequest, current_service, finished
+from .stalling_pool import SlidesStalled
 
 CONNECTOR = "vllm_wsi"
 BY_VALUE = "slide sent by value"

@@ -12,16 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cachetools import LRUCache
 
 from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, open_features
-from vllm_wsi.slides.places import (
-    Said,
-    Unit,
-    guesses,
-    origin,
-    patch_size,
-    positive_number,
-    refuse_guesses,
-)
+from vllm_wsi.slides.places import Said, guesses, origin, patch_size, refuse_guesses
 from vllm_wsi.slides.regions import extent, geojson, level0_rects, said_size
+from vllm_wsi.slides.units import Unit, positive_number
 
 from .connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile

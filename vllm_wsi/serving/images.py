@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from vllm_wsi.slides import SlideError, SlideIdentity
 
 from .connector import naming_the_file_alone, stalls_as_503
-from .selection import StallingPool
+from .stalling_pool import StallingPool
 
 if TYPE_CHECKING:
     from openslide import AbstractSlide

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from .features import FeatureFile, SlideError
 from .formats import open_features
-from .places import origin, patch_size, positive_number
+from .places import origin, patch_size
+from .units import positive_number
 
 CHUNK_ROWS = 4096
 

@@ -13,7 +13,7 @@ from .anndata_features import is_table, matrix_key, table_attributes, table_coor
 from .features import FeatureFile, SlideError, SlideIdentity, check_matrix, listed, metadata_strings, shown
 from .hdf5_file import Hdf5Source, check_stored, damaged, dataset_rows, has, is_local, local_dataset
 from .named_arrays import NO_COORDS
-from .places import GRID_SAMPLE, LEVEL0_KEYS, coord_unit, one_unit, unit_fields, unit_remarks
+from .units import GRID_SAMPLE, LEVEL0_KEYS, coord_unit, one_unit, unit_fields, unit_remarks
 
 # Attribute names of the producers -> ours. TRIDENT's own names are ours already.
 RENAMED = {

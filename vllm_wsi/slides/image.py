@@ -14,7 +14,7 @@ from PIL import Image
 
 from .channels import ChannelError, check_rgb
 from .features import SlideError, SlideIdentity
-from .places import positive_number
+from .units import positive_number
 
 MAX_ASPECT = 1.02  # of the two mpp of one slide
 BAND_PX = 1 << 24  # level pixels that are held at once while a region is scaled down

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features import SlideError, listed, metadata_strings
-from .places import GRID_SAMPLE, Unit, coord_unit, unit_fields, unit_remarks
+from .units import GRID_SAMPLE, Unit, coord_unit, unit_fields, unit_remarks
 
 FEATURE_KEYS = (
     "features", "feats", "embeddings", "feature", "feat", "embedding", "patch_features", "patch_embeddings",

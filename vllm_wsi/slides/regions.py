@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features import CoordUnit, SlideError
-from .places import Origin, PatchSize, Unit, guesses, patch_size, positive_number
+from .places import Origin, PatchSize, guesses, patch_size
+from .units import Unit, positive_number
 
 __all__ = ["Level0Rects", "PatchSize", "extent", "geojson", "level0_rects", "patch_size", "said_size"]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from .features import FLOAT_DTYPES, FeatureFile, SlideError, SlideIdentity, check_matrix, metadata_strings
 from .named_arrays import features_key
-from .places import GRID_SAMPLE, coord_unit, unit_fields, unit_remarks
 from .rows import FLOAT8, read_as, stored_rows, widened
+from .units import GRID_SAMPLE, coord_unit, unit_fields, unit_remarks
 
 MAX_SAFETENSORS_HEADER = 1 << 20  # bytes; two tensors and their metadata need a few hundred
 SAFETENSORS_DTYPES = {

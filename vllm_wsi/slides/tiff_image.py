@@ -16,7 +16,7 @@ from PIL import Image
 
 from .channels import ChannelError, check_rgb, is_rgb, listed, pick_channels
 from .features import SlideError
-from .places import parse_unit, positive_number
+from .units import parse_unit, positive_number
 
 # What tifffile and its decoders raise for files that are damaged or that they do not know.
 TIFF_ERRORS = (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, ImportError)

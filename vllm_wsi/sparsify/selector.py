@@ -15,8 +15,9 @@ from torch import Tensor
 from vllm_wsi.kernels import ScoredTopK, ScorerWeights, block_rows, map_blocks, score_topk, select_topk
 from vllm_wsi.slides import FeatureFile, SlideError
 from vllm_wsi.slides.features import CoordUnit, Source
-from vllm_wsi.slides.places import PatchSize, Said, Unit, guesses, patch_size, settle
+from vllm_wsi.slides.places import PatchSize, Said, guesses, patch_size, settle
 from vllm_wsi.slides.regions import Level0Rects, level0_rects
+from vllm_wsi.slides.units import Unit
 
 from .scorer import ContextScorer, PatchScorer
 from .staging import ChunkStager, read_tensor_rows
