@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .encoder_names import EncoderCheck, recorded_encoder
 from .features import FeatureFile, SlideError
 from .formats import open_features
 from .regions import positive_number
 
 CHUNK_ROWS = 4096
+
+
+class Checkpoint(NamedTuple):
+    """What features have to fit."""
+
+    name: str
+    feature_dim: int  # d
+    encoder: EncoderCheck
 
 
 @dataclass
@@ -35,8 +44,13 @@ class Report:
         return "\n".join(lines)
 
 
-def examine(path: str | Path, encoder: str | None = None) -> Report:
-    """Opens the file and reads all of it once, in chunks."""
+def examine(path: str | Path, encoder: str | None = None, checkpoint: Checkpoint | None = None) -> Report:
+    """Opens the file and reads all of it once, in chunks.
+
+    Args:
+        encoder: which features, where a file holds several.
+        checkpoint: that they should fit.
+    """
     report = Report(str(path))
     try:
         with open_features(path, encoder) as slide:
@@ -44,7 +58,7 @@ def examine(path: str | Path, encoder: str | None = None) -> Report:
             report.facts = {
                 "format": slide.format,
                 "features": f"{slide.key}: {size}" if slide.key else size,
-                "encoder": slide.metadata.get("encoder", "not recorded"),
+                "encoder": recorded_encoder(slide.metadata) or "not recorded",
             }
             report.findings += slide.remarks
             coords = slide.read_coords()
@@ -62,9 +76,22 @@ def examine(path: str | Path, encoder: str | None = None) -> Report:
             if others:
                 report.facts["metadata"] = ", ".join(f"{key}={value}" for key, value in others.items())
             _read_all(slide, report)
+            if checkpoint is not None:
+                _report_fit(slide, checkpoint, report)
     except SlideError as error:
         report.error = str(error)
     return report
+
+
+def _report_fit(slide: FeatureFile, checkpoint: Checkpoint, report: Report) -> None:
+    """Raises SlideError where the checkpoint cannot take the features."""
+    if slide.feature_dim != checkpoint.feature_dim:
+        where = f"{slide.name}: {slide.key or 'features'}: found"
+        raise SlideError(f"{where} d = {slide.feature_dim}, wanted {checkpoint.feature_dim}, as the checkpoint has it")
+    match = checkpoint.encoder(slide.name, slide.metadata)
+    report.facts["checkpoint"] = f"{checkpoint.name}, encoder {match.checkpoint or 'not recorded'} ({match.match})"
+    if match.remark is not None:
+        report.findings.append(f"encoder: {match.remark}")
 
 
 def _read_all(slide: FeatureFile, report: Report) -> None:
