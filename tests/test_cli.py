@@ -14,7 +14,8 @@ from PIL import Image
 from vllm_wsi import demo
 from vllm_wsi.checkpoint import load_selector
 from vllm_wsi.cli import main
-from vllm_wsi.slides import open_features
+from vllm_wsi.demo_model import DEMO_CHECKPOINT
+from vllm_wsi.slides import open_features, write_features
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -41,6 +42,21 @@ def test_select_prints_the_kept_patches_of_the_real_slide(checkpoint, shared_dat
     assert found["indices"] == sorted(set(found["indices"]))
     assert len(found["indices"]) == 5
     assert found["coords"] == [coords[i].tolist() for i in found["indices"]]
+
+
+def test_select_refuses_features_of_another_encoder_unless_told_to_take_them(tmp_path, capsys):
+    file = tmp_path / "slide.safetensors"
+    features = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float16)
+    write_features(file, features, metadata={"encoder": "uni_v1"})
+    asked = ["select", str(file), "--checkpoint", str(DEMO_CHECKPOINT), "-k", "3"]
+    assert main(asked) == 1
+    found = f"{file}: encoder: found features of 'uni_v1', wanted 'haystack@0'"
+    assert found in capsys.readouterr().err
+    assert main([*asked, "--encoder-mismatch", "allow"]) == 0
+    match = json.loads(capsys.readouterr().out)["encoder_match"]
+    assert (match["features"], match["checkpoint"], match["match"]) == ("uni_v1", "haystack@0", "different")
+    assert main(["demo", "--slide", str(file), "--checkpoint", str(DEMO_CHECKPOINT)]) == 1  # before any server starts
+    assert found in capsys.readouterr().err
 
 
 def test_select_twice_prints_the_same(checkpoint, shared_data):
@@ -96,6 +112,8 @@ def test_demo_goes_from_a_photograph_of_tissue_to_its_evidence_and_answers_right
     assert photograph.count("its answer about tissue means nothing") == 2
     assert "100,000 patches x 64" in virtual
     assert "means nothing" not in virtual
+    assert "colour-texture@1; the checkpoint's: haystack@0; features of another encoder, which" in photograph
+    assert "encoder:" not in virtual
     assert virtual.count(": right") == 2
     kept, evidence = re.search(r"(\d+) of the (\d+) patches that decide the answer are shown", virtual).groups()
     assert 1 <= int(kept) <= int(evidence) <= 12

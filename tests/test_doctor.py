@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from vllm_wsi.cli import main
+from vllm_wsi.config import SparseWSIConfig
 from vllm_wsi.slides import write_features
 from vllm_wsi.slides.doctor import CHUNK_ROWS, examine
 
@@ -161,3 +162,24 @@ def test_the_real_slide_is_usable(shared_data: Path):
         "coords: nothing says their unit; taken as level-0 pixels because they are whole numbers: a guess",
         "patch size: nothing says it; taken from the spacing of the grid: a guess",
     ]
+
+
+def test_a_checkpoint_tells_whether_it_takes_the_features(good: Path, tmp_path: Path, capsys):
+    for name, encoder in (("same", "MahmoodLab/UNI"), ("other", "conch_v1"), ("silent", None)):
+        SparseWSIConfig(feature_dim=D, encoder=encoder).save_pretrained(tmp_path / name)
+    SparseWSIConfig(feature_dim=D + 1).save_pretrained(tmp_path / "wide")
+
+    def asked(name: str, *more: str) -> tuple[int, str]:
+        return main(["doctor", str(good), "--checkpoint", str(tmp_path / name), *more]), capsys.readouterr().out
+
+    status, printed = asked("same")
+    assert (status, f"{tmp_path}/same, encoder MahmoodLab/UNI (same)\n" in printed) == (0, True)
+    status, printed = asked("other")
+    assert (status, "error: " in printed) == (1, True)
+    assert "encoder: found features of 'uni@abc123', wanted 'conch_v1', as the checkpoint was trained on" in printed
+    status, printed = asked("other", "--encoder-mismatch", "allow")
+    assert (status, "note: encoder: features of another encoder, which encoder_mismatch: allow" in printed) == (0, True)
+    status, printed = asked("silent")
+    assert (status, "note: encoder: the encoder of the checkpoint is not recorded" in printed) == (0, True)
+    status, printed = asked("wide")
+    assert (status, f"features: found d = {D}, wanted {D + 1}, as the checkpoint has it" in printed) == (1, True)

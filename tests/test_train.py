@@ -354,6 +354,29 @@ def test_slides_are_read_through_before_training_unless_the_data_say_not(text_de
     assert (tmp_path / "run" / "stages").exists()
 
 
+def test_slides_of_another_encoder_are_named_before_the_first_step_unless_they_are_allowed(
+    text_decoder, files, tmp_path, capsys
+):
+    rng = np.random.default_rng(0)
+    for name, encoder in (("a", "MahmoodLab/UNI"), ("b", "uni_v2"), ("c", "uni_v1")):
+        features = rng.standard_normal((9, D)).astype(np.float16)
+        write_features(files.folder / f"{name}.safetensors", features, metadata={"encoder": encoder})
+    data = {"questions": [str(files.json)], "features": str(files.folder)}
+    start = {"decoder": str(text_decoder), "feature_dim": D, "num_slide_tokens": 4}
+    found = r"b.safetensors: encoder: found features of 'uni_v2', wanted '{}', {};"
+    for encoder, wanted in (
+        ("uni", found.format("uni", "as the checkpoint was trained on")),
+        (None, found.format("MahmoodLab/UNI", "as the slides before it have")),
+    ):
+        with pytest.raises(QuestionError, match=wanted) as error:
+            train(settings(haystack_stage(data=data, steps=1), **start, encoder=encoder), tmp_path / str(encoder))
+        assert len(error.value.problems) == 1
+    asked = settings(haystack_stage(data=data, steps=1), **start, encoder="uni")
+    asked.encoder_mismatch = "allow"
+    train(asked, tmp_path / "allowed")
+    assert "stage scorer: 1 slides: features of another encoder, which encoder_mismatch" in capsys.readouterr().out
+
+
 def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_path, capsys):
     data = {"questions": [str(files.json)], "features": str(files.folder), "max_patches": 40}
     wide = haystack_stage(name="wide", data=data | {"max_patches": 300}, steps=1)
@@ -361,7 +384,7 @@ def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_
                      num_slide_tokens=4)  # fmt: skip
     train(asked, tmp_path / "run")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")]
-    assert said == [
+    assert [line for line in said if "encoder" not in line] == [
         "stage scorer: 2 of 3 slides have more than 40 patches (the longest 300) and are thinned to as many, "
         "evenly spaced"
     ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from .config import SparseWSIConfig
+from .slides.encoder_names import EncoderCheck, Mismatch
 from .sparsify.scorer import build_scorer
 from .sparsify.selector import FrozenScorer, SlideSelector, frozen_scorer
 
@@ -49,7 +50,11 @@ def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
     return frozen_scorer(scorer)
 
 
-def load_selector(model: str, device: str = "cpu", revision: str | None = None) -> SlideSelector:
+def load_selector(
+    model: str, device: str = "cpu", revision: str | None = None, encoder_mismatch: Mismatch = "refuse"
+) -> SlideSelector:
     """The selector of a checkpoint directory or hub repository, as serving builds it."""
     config = SparseWSIConfig.from_pretrained(model, revision=revision)
-    return SlideSelector(load_scorer(model, revision), config.num_slide_tokens, device, config.max_patches)
+    encoder = EncoderCheck(config.encoder, encoder_mismatch)
+    scorer = load_scorer(model, revision)
+    return SlideSelector(scorer, config.num_slide_tokens, device, config.max_patches, encoder=encoder)

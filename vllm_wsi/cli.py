@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="what is in a feature file, and what is wrong with it")
     doctor.add_argument("files", nargs="+", type=Path, metavar="FILE")
     doctor.add_argument("--encoder", help="which features, where a file holds several")
+    doctor.add_argument("--checkpoint", metavar="C", help="directory or hub name: do the features fit it?")
+    _add_encoder_mismatch(doctor)
     doctor.add_argument("--json", action="store_true", help="one JSON object for each file")
     doctor.set_defaults(run=_doctor)
 
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     select.add_argument("-k", type=int, metavar="K", help="patches to keep (default: the checkpoint's)")
     select.add_argument("--encoder", help="which features, where a file holds several")
     select.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    _add_encoder_mismatch(select)
     select.add_argument("--geojson", type=Path, metavar="FILE", help="kept patches for QuPath")
     select.add_argument("--heatmap", type=Path, metavar="FILE.png", help="all scores by their rank (extra: slides)")
     select.add_argument("--montage", type=Path, metavar="FILE.png", help="the kept patches (extra: slides)")
@@ -88,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="(default: the trained demo, or random weights for a slide of yours)",
     )
     demo.add_argument("--encoder", default="colour-texture", help="of a slide image (default %(default)s)")
+    _add_encoder_mismatch(demo)
     demo.add_argument("--out", type=Path, default=Path("vllm-wsi-demo"), metavar="DIR", help="(default %(default)s)")
     demo.add_argument("--view", action="store_true", help="keep the server and its viewer until Ctrl-C")
     demo.set_defaults(run=_demo)
@@ -116,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="train a checkpoint (extra: train)")
     train.add_argument("config", metavar="CONFIG", help="YAML file, or `haystack`: how the demo checkpoint was made")
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="a run that was stopped there goes on")
+    _add_encoder_mismatch(train)
     train.add_argument("--seed", type=int, help="instead of the configuration's")
     train.set_defaults(run=_train)
 
@@ -137,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--ablation-slides", default="1000:192,4000:96,100000:16", metavar="N:COUNT,...", help="(%(default)s)"
     )
     study.add_argument("--seed", type=int, default=0, help="of random selections and resampling")
+    _add_encoder_mismatch(study)
     study.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the model (default cpu)")
     study.add_argument("--out", type=Path, required=True, metavar="DIR")
     study.set_defaults(run=_study)
@@ -172,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate.add_argument(
         "--engine-args", type=json.loads, default={}, metavar="JSON", help="of vllm.LLM, for --offline"
     )
+    _add_encoder_mismatch(evaluate, "for --offline: ")
     evaluate.add_argument("--seed", type=int, default=0, help="of random-32 and of the intervals")
     evaluate.set_defaults(run=_eval)
 
@@ -183,14 +190,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _add_encoder_mismatch(command: argparse.ArgumentParser, where: str = "") -> None:
+    command.add_argument(
+        "--encoder-mismatch",
+        default="refuse",
+        choices=["refuse", "allow"],
+        help=f"{where}features of another encoder than the checkpoint's (default refuse)",
+    )
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from .slides.doctor import examine
+    from .slides.doctor import Checkpoint, examine
+    from .slides.encoder_names import EncoderCheck
 
-    failed = 0
+    checkpoint, failed = None, 0
+    if args.checkpoint is not None:
+        from .config import SparseWSIConfig
+
+        config = SparseWSIConfig.from_pretrained(args.checkpoint)
+        encoder = EncoderCheck(config.encoder, args.encoder_mismatch)
+        checkpoint = Checkpoint(args.checkpoint, config.feature_dim, encoder)
     for file in args.files:
-        report = examine(file, args.encoder)
+        report = examine(file, args.encoder, checkpoint)
         print(json.dumps(asdict(report)) if args.json else report.text())
         failed += report.error is not None
     return 1 if failed else 0
@@ -237,7 +260,7 @@ def _select(args: argparse.Namespace) -> int:
     with open_features(args.file, args.encoder) as slide:
         from .checkpoint import load_selector
 
-        selector = load_selector(args.checkpoint, args.device)
+        selector = load_selector(args.checkpoint, args.device, encoder_mismatch=args.encoder_mismatch)
         selection = selector.select(slide, args.k, keep_every=args.heatmap is not None)
     said = Said(args.mpp, args.patch_size_level0, args.coord_unit, args.accept_guess)
     record = selection.record(str(args.file), said)
@@ -260,7 +283,9 @@ def _demo(args: argparse.Namespace) -> int:
     _hide_transformers_progress()
     from .demo import run_demo
 
-    return run_demo(args.slide, args.question, args.checkpoint, args.encoder, args.out, args.view)
+    return run_demo(
+        args.slide, args.question, args.checkpoint, args.encoder, args.out, args.view, args.encoder_mismatch
+    )
 
 
 def _init_checkpoint(args: argparse.Namespace) -> int:
@@ -305,6 +330,8 @@ def _train(args: argparse.Namespace) -> int:
     settings = load_settings(recipe(args.config))
     if args.seed is not None:
         settings.seed = args.seed
+    if args.encoder_mismatch == "allow":
+        settings.encoder_mismatch = "allow"
     checkpoint = train(settings, args.out, GENERATORS)
     print(f"{checkpoint}: serve it with\n  vllm serve {checkpoint} --plugin vllm_wsi --allowed-local-media-path DIR")
     return 0

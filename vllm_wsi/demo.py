@@ -7,15 +7,18 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .checkpoint import load_selector
+from .config import SparseWSIConfig
 from .demo_model import DEMO_CHECKPOINT
 from .evaluation.haystack import HaystackSlide, HaystackWorld
 from .evidence import Evidence
 from .server_process import VllmServer
 from .slides import SlideError, SlideIdentity, open_features
+from .slides.encoder_names import EncoderCheck, Mismatch, recorded_encoder
 from .slides.formats import is_image
 
 VIRTUAL_PATCHES = 100_000
@@ -54,17 +57,25 @@ class DemoSlide:
     virtual: HaystackSlide | None = None  # whose right answers are known
     questions: tuple[str, str] = (QUESTION, SECOND_QUESTION)
     note: str = ""
+    encoder_mismatch: Mismatch = "refuse"
     facts: str = field(init=False)
     feature_dim: int = field(init=False)
+    metadata: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         with open_features(self.features) as opened:
             self.facts = f"{opened.num_patches:,} patches x {opened.feature_dim}, {opened.dtype}, {opened.format}"
-            self.feature_dim = opened.feature_dim
+            self.feature_dim, self.metadata = opened.feature_dim, opened.metadata
 
 
 def run_demo(
-    slide: Path | None, question: str | None, checkpoint: Path | None, encoder: str, out: Path, view: bool
+    slide: Path | None,
+    question: str | None,
+    checkpoint: Path | None,
+    encoder: str,
+    out: Path,
+    view: bool,
+    encoder_mismatch: Mismatch = "refuse",
 ) -> int:
     """Runs the demo; returns the exit status.
 
@@ -74,6 +85,7 @@ def run_demo(
         checkpoint: None: the trained demo checkpoint, or random weights where it does not fit the slide.
         encoder: of a slide image.
         out: directory for the evidence.
+        encoder_mismatch: of the slide; the demo's own photograph is allowed it with the demo checkpoint, and says so.
         view: the server goes on, with its viewer, until it is interrupted.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-wsi-demo-") as folder:
@@ -93,9 +105,14 @@ def run_demo(
             from .init_checkpoint import init_checkpoint
 
             checkpoint = work / "checkpoint"
-            init_checkpoint(checkpoint, shown[0].feature_dim, max_position_embeddings=131072)
+            encoder_name = recorded_encoder(shown[0].metadata)
+            init_checkpoint(checkpoint, shown[0].feature_dim, max_position_embeddings=131072, encoder=encoder_name)
             progress.done()
+        wanted = SparseWSIConfig.from_pretrained(checkpoint).encoder
         for one in shown:
+            on_purpose = slide is None and checkpoint == DEMO_CHECKPOINT and one.image is not None  # the photograph
+            one.encoder_mismatch = "allow" if on_purpose else encoder_mismatch
+            EncoderCheck(wanted, one.encoder_mismatch)(str(one.features), one.metadata)  # before the server's start
             if untrained:
                 one.note = UNTRAINED
             elif checkpoint != DEMO_CHECKPOINT:
@@ -105,6 +122,8 @@ def run_demo(
         progress = Progress("starting vllm serve")
         args = ["--max-model-len", "2048", "--max-num-seqs", "8", "--enforce-eager"]
         args += ["--dtype", "float32"] if untrained else []
+        if any(one.encoder_mismatch == "allow" for one in shown):
+            args += ["--mm-processor-kwargs", json.dumps({"encoder_mismatch": "allow"})]
         media = shown[0].features.parent
         with VllmServer(checkpoint, media, work / "server.log", args, on_wait=progress.tick) as server:
             progress.done()
@@ -180,7 +199,8 @@ def _show(server: VllmServer, slide: DemoSlide, checkpoint: Path, out: Path) -> 
 def _write_evidence(slide: DemoSlide, checkpoint: Path, out: Path) -> None:
     """The same selection once more, here, with all its scores: the same file and checkpoint give the same patches."""
     with open_features(slide.features) as opened:
-        selection = load_selector(str(checkpoint)).select(opened, keep_every=True)
+        selector = load_selector(str(checkpoint), encoder_mismatch=slide.encoder_mismatch)
+        selection = selector.select(opened, keep_every=True)
         name = opened.name
     try:
         placed = Evidence(selection, name, slide.image)
@@ -259,6 +279,9 @@ def _print_evidence(evidence: dict) -> None:
     for i in best:
         place = f"x {coords[i][0]:>7}  y {coords[i][1]:>7}" if coords else ""
         print(f"           patch {evidence['indices'][i]:>7}  score {evidence['scores'][i]:+.4f}  {place}")
+    match = evidence["encoder_match"]
+    if match["remark"] is not None:
+        print(f"           encoder: {match['features']}; the checkpoint's: {match['checkpoint']}; {match['remark']}")
     print("           Scores show what the model was given, not why it answered. Research use, not diagnosis.")
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .config import SparseWSIConfig
+from .slides.encoder_names import EncoderCheck, Mismatch
 from .sparsify.positions import SlideSpan, prompt_positions
 from .sparsify.scorer import build_scorer
 from .sparsify.selector import Selection, SlideSelector, frozen_scorer
@@ -82,10 +83,13 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def selector(self) -> SlideSelector:
+    def selector(self, encoder_mismatch: Mismatch = "refuse") -> SlideSelector:
         """The Hard Top-K of this model's scorer, as serving runs it."""
         return SlideSelector(
-            frozen_scorer(self.scorer), self.config.num_slide_tokens, max_patches=self.config.max_patches
+            frozen_scorer(self.scorer),
+            self.config.num_slide_tokens,
+            max_patches=self.config.max_patches,
+            encoder=EncoderCheck(self.config.encoder, encoder_mismatch),
         )
 
     def prepare(self, input_ids: Tensor, selections: Sequence[Selection]) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,9 @@ def slide_message(*urls, question="What is it?"):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A small qwen2 checkpoint with original positions."""
+    """A small qwen2 checkpoint with original positions, for the features of `make_slide`."""
     path = tmp_path_factory.mktemp("checkpoint") / "qwen2"
-    init_checkpoint(path, D, hidden_size=64, scorer_hidden_size=32)
+    init_checkpoint(path, D, hidden_size=64, scorer_hidden_size=32, encoder="test@1")
     return path
 
 

@@ -190,7 +190,10 @@ def test_a_tokenizer_without_the_slide_token_ends_the_start_with_one_sentence(ch
     [
         ({"num_slide_tokens": 0}, "num_slide_tokens: found 0"),
         ({"num_slide_tokens": 512}, "num_slide_tokens: found 512"),
-        ({"slide_tokens": 3}, "found slide_tokens, wanted some of num_slide_tokens, selection_device, device"),
+        (
+            {"slide_tokens": 3},
+            "found slide_tokens, wanted some of num_slide_tokens, selection_device, device",
+        ),
         ({"selection_device": "tpu"}, "device: found 'tpu'"),
     ],
 )

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from vllm_wsi.chat import ChatEncoder
 from vllm_wsi.config import SparseWSIConfig
 from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 from vllm_wsi.sparsify.scorer import seeded_scorer
 from vllm_wsi.sparsify.sparselearn import SparseLearn
 from vllm_wsi.training.settings import TrainSettings
@@ -58,12 +59,17 @@ def check_recipe(settings: TrainSettings, groups: Groups) -> None:
         raise ValueError(f"stage {name}: found no sparselearn, wanted it in the last stage of an ablation")
     start = settings.model
     if start.checkpoint is not None:
-        wanted = SparseWSIConfig.from_pretrained(start.checkpoint, revision=start.revision).feature_dim
+        config = SparseWSIConfig.from_pretrained(start.checkpoint, revision=start.revision)
+        wanted, encoder = config.feature_dim, config.encoder
+    elif start.new is not None:
+        wanted, encoder = start.new["feature_dim"], start.new.get("encoder")
     else:
-        wanted = start.feature_dim if start.new is None else start.new["feature_dim"]
+        assert start.feature_dim is not None
+        wanted, encoder = start.feature_dim, start.encoder
     with next(iter(groups.values()))[0].slides[0].open() as slide:
         if slide.feature_dim != wanted:
             raise ValueError(f"{slide.name}: found d = {slide.feature_dim}, wanted {wanted}, as the recipe trains")
+        EncoderCheck(encoder, settings.encoder_mismatch)(slide.name, slide.metadata)
 
 
 def run_ablations(
@@ -127,15 +133,20 @@ def _run_arm(
     seconds = time.monotonic() - began
     assert gate is not None
     origin = {"arm": arm, "seed": seed, "training_seconds": round(seconds, 1)}
-    return [origin | row for row in _judge_arm(model.to(device).eval(), encoder, groups, gate)]
+    rows = _judge_arm(model.to(device).eval(), encoder, groups, gate, settings.encoder_mismatch)
+    return [origin | row for row in rows]
 
 
 def _judge_arm(
-    model: SparseWSIForConditionalGeneration, encoder: ChatEncoder, groups: Groups, gate: SparseLearn
+    model: SparseWSIForConditionalGeneration,
+    encoder: ChatEncoder,
+    groups: Groups,
+    gate: SparseLearn,
+    encoder_mismatch: Mismatch,
 ) -> Iterator[dict[str, Any]]:
     k = model.config.num_slide_tokens
     for length, items in groups.items():
-        chosen = select_all(items, {LEARNED: model.selector()}, k)
+        chosen = select_all(items, {LEARNED: model.selector(encoder_mismatch)}, k)
         found = {name: judge(model, encoder, items, selections, k) for name, selections in chosen.items()}
         recall = found[LEARNED].recall
         row = {

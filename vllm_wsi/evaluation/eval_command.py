@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_wsi.slides.encoder_names import Mismatch
+
 from .batch import export_batch, import_batch
 from .client import Endpoint
 from .run_eval import EvalSettings, Evaluation, ask_endpoint
@@ -36,6 +38,7 @@ def run_eval_command(
     timeout: float,
     max_tokens: int,
     engine_args: Mapping[str, Any],
+    encoder_mismatch: Mismatch,
     seed: int,
 ) -> int:
     """The arguments are the command's options; without a way to ask, what was answered so far is summed up.
@@ -68,7 +71,7 @@ def run_eval_command(
     elif offline is not None:
         from .offline import ask_offline
 
-        ask_offline(evaluation, offline, engine_args)
+        ask_offline(evaluation, offline, _with_mismatch(engine_args, encoder_mismatch))
     elif endpoint is not None:
         asyncio.run(_ask(evaluation, endpoint, model, retries, timeout))
     return report(evaluation, compare)
@@ -96,6 +99,13 @@ def _import(evaluation: Evaluation, path: Path, model: str | None) -> None:
     if model is None:
         raise ValueError("--model: found none, wanted the name that --export-batch was given")
     import_batch(evaluation, path, model)
+
+
+def _with_mismatch(engine_args: Mapping[str, Any], encoder_mismatch: Mismatch) -> Mapping[str, Any]:
+    if encoder_mismatch == "refuse":
+        return engine_args
+    options = {**engine_args.get("mm_processor_kwargs", {}), "encoder_mismatch": encoder_mismatch}
+    return {**engine_args, "mm_processor_kwargs": options}
 
 
 def _columns(text: str) -> dict[str, str]:

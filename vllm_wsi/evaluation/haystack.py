@@ -174,7 +174,9 @@ class HaystackSlide:
         }
 
     def open(self) -> FeatureFile:
-        return features_in_memory(self.features(), name=self.name)
+        opened = features_in_memory(self.features(), name=self.name)
+        opened.metadata = self.metadata()
+        return opened
 
     def write(self, path: Path) -> Path:
         """Writes the slide as a feature file with coordinates; returns its path."""

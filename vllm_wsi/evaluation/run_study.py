@@ -10,6 +10,7 @@ import numpy as np
 
 from vllm_wsi.demo_model import DEMO_CHECKPOINT
 from vllm_wsi.questions import read_questions
+from vllm_wsi.slides.encoder_names import Mismatch
 from vllm_wsi.sparsify.policies import finite_patches
 
 from .haystack import GENERATORS, HaystackWorld, groups_of_length, recipe
@@ -30,6 +31,7 @@ def run_study(
     ablation_slides: str,
     seed: int,
     device: str,
+    encoder_mismatch: Mismatch,
     out: Path,
 ) -> int:
     """Returns the exit status. The ablations are judged on the questions, where there are any, else on haystack."""
@@ -50,9 +52,11 @@ def run_study(
         from .ablations import check_recipe, run_ablations
 
         settings = load_settings(recipe(ablations))
+        if encoder_mismatch == "allow":
+            settings.encoder_mismatch = "allow"
         asked = groups_of_length(ablation_slides, HaystackWorld()) if questions is None else groups
         check_recipe(settings, asked)
-    study = Study(checkpoint or str(DEMO_CHECKPOINT), groups, out, seed, device)
+    study = Study(checkpoint or str(DEMO_CHECKPOINT), groups, out, seed, device, encoder_mismatch)
     study.run()
     _draw_kept(study, groups, out)
     if ablations is not None:

@@ -22,6 +22,7 @@ from vllm_wsi.chat import ChatEncoder
 from vllm_wsi.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions import SlideItem
 from vllm_wsi.slides import FeatureFile
+from vllm_wsi.slides.encoder_names import Mismatch
 from vllm_wsi.sparsify.policies import Selector, make_policy
 from vllm_wsi.sparsify.scorer import PatchScorer
 from vllm_wsi.sparsify.selector import Selection, frozen_scorer
@@ -62,12 +63,21 @@ class Study:
         out: directory for CSV files; made where it is missing.
         seed: of random selections and of all resampling.
         device: of the model, in the checkpoint's dtype; policies and the learned selection stay on the CPU.
+        encoder_mismatch: of the learned selection.
     """
 
-    def __init__(self, checkpoint: str, groups: Groups, out: str | Path, seed: int = 0, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        groups: Groups,
+        out: str | Path,
+        seed: int = 0,
+        device: str = "cpu",
+        encoder_mismatch: Mismatch = "refuse",
+    ) -> None:
         self.model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).to(device).eval()
         self.encoder = ChatEncoder(AutoTokenizer.from_pretrained(checkpoint))
-        self.groups, self.out, self.seed = groups, Path(out), seed
+        self.groups, self.out, self.seed, self.encoder_mismatch = groups, Path(out), seed, encoder_mismatch
         self.k = self.model.config.num_slide_tokens
         self.judged: dict[tuple[str, str], Judged] = {}  # (length, rule)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +94,7 @@ class Study:
 
     def rules(self) -> dict[str, Selector]:
         """The learned selection, every policy, and MMR of the learned scores."""
-        found: dict[str, Selector] = {LEARNED: self.model.selector()}
+        found: dict[str, Selector] = {LEARNED: self.model.selector(self.encoder_mismatch)}
         found |= {name: make_policy(name, self.k, self.seed) for name in POLICY_NAMES}
         if isinstance(self.model.scorer, PatchScorer):
             weights = frozen_scorer(self.model.scorer)
@@ -124,7 +134,7 @@ class Study:
         rows = []
         for length, items in self.groups.items():
             slides = [item.slides[0].name for item in items]
-            rules = {str(k): KeepsK(self.model.selector(), k) for k in sizes}
+            rules = {str(k): KeepsK(self.model.selector(self.encoder_mismatch), k) for k in sizes}
             chosen = select_all(items, rules, self.k)
             for k in sizes:
                 judged = judge(self.model, self.encoder, items, chosen[str(k)], k)
@@ -177,7 +187,7 @@ class Study:
 
     def _learned(self, length: str, items: Sequence[SlideItem]) -> Judged:
         if (length, LEARNED) not in self.judged:
-            chosen = select_all(items, {LEARNED: self.model.selector()}, self.k)[LEARNED]
+            chosen = select_all(items, {LEARNED: self.model.selector(self.encoder_mismatch)}, self.k)[LEARNED]
             self.judged[length, LEARNED] = judge(self.model, self.encoder, items, chosen, self.k)
         return self.judged[length, LEARNED]
 

@@ -28,6 +28,7 @@ from vllm.multimodal.processing import (
 
 from vllm_wsi.checkpoint import load_scorer
 from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.slides.encoder_names import EncoderCheck
 from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 
 from .key_guard import install_key_guard
@@ -38,7 +39,7 @@ from .slide_parser import MODALITY, SlideParser
 MAX_SLIDE_TOKENS = 256
 """Largest K that one request may ask for, unless the server's own K is larger."""
 
-SERVER_OPTIONS = ("num_slide_tokens", "selection_device", "device")
+SERVER_OPTIONS = ("num_slide_tokens", "selection_device", "device", "encoder_mismatch")
 """`selection_device` is ours: vLLM takes `device` only on a CPU or on an instance that runs no language model, because
 a processor's memory is not in its budget. A selection's is small and bounded (`sparsify/staging.py`)."""
 
@@ -77,7 +78,10 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
             raise ValueError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
         scorer, digest = _scorer(model.model, model.revision)
-        self.service = service_for(SlideSelector(scorer, k, device, config.max_patches), digest, self.max_slide_tokens)
+        encoder = EncoderCheck(config.encoder, options.get("encoder_mismatch", "refuse"))
+        selector = SlideSelector(scorer, k, device, config.max_patches, encoder=encoder)
+        # What was selected under another encoder's name, or allowed elsewhere, is selected again.
+        self.service = service_for(selector, f"{digest}:{encoder}", self.max_slide_tokens)
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
         tokenizer = self.ctx.tokenizer

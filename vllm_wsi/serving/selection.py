@@ -67,7 +67,7 @@ class SelectedSlide:
 
     selection: Selection
     digest: str  # of slide identity, K, encoder and scorer: equal digests mean equal selections
-    scorer: str  # digest of the scorer's weights
+    scorer: str  # digest of the scorer's weights, and the rule for encoders
     default_k: int  # the K of the service that selected
     request: SlideRequest | None  # None where the slide came by value and is gone
 
@@ -87,7 +87,7 @@ class SelectionService:
 
     Args:
         selector: of the served checkpoint.
-        scorer: digest of its weights.
+        scorer: digest of its weights, and its rule for encoders.
         max_slide_tokens: largest K that one request may ask for.
         threads: slides that are read and scored at once.
         cache_bytes: bound of the finished selections that are remembered.

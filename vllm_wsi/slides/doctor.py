@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .encoder_names import EncoderCheck, recorded_encoder
 from .features import FeatureFile, SlideError
 from .formats import open_features
 from .places import origin, patch_size
@@ -24,6 +25,14 @@ def _in_words(value: Any) -> str:
     if value is None:
         return "unknown"
     return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
+
+
+class Checkpoint(NamedTuple):
+    """What features have to fit."""
+
+    name: str
+    feature_dim: int  # d
+    encoder: EncoderCheck
 
 
 @dataclass
@@ -46,8 +55,13 @@ class Report:
         return "\n".join(lines)
 
 
-def examine(path: str | Path, encoder: str | None = None) -> Report:
-    """Opens the file and reads all of it once, in chunks."""
+def examine(path: str | Path, encoder: str | None = None, checkpoint: Checkpoint | None = None) -> Report:
+    """Opens the file and reads all of it once, in chunks.
+
+    Args:
+        encoder: which features, where a file holds several.
+        checkpoint: that they should fit.
+    """
     report = Report(str(path))
     try:
         with open_features(path, encoder) as slide:
@@ -55,7 +69,7 @@ def examine(path: str | Path, encoder: str | None = None) -> Report:
             report.facts = {
                 "format": slide.format,
                 "features": f"{slide.key}: {size}" if slide.key else size,
-                "encoder": slide.metadata.get("encoder", "not recorded"),
+                "encoder": recorded_encoder(slide.metadata) or "not recorded",
             }
             report.findings += slide.remarks
             coords = slide.read_coords()
@@ -72,6 +86,8 @@ def examine(path: str | Path, encoder: str | None = None) -> Report:
             if others:
                 report.facts["metadata"] = ", ".join(f"{key}={value}" for key, value in others.items())
             _read_all(slide, report)
+            if checkpoint is not None:
+                _report_fit(slide, checkpoint, report)
     except SlideError as error:
         report.error = str(error)
     return report
@@ -89,6 +105,17 @@ def _report_places(slide: FeatureFile, coords: NDArray, report: Report) -> None:
         report.findings.append("patch size: nothing says it; it must be given to place the patches")
     elif size.source == "guess":
         report.findings.append("patch size: nothing says it; taken from the spacing of the grid: a guess")
+
+
+def _report_fit(slide: FeatureFile, checkpoint: Checkpoint, report: Report) -> None:
+    """Raises SlideError where the checkpoint cannot take the features."""
+    if slide.feature_dim != checkpoint.feature_dim:
+        where = f"{slide.name}: {slide.key or 'features'}: found"
+        raise SlideError(f"{where} d = {slide.feature_dim}, wanted {checkpoint.feature_dim}, as the checkpoint has it")
+    match = checkpoint.encoder(slide.name, slide.metadata)
+    report.facts["checkpoint"] = f"{checkpoint.name}, encoder {match.checkpoint or 'not recorded'} ({match.match})"
+    if match.remark is not None:
+        report.findings.append(f"encoder: {match.remark}")
 
 
 def _read_all(slide: FeatureFile, report: Report) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vllm_wsi.kernels import ScoredTopK, ScorerWeights, block_rows, map_blocks, score_topk, select_topk
 from vllm_wsi.slides import FeatureFile, SlideError
+from vllm_wsi.slides.encoder_names import EncoderCheck, EncoderMatch
 from vllm_wsi.slides.features import CoordUnit, Source
 from vllm_wsi.slides.places import PatchSize, Said, guesses, patch_size, settle
 from vllm_wsi.slides.regions import Level0Rects, level0_rects
@@ -61,6 +62,7 @@ class Selection:
     patch_size: PatchSize | None = None  # edge of a patch; None: not known
     metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
     every: EveryPatch | None = None  # where it was asked for
+    encoder_match: EncoderMatch | None = None  # with the checkpoint's encoder; None: no checkpoint selected
 
     @classmethod
     def of(
@@ -72,7 +74,7 @@ class Selection:
         all_scores: Tensor | None = None,
         **counts: Any,
     ) -> Selection:
-        """With what the slide itself says of the kept patches; `counts`: num_nonfinite and the seconds."""
+        """With what the slide itself says of the kept patches; `counts`: num_nonfinite, the seconds, encoder_match."""
         coords, unit = slide.read_coords(), slide.coord_unit
         return cls(
             indices=indices,
@@ -137,6 +139,7 @@ class Selection:
             "coord_unit_source": None if unit is None or self.coords is None else unit.source,
             "patch_size": None if size is None else size._asdict(),
             "metadata": dict(self.metadata),
+            "encoder_match": None if self.encoder_match is None else self.encoder_match._asdict(),
         }
 
 
@@ -153,6 +156,7 @@ class SlideSelector:
         device: "cpu", "cuda", or "auto" for a GPU where there is one; CUDA starts at the first slide.
         max_patches: longer slides are refused.
         chunk_rows: rows read at once; None: `staging.py` decides by their size.
+        encoder: whose features the scorer was trained on, and whether others are refused; None: not known.
 
     Raises:
         ValueError: an unknown device, or "cuda" where there is none.
@@ -165,6 +169,7 @@ class SlideSelector:
         device: str = "cpu",
         max_patches: int | None = None,
         chunk_rows: int | None = None,
+        encoder: EncoderCheck | None = None,
     ) -> None:
         if device not in ("cpu", "cuda", "auto"):
             raise ValueError(f"device: found {device!r}, wanted 'cpu', 'cuda' or 'auto'")
@@ -175,6 +180,7 @@ class SlideSelector:
         self._scorer, self.device_name = scorer, device
         self._device: torch.device | None = None
         self.max_patches, self._chunk_rows = max_patches, chunk_rows
+        self.encoder = encoder or EncoderCheck()
 
     @torch.no_grad()
     def select(self, slide: FeatureFile, k: int | None = None, keep_every: bool = False) -> Selection:
@@ -184,10 +190,10 @@ class SlideSelector:
             keep_every: the selection also holds the scores and places of all patches (`Selection.every`).
 
         Raises:
-            SlideError: the slide's d or N does not fit, or no patch has a finite score.
+            SlideError: the slide's d, N or encoder does not fit, or no patch has a finite score.
         """
         k = self.num_slide_tokens if k is None else k
-        self._check(slide)
+        encoder_match = self._check(slide)
         device, scorer = self._start_device()
         stager = ChunkStager(slide, device, self._chunk_rows)
         began = time.perf_counter()
@@ -207,16 +213,18 @@ class SlideSelector:
             *kept,
             all_scores=None if all_scores is None else all_scores.cpu(),
             num_nonfinite=num_nonfinite,
+            encoder_match=encoder_match,
             read_seconds=stager.read_seconds,
             score_seconds=seconds - stager.read_seconds,
         )
 
-    def _check(self, slide: FeatureFile) -> None:
+    def _check(self, slide: FeatureFile) -> EncoderMatch:
         where = f"{slide.name}: {slide.key or 'features'}: found"
         if slide.feature_dim != self.feature_dim:
             raise SlideError(f"{where} d = {slide.feature_dim}, wanted {self.feature_dim}, as the checkpoint has it")
         if self.max_patches is not None and slide.num_patches > self.max_patches:
             raise SlideError(f"{where} {slide.num_patches} patches, wanted at most {self.max_patches} (max_patches)")
+        return self.encoder(slide.name, slide.metadata)
 
     def _start_device(self) -> tuple[torch.device, FrozenScorer]:
         if self._device is None:

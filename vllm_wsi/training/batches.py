@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jinja2
@@ -18,6 +20,7 @@ from vllm_wsi.chat import IGNORED, ChatEncoder
 from vllm_wsi.config import SparseWSIConfig
 from vllm_wsi.questions import QuestionError, SlideItem, SlideSource
 from vllm_wsi.slides import SlideError
+from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 from vllm_wsi.sparsify.positions import SlideSpan, prompt_positions
 from vllm_wsi.sparsify.staging import ChunkStager
 
@@ -67,17 +70,23 @@ class SlideDataset(Dataset):
         self.max_patches, self.stretch_positions = max_patches, stretch_positions
         self.mix_positions, self.seed = mix_positions, seed
         self._lengths: dict[SlideSource, int] = {}
+        self._encoder = EncoderCheck(config.encoder)
+        self._encoder_remarks: Counter[str] = Counter()
 
-    def check(self, read: bool = True) -> None:
+    def check(self, read: bool = True, encoder_mismatch: Mismatch = "refuse") -> None:
         """Renders every conversation and opens every slide, once for all questions about it.
 
+        Where the checkpoint records no encoder, the first slide that does says which one the others must have.
+
         Args:
+            encoder_mismatch: "allow" takes slides of other encoders too.
             read: each slide is also read once through, which finds the truncated ones and those without a finite patch.
 
         Raises:
             QuestionError: names each item that training would trip over.
         """
         problems = []
+        self._encoder = EncoderCheck(self.config.encoder, encoder_mismatch)
         reasons: dict[SlideSource, str | None] = {}  # why a slide is of no use
         for item in tqdm(self.items, "checking items", disable=not os.isatty(2)):
             try:
@@ -100,6 +109,12 @@ class SlideDataset(Dataset):
             with source.open() as slide:
                 if slide.feature_dim != self.config.feature_dim:
                     return f"{slide.name}: found d = {slide.feature_dim}, wanted {self.config.feature_dim}"
+                match = self._encoder(slide.name, slide.metadata)
+                if match.remark is not None:
+                    self._encoder_remarks[match.remark] += 1
+                if self._encoder.encoder is None:
+                    reason = "as the slides before it have"
+                    self._encoder = replace(self._encoder, encoder=match.features, reason=reason)
                 self._lengths[source] = slide.num_patches
                 if read:
                     finite = [bool(finite_rows(chunk).any()) for _, chunk in ChunkStager(slide, CPU).chunks()]
@@ -107,6 +122,10 @@ class SlideDataset(Dataset):
         except (OSError, ValueError) as error:
             return str(error)
         return None
+
+    def encoder_remarks(self) -> list[str]:
+        """What `check` could not tell of the slides' encoders, or was told to allow; one sentence each."""
+        return [f"{count:,} slides: {remark}" for remark, count in self._encoder_remarks.items()]
 
     def thinning(self) -> str | None:
         """What `max_patches` takes away, in one sentence; None where it takes nothing. Knows the slides that `check`

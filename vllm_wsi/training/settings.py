@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_wsi.slides.encoder_names import Mismatch
 from vllm_wsi.sparsify.sparselearn import SparseLearnSettings
 
 Part = Literal["scorer", "projector", "decoder"]
@@ -117,6 +118,7 @@ class TrainSettings(_Settings):
     model: ModelSettings
     stages: list[StageSettings] = Field(min_length=1)
     seed: int = 0
+    encoder_mismatch: Mismatch = "refuse"  # features of another encoder than the model's
     report_to: list[str] = Field(default_factory=list)  # "tensorboard" and whatever else transformers knows
 
 

@@ -54,6 +54,8 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
         for stage, dataset in zip(settings.stages, datasets, strict=True):
             if (thinning := dataset.thinning()) is not None:
                 print(f"stage {stage.name}: {thinning}", flush=True)
+            for remark in dataset.encoder_remarks():
+                print(f"stage {stage.name}: {remark}", flush=True)
     previous: SparseLearn | None = None
     number = 0
     while number < len(settings.stages):
@@ -188,7 +190,7 @@ def _checked_datasets(
                 for earlier in settings.stages[:number]
             )
             try:
-                dataset.check(read=stage.data.read_first and not is_seen)
+                dataset.check(stage.data.read_first and not is_seen, settings.encoder_mismatch)
             except QuestionError as error:
                 problems += error.problems
         datasets.append(dataset)
