@@ -14,7 +14,7 @@ demo: setup
 	@$(BIN)/vllm-wsi demo
 
 test: setup browser lint
-	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,27 @@ LONG = ("test_trained.py", "test_parity.py", "test_study.py", "shared_server", "
         "test_server_defaults.py", "test_kernels.py", "test_kernels_compile.py", "test_bench.py")  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """What shares an expensive fixture shares a process of pytest-xdist: a server among its tests, else a file's own.
+@cache
+def group(path: str) -> str:
+    """What runs in one process of pytest-xdist: a file, for its fixtures, and all files that share the server."""
+    return "shared_server" if "shared_server" in Path(path).read_text() else Path(path).name
 
-    The long ones come first, so that no process waits for another at the end.
-    """
-    for item in items:
-        group = "shared_server" if "shared_server" in item.fixturenames else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+
+def pytest_collection_modifyitems(items):
+    """The long groups first, so that no process waits for another at the end."""
     rank = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: rank.get(item.get_closest_marker("xdist_group").args[0], len(LONG)))
+    items.sort(key=lambda item: rank.get(group(str(item.path)), len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(str(config.rootpath / nodeid.split("::")[0]))
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")
