@@ -56,5 +56,7 @@ def shared_server(checkpoint, shared_folder, tmp_path_factory):
     """
     log = tmp_path_factory.mktemp("log") / "server.log"
     args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4", "--api-key", KEY]
-    with VllmServer(checkpoint, shared_folder, log, args, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}) as running:
+    args += ["--enable-lora", "--max-lora-rank", "8"]
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with VllmServer(checkpoint, shared_folder, log, args, env) as running:
         yield running

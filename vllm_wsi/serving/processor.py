@@ -36,6 +36,7 @@ from vllm_wsi.slides.encoder_names import EncoderCheck
 from vllm_wsi.slides.features import FLOAT_DTYPES
 from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 
+from .adapters import install_adapter_refusal, install_offline_check
 from .prompt_guard import check_slide_tokens, install_prompt_guard
 from .selection import SelectedSlide, SelectionService, SlideRequest, scorer_digest, service_for
 
@@ -120,6 +121,8 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
             raise ValueError("VLLM_USE_RUST_FRONTEND=1 bypasses the plugins; unset it to serve slides")
         install_connector()
         install_prompt_guard()
+        install_adapter_refusal()
+        install_offline_check()
         config, model = self.get_hf_config(), self.ctx.model_config
         self._check_tokenizer(config)
         options = dict(self.ctx.get_mm_config().mm_processor_kwargs or {})
