@@ -26,6 +26,7 @@ from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.modeling import SlideProjector
 from vllm_wsi.sparsify.positions import SlideSpan, prompt_positions
 
+from .adapters import DECODER_NAMES, install_adapter_check
 from .processor import SparseWSIDummyInputsBuilder, SparseWSIMultiModalProcessor, SparseWSIProcessingInfo
 
 EXTENSIBLE_ROPE = ("default", "linear", "llama3")
@@ -44,6 +45,7 @@ class SparseWSIForConditionalGeneration(
     that can be wrong with a slide is refused in the API server.
     """
 
+    hf_to_vllm_mapper = DECODER_NAMES
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
     @classmethod
@@ -54,6 +56,7 @@ class SparseWSIForConditionalGeneration(
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        install_adapter_check()
         config: SparseWSIConfig = vllm_config.model_config.hf_config
         self.config = config
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.slide_token_id])

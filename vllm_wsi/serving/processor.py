@@ -31,6 +31,7 @@ from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.slides.encoder_names import EncoderCheck
 from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 
+from .adapters import install_adapter_refusal, install_offline_check
 from .key_guard import install_key_guard
 from .prompt_guard import check_slide_tokens, install_embeds_guard, install_prompt_guard
 from .selection import SelectedSlide, scorer_digest, service_for
@@ -65,6 +66,8 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         install_prompt_guard()
         install_embeds_guard()
         install_key_guard()
+        install_adapter_refusal()
+        install_offline_check()
         config, model = self.get_hf_config(), self.ctx.model_config
         self._check_tokenizer(config)
         options = dict(self.ctx.get_mm_config().mm_processor_kwargs or {})
