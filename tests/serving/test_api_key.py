@@ -23,6 +23,7 @@ def routes(shared_server) -> list[tuple[str, str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "vllm_wsi")
+        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", shared_server.model])
         app = build_app(args, supported_tasks=("generate",))
     found = []
