@@ -183,33 +183,3 @@ def test_a_directory_without_weights_is_refused(checkpoint, tmp_path):
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"found neither model\.safetensors nor"):
         load_scorer(str(tmp_path))
-
-
-def test_a_prompt_may_be_a_tensor_a_list_or_what_a_chat_template_returns(model, checkpoint):
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    content = [{"type": "image"}, {"type": "text", "text": "Which tissue?"}]
-    made = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    ids = list(made["input_ids"] if not isinstance(made, list) else made)
-    selection = model.selector().select(slide(50))
-    answers = set()
-    for given in (made, ids, [ids], torch.tensor(ids), torch.tensor([ids]), torch.tensor(ids, dtype=torch.int32)):
-        answers.add(tuple(model.generate(given, [selection], max_new_tokens=5, do_sample=False)[0].tolist()))
-    assert len(answers) == 1
-
-
-@pytest.mark.parametrize(
-    "given", [[], [1.5, 2.0], ["a"], "text", [[1], [2]], [[1, 2], [3]], None, torch.ones(2, 3), torch.tensor(3), {}]
-)
-def test_what_is_no_prompt_is_refused_in_one_sentence(model, given):
-    with pytest.raises(ValueError, match="input_ids: found") as error:
-        model.generate(given)
-    assert "\n" not in str(error.value)
-
-
-def test_generate_stops_where_the_generation_config_says(model, monkeypatch):
-    """vLLM reads the same file; an untrained decoder names its own first token as the end here."""
-    ids = prompt(model, 1, 2, 3)
-    free = model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
-    monkeypatch.setattr(model.generation_config, "eos_token_id", [free[2]])
-    stopped = model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
-    assert stopped == free[: free.index(free[2]) + 1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_wsi.training.train as training
 from vllm_wsi.answering import choose
@@ -27,7 +27,7 @@ from vllm_wsi.slides import SlideError, write_features
 from vllm_wsi.sparsify.sparselearn import SparseLearn
 from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.settings import TrainSettings, load_settings
-from vllm_wsi.training.train import name_turn_end, train
+from vllm_wsi.training.train import train
 from vllm_wsi.training.trainer import LOG_COLUMNS, WEIGHTS, ScheduleCallback
 
 D = 16
@@ -398,11 +398,3 @@ def test_the_command_trains_from_a_checkpoint_and_says_how_to_serve(tmp_path, ca
     assert f"vllm serve {tmp_path / 'run' / 'checkpoint'}" in capsys.readouterr().out
     assert main(["train", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), "--seed", "3"]) == 1
     assert "found a finished run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("known", "wanted"), [(None, 7), (7, 7), (3, [3, 7]), ([3, 7], [3, 7]), ([3], [3, 7])])
-def test_the_end_of_a_turn_in_training_ends_an_answer_too(known, wanted):
-    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=known))
-    name_turn_end(model, SimpleNamespace(eos_token_id=7))
-    assert model.generation_config.eos_token_id == wanted
-    assert model.generation_config.pad_token_id is not None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +50,6 @@ class SlideProjector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Embeddings [..., decoder] of features [..., d]."""
         return self.project(self.normalise(features.to(self.linear_1.weight.device)))
-
-
-PromptIds: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
 
 
 class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -145,45 +142,22 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, input_ids: PromptIds, selections: Sequence[Selection] = (), **kwargs: Any) -> Any:
-        """Answers one prompt, and stops where the checkpoint's generation_config.json says, as a server does.
+    def generate(self, input_ids: Tensor, selections: Sequence[Selection] = (), **kwargs: Any) -> Any:
+        """Answers one prompt.
 
         Args:
-            input_ids: whole numbers [T] or [1, T] with one slide token for each slide: a tensor, a list, or what a
-                tokenizer's `apply_chat_template` returns.
+            input_ids: int64 [T] or [1, T] with one slide token for each slide.
             selections: one for each slide.
             kwargs: as for transformers' `generate`.
 
         Returns:
             What the decoder's `generate` returns for embeddings: the new tokens alone.
-
-        Raises:
-            ValueError: several prompts, or what holds no whole numbers; slide tokens and selections differ in number.
         """
-        embeddings, positions = self.prepare(one_prompt(input_ids).to(self.device), selections)
-        kwargs.setdefault("generation_config", self.generation_config)
+        embeddings, positions = self.prepare(input_ids.reshape(-1), selections)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         return self.language_model.generate(
             inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, **kwargs
         )
-
-
-def one_prompt(input_ids: PromptIds) -> Tensor:
-    """int64 [T] of one prompt's tokens. Raises ValueError where it is none, in one sentence."""
-    held = input_ids.get("input_ids") if isinstance(input_ids, Mapping) else input_ids
-    try:
-        ids = held if isinstance(held, Tensor) else torch.tensor(held)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"input_ids: found a {type(held).__name__} without whole numbers, wanted [T] tokens"
-        ) from error
-    if ids.ndim == 2 and len(ids) == 1:
-        ids = ids[0]
-    if ids.ndim != 1 or not len(ids) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(
-            f"input_ids: found {ids.dtype} of shape {tuple(ids.shape)}, wanted the tokens [T] of one prompt"
-        )
-    return ids.long()
 
 
 AutoModelForCausalLM.register(SparseWSIConfig, SparseWSIForConditionalGeneration, exist_ok=True)

@@ -69,7 +69,6 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     if processes.is_main_process:
         partial_path = output / "checkpoint.partial"
         shutil.rmtree(partial_path, ignore_errors=True)
-        name_turn_end(model, tokenizer)
         model.save_pretrained(partial_path)
         tokenizer.save_pretrained(partial_path)
         os.rename(partial_path, finished)
@@ -232,18 +231,6 @@ def _dataset(
     items: Sequence[SlideItem], data: DataSettings, encoder: ChatEncoder, config: SparseWSIConfig, seed: int
 ) -> SlideDataset:
     return SlideDataset(items, encoder, config, data.max_patches, data.stretch_positions, data.mix_positions, seed)
-
-
-def name_turn_end(model: SparseWSIForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds what ends an answer in training to what ends it in `generate` and in vLLM, which read one file for that."""
-    config, end = model.generation_config, tokenizer.eos_token_id
-    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [token for token in known if token is not None]
-    if end is not None and end not in ends:
-        ends.append(end)
-    if ends:
-        config.eos_token_id = ends if len(ends) > 1 else ends[0]
-        config.pad_token_id = ends[0] if config.pad_token_id is None else config.pad_token_id
 
 
 def start_model(
