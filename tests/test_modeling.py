@@ -1,7 +1,10 @@
 """The checkpoint contract in transformers: config, weights, prompts, generation."""
 
 import json
+import shutil
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -183,3 +186,73 @@ def test_a_directory_without_weights_is_refused(checkpoint, tmp_path):
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"found neither model\.safetensors nor"):
         load_scorer(str(tmp_path))
+
+
+def test_generate_takes_a_prompt_in_every_form_that_chat_templates_return(model, checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    content = [{"type": "image"}, {"type": "text", "text": "Which tissue?"}]
+    chat = [{"role": "user", "content": content}]
+
+    def rendered(**options):
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, **options)
+
+    selection, options = model.selector().select(slide(40)), {"max_new_tokens": 4, "do_sample": False}
+    ids = rendered(return_dict=False)
+    wanted = model.generate(torch.tensor(ids), [selection], **options).tolist()
+    forms = [ids, [ids], tuple(ids), np.array(ids), torch.tensor([ids]), torch.tensor(ids, dtype=torch.int32)]
+    forms += [rendered(), rendered(return_tensors="pt"), rendered(return_tensors="np", return_dict=False)]
+    forms.append({"input_ids": ids})
+    for form in forms:
+        assert model.generate(form, [selection], **options).tolist() == wanted, type(form)
+    assert model.generate(**rendered(return_tensors="pt"), selections=[selection], **options).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("ids", "found"),
+    [
+        ("What is it?", "found a str, wanted one prompt's token ids"),
+        (None, "found a NoneType, wanted"),
+        (["<|slide|>", "x"], "found a list of str, wanted"),
+        ([], "found a list of shape (0,), wanted"),
+        ([[1, 2], [3, 4]], "found a list of list of shape (2, 2), wanted"),
+        ([[1, 2], [3]], "found a list of list, wanted"),
+        ([1.0, 2.0], "found a list of float of shape (2,), wanted"),
+        (torch.tensor([True, False]), "found torch.bool Tensor of shape (2,), wanted"),
+        ({"attention_mask": [1]}, "found a tuple of shape (0,), wanted"),
+        ([5, 320], "found id 320, wanted 0 .. 319"),
+        ([5, -100], "found id -100, wanted 0 .. 319"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_in_one_sentence(model, ids, found):
+    with pytest.raises(ValueError, match=r"^input_ids: ") as error:
+        model.generate(ids)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_padded_prompt_is_refused(model):
+    with pytest.raises(ValueError, match="attention_mask: found zeros, wanted one prompt without padding"):
+        model.generate([1, 2], attention_mask=[0, 1])
+
+
+def test_the_readmes_example_runs_as_it_stands(checkpoint, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    example = readme.split("## A checkpoint")[1].split("```python\n")[1].split("```")[0]
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    with h5py.File(tmp_path / "slide.h5", "w") as file:
+        file["features"] = np.random.default_rng(0).standard_normal((50, D)).astype(np.float32)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_generate_ends_at_every_token_that_the_checkpoint_names(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "c")
+    model = SparseWSIForConditionalGeneration.from_pretrained(tmp_path / "c").eval()
+    free = model.generate([1, 2, 3], max_new_tokens=8, do_sample=False)[0].tolist()
+    named = json.loads((tmp_path / "c" / "generation_config.json").read_text())
+    assert named["eos_token_id"] == AutoTokenizer.from_pretrained(tmp_path / "c").eos_token_id
+    ends = [named["eos_token_id"], free[3]]
+    (tmp_path / "c" / "generation_config.json").write_text(json.dumps(named | {"eos_token_id": ends}))
+    model = SparseWSIForConditionalGeneration.from_pretrained(tmp_path / "c").eval()
+    assert model.generate([1, 2, 3], max_new_tokens=8, do_sample=False)[0].tolist() == free[: free.index(free[3]) + 1]

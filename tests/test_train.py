@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import vllm_wsi.training.train as training
 from vllm_wsi.answering import choose
@@ -301,6 +301,19 @@ def test_question_files_train_a_text_decoder_and_leave_its_weights_alone(text_de
     before = AutoModelForCausalLM.from_pretrained(text_decoder).state_dict()
     after = model.language_model.state_dict()
     assert all(torch.equal(before[name], after[name][: len(before[name])]) for name in before)
+
+
+def test_the_checkpoint_names_every_token_at_which_a_server_would_end(text_decoder, files, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(text_decoder)
+    end_of_turn = tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.save_pretrained(text_decoder)
+    GenerationConfig(eos_token_id=5).save_pretrained(text_decoder)
+    stage = haystack_stage(data={"questions": [str(files.json)], "features": str(files.folder)}, steps=1)
+    checkpoint = train(settings(stage, decoder=str(text_decoder), feature_dim=D, num_slide_tokens=4), tmp_path / "run")
+    named = GenerationConfig.from_pretrained(checkpoint)
+    assert named.eos_token_id == sorted({5, end_of_turn, tokenizer.eos_token_id})
+    assert named.pad_token_id == tokenizer.pad_token_id
 
 
 def test_bad_items_are_named_before_the_first_step(text_decoder, files, tmp_path):

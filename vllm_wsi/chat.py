@@ -67,6 +67,16 @@ class ChatEncoder:
             done = whole
         return EncodedChat(ids, labels)
 
+    def end_of_turn(self) -> list[int]:
+        """The tokens at which an answer ends: the tokenizer's end of sequence, and what the template writes there."""
+        messages: list[dict[str, Any]] = [self._user("x")]
+        prompt = self._render(messages, True)
+        content = [{"type": "text", "text": "x"}] if self._takes_parts else "x"
+        whole = self._render([*messages, {"role": "assistant", "content": content}], False)
+        special = set(self.tokenizer.all_special_ids)
+        after = [one for one in self._ids(whole.removeprefix(prompt)) if one in special]
+        return sorted({*after[:1], self.tokenizer.eos_token_id} - {None})
+
     def letter_ids(self, letters: str) -> list[int]:
         """The token that an answer of one letter begins with, for each letter."""
         return [self._ids(letter)[0] for letter in letters]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -16,6 +18,8 @@ from .slides.encoder_names import EncoderCheck, Mismatch
 from .sparsify.positions import SlideSpan, prompt_positions
 from .sparsify.scorer import build_scorer
 from .sparsify.selector import Selection, SlideSelector, frozen_scorer
+
+PromptIds: TypeAlias = Tensor | NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
 
 
 class SlideProjector(nn.Module):
@@ -142,22 +146,55 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, selections: Sequence[Selection] = (), **kwargs: Any) -> Any:
-        """Answers one prompt.
+    def generate(self, input_ids: PromptIds, selections: Sequence[Selection] = (), **kwargs: Any) -> Any:
+        """Answers one prompt, and ends where the checkpoint's `generation_config.json` says, as the server does.
 
         Args:
-            input_ids: int64 [T] or [1, T] with one slide token for each slide.
+            input_ids: one prompt's token ids as `apply_chat_template` returns them, with one slide token for each
+                slide: a list, an integer tensor or array [T] or [1, T], or a mapping that holds one as `input_ids`.
             selections: one for each slide.
             kwargs: as for transformers' `generate`.
 
         Returns:
             What the decoder's `generate` returns for embeddings: the new tokens alone.
+
+        Raises:
+            ValueError: other ids, or slide tokens and selections that differ in number.
         """
-        embeddings, positions = self.prepare(input_ids.reshape(-1), selections)
+        if (given := kwargs.pop("attention_mask", None)) is not None and not torch.as_tensor(given).all():
+            raise ValueError("attention_mask: found zeros, wanted one prompt without padding")
+        ids = prompt_tensor(input_ids, self.config.text_config.vocab_size).to(self.device)
+        embeddings, positions = self.prepare(ids, selections)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        kwargs.setdefault("generation_config", self.generation_config)
         return self.language_model.generate(
             inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, **kwargs
         )
+
+
+def prompt_tensor(input_ids: PromptIds, vocab_size: int) -> Tensor:
+    """int64 [T] of one prompt's token ids in any of the forms that `generate` takes. Raises ValueError."""
+    if isinstance(input_ids, Mapping):
+        input_ids = input_ids.get("input_ids", ())
+    wanted = "wanted one prompt's token ids, as tokenizer.apply_chat_template(...) returns them"
+    try:
+        ids = torch.as_tensor(input_ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"input_ids: found {_in_short(input_ids)}, {wanted}") from None
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or not len(ids) or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
+        raise ValueError(f"input_ids: found {_in_short(input_ids)} of shape {tuple(ids.shape)}, {wanted}")
+    if not (worst := int(ids.min())) >= 0 or (worst := int(ids.max())) >= vocab_size:
+        raise ValueError(f"input_ids: found id {worst}, wanted 0 .. {vocab_size - 1}, as the decoder has them")
+    return ids.long()
+
+
+def _in_short(value: Any) -> str:
+    kind = type(value).__name__
+    if isinstance(value, (list, tuple)) and len(value):
+        return f"a {kind} of {type(value[0]).__name__}"
+    return f"{value.dtype} {kind}" if hasattr(value, "dtype") else f"a {kind}"
 
 
 AutoModelForCausalLM.register(SparseWSIConfig, SparseWSIForConditionalGeneration, exist_ok=True)

@@ -1,5 +1,7 @@
 """vLLM answers as the transformers model does: same tokens, same log-probabilities."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -79,6 +81,27 @@ def test_greedy_tokens_and_first_logprobs_equal_transformers(decoder, position_i
         names = [path.name for path in paths]
         assert found == wanted, names
         assert all(abs(value - logprobs[token].item()) < 1e-3 for token, value in top.items()), names
+
+
+def test_vllm_and_transformers_end_an_answer_at_the_same_token(slides, tmp_path):
+    from vllm import SamplingParams
+
+    init_checkpoint(tmp_path / "c", D, hidden_size=64, scorer_hidden_size=32, seed=3)
+    free, _ = ask_transformers(*reference(tmp_path / "c"), [slides[3]], "Which tissue?")
+    file = tmp_path / "c" / "generation_config.json"
+    named = json.loads(file.read_text())
+    file.write_text(json.dumps(named | {"eos_token_id": [named["eos_token_id"], free[4]]}))
+    model, tokenizer = reference(tmp_path / "c")
+    with open_features(slides[3]) as slide:
+        selection = model.selector().select(slide)
+    content = [{"type": "image"}, {"type": "text", "text": "Which tissue?"}]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    wanted = model.generate(prompt, [selection], max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
+    assert wanted == free[: free.index(free[4]) + 1]
+    message = slide_message(slides[3].as_uri(), question="Which tissue?")
+    llm = start_engine(tmp_path / "c", slides[3].parent)
+    found = llm.chat(message, SamplingParams(temperature=0, max_tokens=NEW_TOKENS), use_tqdm=False)[0].outputs[0]
+    assert (list(found.token_ids), found.finish_reason) == (wanted, "stop")
 
 
 def test_the_scorer_over_the_whole_slide_is_served_as_transformers_runs_it(slides, tmp_path):

@@ -69,6 +69,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     if processes.is_main_process:
         partial_path = output / "checkpoint.partial"
         shutil.rmtree(partial_path, ignore_errors=True)
+        name_end_of_turn(model, tokenizer)
         model.save_pretrained(partial_path)
         tokenizer.save_pretrained(partial_path)
         os.rename(partial_path, finished)
@@ -264,6 +265,16 @@ def start_model(
     model = SparseWSIForConditionalGeneration(config, language_model=decoder)
     model.generation_config = decoder.generation_config
     return model, tokenizer
+
+
+def name_end_of_turn(model: SparseWSIForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where `generate` ends is where vLLM ends: at what the checkpoint names, and at the tokenizer's own token."""
+    config = model.generation_config
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = sorted({*named, *ChatEncoder(tokenizer).end_of_turn()} - {None})
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def with_lora(decoder: Any, settings: LoraSettings) -> Any:
