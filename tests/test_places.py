@@ -42,7 +42,7 @@ def read(path):
     """(unit, its source, coordinates, size of a patch)"""
     with open_features(path) as slide:
         coords = slide.read_coords()
-        size = patch_size(slide.metadata, coords, slide.coord_unit, slide.name, slide.unit_scale)
+        size = patch_size(slide.metadata, coords, slide.coord_unit, slide.name)
         return slide.coord_unit, slide.unit_source, coords, size
 
 
@@ -76,6 +76,14 @@ def test_an_unknown_unit_is_an_error_that_names_it(said, place, tmp_path):
 @pytest.mark.parametrize("said", [b"um", np.bytes_(b"um"), np.array(["um"], dtype=object), np.array([b"um"])])
 def test_a_unit_may_be_bytes_or_a_list_of_one(said, tmp_path):
     assert read(h5(tmp_path / "a.h5", grid(256.0), {"unit": said}))[:2] == ("um", "file")
+
+
+def test_an_empty_attribute_says_nothing(tmp_path):
+    said = {"unit": h5py.Empty("S1"), "patch_size_level0": h5py.Empty("f4"), "units": ""}
+    assert read(h5(tmp_path / "a.h5", grid(256), said, key="features"))[1:4:2] == (
+        "format",
+        PatchSize(256, "px", "guess"),
+    )
 
 
 def test_two_units_in_one_file_are_an_error(tmp_path):

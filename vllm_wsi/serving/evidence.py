@@ -194,7 +194,7 @@ class Evidence:
             try:
                 coords, size = slide.read_coords(), None
                 if coords is not None:
-                    size = patch_size(slide.metadata, coords, slide.coord_unit, path.name, slide.unit_scale)
+                    size = patch_size(slide.metadata, coords, slide.coord_unit, path.name)
                     guessed = guesses(_unit(slide), size)
                 if image is None:
                     rects = level0_rects(path.name, coords, slide.coord_unit, size, slide.metadata)

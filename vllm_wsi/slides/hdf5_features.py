@@ -13,7 +13,7 @@ from .anndata_features import is_table, matrix_key, table_attributes, table_coor
 from .features import FeatureFile, SlideError, SlideIdentity, check_matrix, listed, metadata_strings, shown
 from .hdf5_file import Hdf5Source, check_stored, damaged, dataset_rows, has, is_local, local_dataset
 from .named_arrays import NO_COORDS
-from .units import GRID_SAMPLE, LEVEL0_KEYS, coord_unit, one_unit, unit_fields, unit_remarks
+from .units import GRID_SAMPLE, LEVEL0_KEYS, STAMP_V1_PX, STAMP_V1_UM, coord_unit, one_unit, unit_fields, unit_remarks
 
 # Attribute names of the producers -> ours. TRIDENT's own names are ours already.
 RENAMED = {
@@ -77,6 +77,8 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
         stamp = form in ("STAMP", "Marugoto")
         unit = coord_unit(str(path), metadata, stamp, not stamp, sample)
         remarks += unit_remarks(unit)
+        if unit is not None and unit.scale == STAMP_V1_UM / STAMP_V1_PX:
+            metadata.setdefault("tile_size_um", f"{STAMP_V1_UM:g}")  # by the same rule of its reader
     return FeatureFile(
         name=str(path), format=f"{form} h5", key=key, num_patches=n, feature_dim=d,
         dtype=features.dtype.name, rows=rows, identity=identity, metadata=metadata,
@@ -85,7 +87,8 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
 
 
 def _strings(path: Path, attributes: Mapping[str, object]) -> dict[str, str]:
-    return metadata_strings(path, {RENAMED.get(name, name): value for name, value in attributes.items()})
+    said = {RENAMED.get(name, name): value for name, value in attributes.items() if not isinstance(value, h5py.Empty)}
+    return metadata_strings(path, said)
 
 
 def _atlas_size(coords: h5py.Dataset) -> dict[str, object]:

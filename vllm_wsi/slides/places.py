@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features import CoordUnit, SlideError, Source
-from .units import GRID_SAMPLE, LEVEL0_KEYS, STAMP_V1_PX, STAMP_V1_UM, Unit, positive_number, said_unit
+from .units import GRID_SAMPLE, LEVEL0_KEYS, Unit, positive_number, said_unit
 
 MICRON_KEYS = ("tile_size_um", "patch_size_um", "tile_um")
 AGREE = 0.02  # two numbers of one thing may differ by so much: sizes are rounded to pixels
@@ -48,7 +48,7 @@ class Origin(NamedTuple):
 
 
 def patch_size(
-    metadata: Mapping[str, str], coords: NDArray, unit: CoordUnit | None, name: str = "file", scale: float = 1.0
+    metadata: Mapping[str, str], coords: NDArray, unit: CoordUnit | None, name: str = "file"
 ) -> PatchSize | None:
     """What the file says of its patches' size under any name of the field, or else the spacing of their grid, a guess.
 
@@ -57,12 +57,11 @@ def patch_size(
         coords: [N, 2] of all patches, in `unit`.
         unit: of the coordinates; None: not known.
         name: of the file, for errors.
-        scale: `Unit.scale`, which tells STAMP's first format.
 
     Raises:
         SlideError: two keys say different sizes, or one says two different edges.
     """
-    said = _said_sizes(name, metadata, unit, scale)
+    said = _said_sizes(name, metadata, unit)
     if said:
         (first, size), *others = said.items()
         for key, other in others:
@@ -80,7 +79,7 @@ def patch_size(
     return PatchSize(float(found[counts.argmax()]), unit, "guess") if len(found) else None
 
 
-def _said_sizes(name: str, metadata: Mapping[str, str], unit: CoordUnit | None, scale: float) -> dict[str, PatchSize]:
+def _said_sizes(name: str, metadata: Mapping[str, str], unit: CoordUnit | None) -> dict[str, PatchSize]:
     """Key -> size, the best first."""
     sizes: dict[str, PatchSize] = {}
 
@@ -109,9 +108,7 @@ def _said_sizes(name: str, metadata: Mapping[str, str], unit: CoordUnit | None, 
     for key in () if unit == "um" else MICRON_KEYS:
         add(key, edge(key), "um")
     tile, said = edge("tile_size"), said_unit(name, metadata)
-    if scale == STAMP_V1_UM / STAMP_V1_PX:
-        add("STAMP's first format", STAMP_V1_UM, "um")
-    elif tile is not None and said is not None:
+    if tile is not None and said is not None:
         add("tile_size", tile * said.scale, said.unit)  # STAMP 2.0: in the unit of the coordinates
     return sizes
 

@@ -84,9 +84,7 @@ class Selection:
             coords=None if coords is None else coords[indices.numpy()],
             coord_unit=unit,
             unit_source=slide.unit_source,
-            patch_size=None
-            if coords is None
-            else patch_size(slide.metadata, coords, unit, slide.name, slide.unit_scale),
+            patch_size=None if coords is None else patch_size(slide.metadata, coords, unit, slide.name),
             metadata=slide.metadata,
             every=None if all_scores is None else EveryPatch(all_scores, coords),
             **counts,
