@@ -12,6 +12,7 @@ from PIL import Image
 from vllm_wsi.serving.selection import SelectionService
 from vllm_wsi.serving.slide_parser import SlideItems, SlideParser
 from vllm_wsi.slides import SlideError, open_features
+from vllm_wsi.slides.encoder_names import EncoderCheck
 from vllm_wsi.sparsify.scorer import seeded_scorer
 from vllm_wsi.sparsify.selector import SlideSelector
 
@@ -160,3 +161,19 @@ def test_two_selections_of_one_slide_never_share_a_digest(parse, selector, tmp_p
     with open_features(make_slide(tmp_path / "a.safetensors", 40)) as slide:
         slides = [parse(selector.select(slide, k))[0] for k in (7, 8, 8)]
     assert slides[0].digest != slides[1].digest == slides[2].digest
+
+
+def test_a_selection_of_another_encoders_features_is_refused_as_a_file_is(tmp_path):
+    scorer = seeded_scorer("patch", D, 16, seed=0).requires_grad_(False).weights()
+    path = make_slide(tmp_path / "a.safetensors", 40)  # of test@1
+    with open_features(path) as slide:
+        chosen = SlideSelector(scorer, K).select(slide)
+
+    def parse(encoder):
+        service = SelectionService(SlideSelector(scorer, K, encoder=encoder), "scorer", max_slide_tokens=16)
+        return SlideParser(service).parse_mm_data({"image": chosen})["image"].data
+
+    for encoder in (EncoderCheck("test@1"), EncoderCheck("uni", "allow"), EncoderCheck()):
+        assert parse(encoder)[0].selection is chosen
+    with pytest.raises(SlideError, match="Selection: encoder: found features of 'test@1', wanted 'uni'"):
+        parse(EncoderCheck("uni"))

@@ -65,6 +65,7 @@ class SlideParser(MultiModalDataParser):
     def _selected_by_hand(self, chosen: Selection) -> SelectedSlide:
         service = self._service
         check_selection(chosen, service.selector.feature_dim, service.max_slide_tokens)
+        service.selector.encoder("Selection", chosen.metadata)
         digest = hashlib.blake2b(f"{chosen.num_patches}{chosen.features.dtype}".encode(), digest_size=20)
         for tensor in (chosen.indices, chosen.features):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
