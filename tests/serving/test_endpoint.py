@@ -204,9 +204,11 @@ def test_every_format_on_disk_gives_the_selection_of_the_same_features(http, med
     np.savez_compressed(folder / "b.npz", features=features, coords=coords, **note)
     torch.save({"feats": torch.from_numpy(features), "coords": torch.from_numpy(coords), **note}, folder / "c.pt")
     stores.zarr_group(folder / "d.zarr", {"features": features, "coords": coords}, chunks=(70, 20)).attrs.update(note)
-    stores.spatial_zarr(folder / "e.zarr", {"uni": features, "conch": features * 0}, coords, np.arange(300)[::-1], 256)
+    stores.spatial_zarr(folder / "e.zarr", {"test": features, "conch": features * 0}, coords, np.arange(300)[::-1], 256)
     answers = []
-    for url in [path.as_uri() + ("#encoder=uni" if path.name == "e.zarr" else "") for path in sorted(folder.iterdir())]:
+    for url in [
+        path.as_uri() + ("#encoder=test" if path.name == "e.zarr" else "") for path in sorted(folder.iterdir())
+    ]:
         response = http.post("select", json={"url": url})
         assert response.status_code == 200, response.text
         answers.append({key: response.json()[key] for key in ("indices", "scores", "rects")})

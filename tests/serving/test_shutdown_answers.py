@@ -5,6 +5,7 @@ import concurrent.futures
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -50,13 +51,20 @@ class Clients(concurrent.futures.ThreadPoolExecutor):
             return "refused"  # it came too late
 
 
-def test_every_client_is_answered_and_nothing_stays(checkpoint, tmp_path):
+@pytest.fixture
+def short_path():
+    """vLLM's sockets lie in TMPDIR, and their names may have 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="wsi-") as folder:
+        yield Path(folder)
+
+
+def test_every_client_is_answered_and_nothing_stays(checkpoint, short_path):
     args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "32"]
     path = os.pathsep.join([str(Path(__file__).parent / "held_reader"), os.environ.get("PYTHONPATH", "")])
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TMPDIR": str(tmp_path), "PYTHONPATH": path}
-    held = make_slide(tmp_path / "held.safetensors", 100)
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TMPDIR": str(short_path), "PYTHONPATH": path}
+    held = make_slide(short_path / "held.safetensors", 100)
     Path(f"{held}.hold").touch()  # its rows cannot be read, as on a mount that does not answer
-    with VllmServer(checkpoint, tmp_path, tmp_path / "server.log", args, env) as server:
+    with VllmServer(checkpoint, short_path, short_path / "server.log", args, env) as server:
         address = ("127.0.0.1", server.port)
         with socket.create_connection(address), socket.create_connection(address) as half:
             half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
@@ -86,5 +94,5 @@ def test_every_client_is_answered_and_nothing_stays(checkpoint, tmp_path):
     assert answers[503] > 0, answers
     alive = psutil.wait_procs(processes, timeout=10)[1]
     assert [process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
-    assert list(tmp_path.glob("vllm-wsi-*")) == []
+    assert list(short_path.glob("vllm-wsi-*")) == []
     assert [path for path in shared if path.exists()] == []

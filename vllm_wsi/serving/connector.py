@@ -54,7 +54,8 @@ class SlideMediaIO(MediaIO[SlideRequest]):
         if not data:
             raise SlideError(f"{BY_VALUE}: found no bytes, wanted a feature file")
         digest = hashlib.blake2b(data, digest_size=20).hexdigest()
-        suffix = ".csv" if b"," in data[:64] and data[:1].isascii() else ""
+        head = data[:64]  # of a table or of something binary that holds a comma too
+        suffix = ".csv" if b"," in head and head.isascii() and min(head) >= ord("\t") else ""
         with tempfile.NamedTemporaryFile(prefix="vllm-wsi-", suffix=suffix) as spool:
             spool.write(data)
             spool.flush()

@@ -30,7 +30,7 @@ def write_synthetic_slide(
     side = str(width * PATCH_PX)
     metadata = {
         "slide_id": f"synthetic-{seed}",
-        "encoder": "synthetic (random clusters, no tissue)",
+        "note": "random clusters, no tissue",  # of no encoder: any checkpoint of this size takes them
         "patch_size_level0": str(PATCH_PX),
         "width": side,
         "height": side,
