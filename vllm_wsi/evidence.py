@@ -42,12 +42,11 @@ class Evidence:
         self._said = said
         self._image: AbstractSlide | None = None
         if image_path is not None:
-            from .slides.image import image_mpp, open_image
+            from .slides.image import open_image
 
             self._image = open_image(image_path)
-            if said.mpp is None and positive_number(selection.metadata.get("mpp")) is None and self._in_microns():
-                self._said = said._replace(mpp=image_mpp(self._image, self._image_name))
         try:
+            self._said = self._with_mpp()
             self.rects = selection.rects(name, self._said)
             self.size_px = self._extent()
         except SlideError:
@@ -69,9 +68,15 @@ class Evidence:
             )
         return width, height
 
-    def _in_microns(self) -> bool:
+    def _with_mpp(self) -> Said:
+        """What the user says, and the image's mpp where coordinates are in microns and nothing else says it."""
         unit, _ = self._selection.settle(self._name, self._said)
-        return unit is not None and unit.unit == "um"
+        known = self._said.mpp is not None or positive_number(self._selection.metadata.get("mpp")) is not None
+        if self._image is None or known or unit is None or unit.unit != "um":
+            return self._said
+        from .slides.image import image_mpp
+
+        return self._said._replace(mpp=image_mpp(self._image, self._image_name))
 
     def _every_rect(self):
         return self._selection.every_rect(self._name, self._said)

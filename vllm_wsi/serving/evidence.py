@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cachetools import LRUCache
 
-from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, open_features
-from vllm_wsi.slides.places import Said, guesses, origin, patch_size, refuse_guesses
+from vllm_wsi.slides import SlideError, SlideIdentity, open_features
+from vllm_wsi.slides.places import Said, guesses, origin, patch_size, refuse_guesses, settle
 from vllm_wsi.slides.regions import extent, geojson, level0_rects, said_size
-from vllm_wsi.slides.units import Unit, positive_number
+from vllm_wsi.slides.units import positive_number
+from vllm_wsi.sparsify.selector import NOTHING_SAID
 
 from .connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
@@ -195,7 +196,7 @@ class Evidence:
                 coords, size = slide.read_coords(), None
                 if coords is not None:
                     size = patch_size(slide.metadata, coords, slide.coord_unit, path.name)
-                    guessed = guesses(_unit(slide), size)
+                    guessed = guesses(*settle(path.name, slide.coord_unit, slide.unit_source, size, NOTHING_SAID))
                 if image is None:
                     rects = level0_rects(path.name, coords, slide.coord_unit, size, slide.metadata)
                     size_px = _finite(path.name, extent(rects, slide.metadata))
@@ -289,10 +290,6 @@ def _with_mpp(said: Said, metadata: Mapping[str, str], image: ImageFacts | None)
     if said.mpp is not None or positive_number(metadata.get("mpp")) or image is None:
         return said
     return said._replace(mpp=image.mpp)
-
-
-def _unit(slide: FeatureFile) -> Unit | None:
-    return None if slide.coord_unit is None or slide.unit_source is None else Unit(slide.coord_unit, slide.unit_source)
 
 
 def _image_mpp(image: AbstractSlide, name: str) -> float | None:

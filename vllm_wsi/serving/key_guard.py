@@ -12,7 +12,18 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 OPEN_ROUTES = frozenset(
-    ("/health", "/ping", "/load", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+    (
+        "/health",
+        "/ping",
+        "/load",
+        "/version",
+        "/metrics",
+        "/docs",
+        "/docs/oauth2-redirect",
+        "/redoc",
+        "/openapi.json",
+        "/wsi",
+    )
 )
 """Routes that read no slide and that probes, scrapers and browsers ask without a key."""
 
@@ -21,7 +32,7 @@ OPEN_FOLDERS = ("/metrics/", "/wsi/", "/static/")  # `/wsi/`: the viewer's page,
 
 def asks_for_key(path: str) -> bool:
     """Whether a route needs the key of a server that has one: all but the open ones, so that a new route does too."""
-    return path not in OPEN_ROUTES and path != "/wsi" and not path.startswith(OPEN_FOLDERS)
+    return path not in OPEN_ROUTES and not path.startswith(OPEN_FOLDERS)
 
 
 def install_key_guard() -> None:

@@ -21,7 +21,7 @@ from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, open_feature
 from vllm_wsi.slides.features import RowSource
 from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 
-from .stalling_pool import SlidesStalled, StallingPool
+from .stalling_pool import ENDING, SlidesStalled, StallingPool
 
 T = TypeVar("T")
 
@@ -159,7 +159,7 @@ class SelectionService:
             under_way = list(self._under_way.values())
         for future in under_way:
             with contextlib.suppress(InvalidStateError):  # it has just ended by itself
-                future.set_exception(SlidesStalled("the server is shutting down"))
+                future.set_exception(SlidesStalled(ENDING))
 
     async def look_up(self, function: Callable[..., T], *args: object) -> T:
         """Runs what a mount that does not answer would hold up: paths and stats.
@@ -208,7 +208,7 @@ class _UntilClosed:
 
     def read_into(self, start: int, out: NDArray) -> None:
         if self._closing.is_set():
-            raise SlidesStalled("the server is shutting down")
+            raise SlidesStalled(ENDING)
         self._rows.read_into(start, out)
 
     def close(self) -> None:

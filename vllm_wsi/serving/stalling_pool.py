@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+ENDING = "the server is shutting down"
 STALL_SECONDS = 60  # that new slides may queue while no slide is begun or done
 
 
@@ -45,7 +46,7 @@ class StallingPool:
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
-                raise SlidesStalled("the server is shutting down")
+                raise SlidesStalled(ENDING)
             seconds = time.monotonic() - self._moved
             if self._unfinished >= self._most and seconds >= STALL_SECONDS:
                 raise SlidesStalled(
@@ -67,7 +68,7 @@ class StallingPool:
             while True:
                 future, _, _ = self._work.get_nowait()
                 if future.set_running_or_notify_cancel():
-                    future.set_exception(SlidesStalled("the server is shutting down"))
+                    future.set_exception(SlidesStalled(ENDING))
 
     def _serve(self) -> None:
         while True:

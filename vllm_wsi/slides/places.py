@@ -128,8 +128,10 @@ def square(name: str, key: str, said: str | None) -> float | None:
 
 
 def _numbers(said: str | None) -> list[float] | None:
-    if said is None or (one := positive_number(said)) is not None:
-        return None if said is None else [one]  # type: ignore[list-item]
+    if said is None:
+        return None
+    if (one := positive_number(said)) is not None:
+        return [one]
     try:
         held = json.loads(said)
     except ValueError:
@@ -138,8 +140,8 @@ def _numbers(said: str | None) -> list[float] | None:
         held = held[0]
     if not isinstance(held, list) or not held:
         return None
-    numbers = [positive_number(number) if isinstance(number, (int, float)) else None for number in held]
-    return None if None in numbers else numbers  # type: ignore[return-value]
+    numbers = [number for one in held if isinstance(one, (int, float)) and (number := positive_number(one)) is not None]
+    return numbers if len(numbers) == len(held) else None
 
 
 def settle(
@@ -163,11 +165,10 @@ def settle(
             if size is not None and size.source == "guess":
                 size = size._replace(unit=said.coord_unit)
     if said.patch_size_px is not None:
-        wrong = size is not None and size.source == "file" and size.unit == "px"
-        if wrong and abs(size.value - said.patch_size_px) > AGREE * size.value:  # type: ignore[union-attr]
+        in_file = size.value if size is not None and size.source == "file" and size.unit == "px" else None
+        if in_file is not None and abs(in_file - said.patch_size_px) > AGREE * in_file:
             raise SlideError(
-                f"{name}: patch_size_level0: found {size.value:g} px in the file, "  # type: ignore[union-attr]
-                f"but {said.patch_size_px:g} was given"
+                f"{name}: patch_size_level0: found {in_file:g} px in the file, but {said.patch_size_px:g} was given"
             )
         size = PatchSize(said.patch_size_px, "px", "given")
     return chosen, size
