@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from record import RESULTS, append_row, check_header
 
+from vllm_wsi.selection.chunk_reader import ChunkStager
+from vllm_wsi.selection.scorer import seeded_scorer
+from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import open_features
 from vllm_wsi.slides.synthetic import write_synthetic_slide
-from vllm_wsi.sparsify.scorer import seeded_scorer
-from vllm_wsi.sparsify.selector import SlideSelector
-from vllm_wsi.sparsify.staging import ChunkStager
 
 CSV = RESULTS / "cold_slide.csv"
 COLUMNS = (

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from record import RESULTS, append_row, check_header
 
-from vllm_wsi.demo import write_photograph
-from vllm_wsi.slides.encode import EncodeSettings, encode_slide
-from vllm_wsi.slides.encoders import BUILT_IN, load_encoder
+from vllm_wsi.cli.demo import write_photograph
+from vllm_wsi.encoding.encode_slide import EncodeSettings, encode_slide
+from vllm_wsi.encoding.encoders import BUILT_IN, load_encoder
 
 CSV = RESULTS / "encode.csv"
 STAGES = ("reading", "tissue", "encoding", "writing")

@@ -39,8 +39,8 @@ from openai import OpenAI
 from record import RESULTS, append_row, check_header
 from workload import sync_and_read
 
-from vllm_wsi.init_checkpoint import init_checkpoint
-from vllm_wsi.server_process import VllmServer
+from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.slides import open_features
 from vllm_wsi.slides.synthetic import write_synthetic_slide
 

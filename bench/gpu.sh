@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 CSV=${CSV:-bench/results/kernels.csv}
 "$PYTHON" -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'; print(torch.cuda.get_device_name())"
-"$PYTHON" -m pytest -q tests/kernels tests/test_kernels_cuda.py
+"$PYTHON" -m pytest -q tests/kernels/interpreted tests/kernels/test_cuda.py
 "$PYTHON" bench/kernels.py --csv "$CSV" "$@"
 "$PYTHON" bench/plot_kernels.py "$CSV" || echo "gpu.sh: no plot; $CSV holds all rows"
 "$PYTHON" bench/cold_slide.py --csv "$(dirname "$CSV")/cold_slide.csv"

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vllm_wsi.kernels import ScorerWeights, score_patches, score_topk
 from vllm_wsi.kernels.keys import pack_keys, unpack_keys
 from vllm_wsi.kernels.reference import select_topk
-
-from vllm_wsi.sparsify.scorer import seeded_scorer
+from vllm_wsi.selection.scorer import seeded_scorer
 
 OURS = "ours"
 CEILINGS = ("copy", "gemm")

@@ -14,7 +14,7 @@ from vllm.benchmarks.serve import add_cli_args, main_async
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from workload import Asked
 
-from vllm_wsi.server_process import VllmServer
+from vllm_wsi.serving.server_process import VllmServer
 
 
 @dataclass

@@ -14,7 +14,7 @@ from record import append_row
 from watch import COUNTERS, ServerWatch, kv_block_tokens
 from workload import MOST_PATCHES, Asked, Workload
 
-from vllm_wsi.server_process import VllmServer
+from vllm_wsi.serving.server_process import VllmServer
 
 COLUMNS = (
     "run", "decoder", "feature_dim", "part", "case", "server", "x", "k", "requests", "concurrency", "output_tokens",

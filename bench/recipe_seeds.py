@@ -13,11 +13,11 @@ from pathlib import Path
 from record import RESULTS
 from transformers import AutoTokenizer
 
-from vllm_wsi.chat import ChatEncoder
-from vllm_wsi.evaluation.haystack import GENERATORS, HaystackWorld, groups_of_length, recipe
-from vllm_wsi.evaluation.judge import judge, select_all, with_positions
-from vllm_wsi.evaluation.study import LEARNED, rounded, write_table
-from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld, groups_of_length, recipe
+from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.study.judge import judge, select_all, with_positions
+from vllm_wsi.study.study import LEARNED, rounded, write_table
 from vllm_wsi.training.settings import load_settings
 from vllm_wsi.training.train import train
 

@@ -36,6 +36,7 @@ from vllm_wsi.slides.synthetic import write_synthetic_slide
 
 if TYPE_CHECKING:
     from torch import Tensor
+
     from vllm_wsi.kernels import ScorerWeights
 
 CSV = RESULTS / "selector.csv"
@@ -106,8 +107,8 @@ def measure(tiny: Path, slide: Path, cores: int) -> dict:
     """In a process of its own: memory of one selection, then the times of some more."""
     import torch
 
-    from vllm_wsi.sparsify.scorer import seeded_scorer
-    from vllm_wsi.sparsify.selector import SlideSelector
+    from vllm_wsi.selection.scorer import seeded_scorer
+    from vllm_wsi.selection.selector import SlideSelector
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(cores)

@@ -29,8 +29,8 @@ from record import RESULTS, ROOT, check_header
 from serving_cases import FULL, LARGE_K, ON_THE_GPU, QUICK, compare, crowd, growth, warm_up
 from workload import Workload
 
-from vllm_wsi.init_checkpoint import init_checkpoint, init_shape
-from vllm_wsi.server_process import VllmServer
+from vllm_wsi.model.init_checkpoint import init_checkpoint, init_shape
+from vllm_wsi.serving.server_process import VllmServer
 
 CSV = RESULTS / "serving.csv"
 PROBE = ROOT / "bench" / "probe"  # counts the bytes that an API server sends to the engine
@@ -62,7 +62,7 @@ class Decoder:
 
 
 def _demo(folder: Path) -> Path:
-    return ROOT / "vllm_wsi" / "demo_checkpoint"
+    return ROOT / "vllm_wsi" / "haystack" / "demo_checkpoint"
 
 
 def _small(folder: Path) -> Path:

@@ -33,9 +33,9 @@ from record import RESULTS, append_row, check_header
 from slow_slides import LEASE_SECONDS, StalledFiles, TrickleServer
 from soak_slides import MAX_PATCHES, D, Slides
 
-from vllm_wsi.init_checkpoint import init_checkpoint
-from vllm_wsi.server_process import VllmServer
-from vllm_wsi.serving.selection import THREADS
+from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.serving.server_process import VllmServer
+from vllm_wsi.serving.service import THREADS
 
 CSV = RESULTS / "slow_file.csv"
 ARMS = {"none": (0, 0, 0), "slow": (8, 0, 4), "full": (THREADS, 8, 4)}  # slides that stall, that wait, that trickle

@@ -42,9 +42,9 @@ from record import RESULTS, append_row, check_header
 from soak_requests import MAX_SLIDES, K, Requests
 from soak_slides import D, Slides, web_server
 
-from vllm_wsi.init_checkpoint import init_checkpoint
-from vllm_wsi.server_process import VllmServer
-from vllm_wsi.serving.selection import LOOK_UP_THREADS, THREADS
+from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.serving.server_process import VllmServer
+from vllm_wsi.serving.service import LOOK_UP_THREADS, THREADS
 
 CSV = RESULTS / "soak.csv"
 REQUESTS, WARM_UP, IN_FLIGHT = 1000, 300, 16

@@ -7,7 +7,7 @@ import threading
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_wsi.server_process import VllmServer
+from vllm_wsi.serving.server_process import VllmServer
 
 SECONDS = 0.25
 COUNTERS = {

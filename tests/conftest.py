@@ -10,7 +10,7 @@ import pytest
 # Groups of tests that take a minute or more. Engines in a test's own process come first: vLLM looks through all that
 # was imported before, and stumbles over numba.
 LONG = ("test_trained.py", "test_parity.py", "test_study.py", "shared_server", "test_eval.py", "test_cli.py",
-        "test_server_defaults.py", "test_kernels.py", "test_kernels_compile.py", "test_bench.py")  # fmt: skip
+        "test_server_defaults.py", "test_interpreted.py", "test_compile.py", "test_bench.py")  # fmt: skip
 
 
 @cache

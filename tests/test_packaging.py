@@ -23,7 +23,7 @@ def wheel(tmp_path_factory) -> list[str]:
     out = tmp_path_factory.mktemp("wheel")
     source = tmp_path_factory.mktemp("source") / "project"
     for name in ("vllm_wsi", "triton_kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(source)]
@@ -43,10 +43,10 @@ def test_the_wheel_holds_every_module_of_the_source(wheel):
 
 
 def test_the_wheel_holds_the_viewer_and_the_licence_of_what_it_brings(wheel):
-    folder = ROOT / "vllm_wsi/serving/viewer"
+    folder = ROOT / "vllm_wsi/serving/viewer/static"
     files = {f"vllm_wsi/{path.relative_to(ROOT / 'vllm_wsi')}" for path in folder.rglob("*") if path.is_file()}
     assert files <= set(wheel)
-    assert "vllm_wsi/serving/viewer/vendor/openseadragon.LICENSE.txt" in files
+    assert "vllm_wsi/serving/viewer/static/vendor/openseadragon.LICENSE.txt" in files
 
 
 def test_importing_the_package_imports_neither_torch_nor_vllm_nor_numpy():
@@ -60,8 +60,8 @@ def test_only_the_serving_room_needs_vllm():
     code = """
 import sys
 sys.modules["vllm"] = None  # an import of it fails
-import vllm_wsi.cli, vllm_wsi.modeling, vllm_wsi.init_checkpoint, vllm_wsi.checkpoint, vllm_wsi.demo
-import vllm_wsi.slides.doctor, vllm_wsi.slides.synthetic, vllm_wsi.sparsify.selector, vllm_wsi.kernels
+import vllm_wsi.cli.app, vllm_wsi.cli.demo, vllm_wsi.model.modeling, vllm_wsi.model.init_checkpoint
+import vllm_wsi.slides.doctor, vllm_wsi.slides.synthetic, vllm_wsi.selection.selector, vllm_wsi.kernels
 print("imported")
 """
     assert python(code) == "imported"

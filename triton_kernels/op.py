@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,48 +50,41 @@ def score_topk(
     """
     if features.shape[1] != weights.feature_dim:
         raise ValueError(f"features have size {features.shape[1]}, wanted {weights.feature_dim}")
-    before = (None, None, None) if running is None else (running.indices, running.rows, running.keys)
-    *parameters, eps = weights
-    arguments = (features, *parameters, eps, k, cu_seqlens, first_row, *before, by_score)
+    before = None if running is None else Running(running.indices, running.rows, running.keys)
     if torch.compiler.is_compiling():
-        return ScoredTopK(*_operator(*arguments))
+        kept = [] if running is None else [running.indices, running.rows, running.keys]
+        tensors = weights.tensors()
+        return ScoredTopK(*_operator(features, tensors, weights.norm_eps, k, cu_seqlens, first_row, kept, by_score))
     # Not through the operator: its first call imports PyTorch's compiler, seconds that a server's first slide pays.
-    return ScoredTopK(*(_on_cuda if features.is_cuda else _on_cpu)(*arguments))
+    run = _on_cuda if features.is_cuda else _on_cpu
+    return run(features, weights, k, cu_seqlens, first_row, before, by_score)
 
 
 def _on_cpu(
     features: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    hidden_weight: Tensor | None,
-    hidden_bias: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
+    weights: ScorerWeights,
     k: int,
     cu_seqlens: Tensor | None,
     first_row: int,
-    running_indices: Tensor | None,
-    running_rows: Tensor | None,
-    running_keys: Tensor | None,
+    running: Running | None,
     by_score: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    weights = ScorerWeights(norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps)
-    running = _running(running_indices, running_rows, running_keys)
+) -> ScoredTopK:
     scores = score_patches(features, weights, first_row)
-    selected = select_topk(scores, k, features, cu_seqlens, first_row, running, by_score)
-    return _outputs(selected, scores)
+    return _with_scores(select_topk(scores, k, features, cu_seqlens, first_row, running, by_score), scores)
 
 
 def _on_cuda(
-    features, norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps, k, cu_seqlens,
-    first_row, running_indices, running_rows, running_keys, by_score,
-):  # fmt: skip
+    features: Tensor,
+    weights: ScorerWeights,
+    k: int,
+    cu_seqlens: Tensor | None,
+    first_row: int,
+    running: Running | None,
+    by_score: bool,
+) -> ScoredTopK:
     from .score import score_triton, supports
     from .select import MAX_K, select_triton, stream_workspace
 
-    weights = ScorerWeights(norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps)
-    running = _running(running_indices, running_rows, running_keys)
     with torch.cuda.device(features.device):
         if supports(features, weights):
             scores = score_triton(features, weights)
@@ -101,18 +95,63 @@ def _on_cuda(
             selected = select_triton(scores, k, features, cu_seqlens, first_row, running, by_score, workspace)
         else:
             selected = select_topk(scores, k, features, cu_seqlens, first_row, running, by_score)
-    return _outputs(selected, scores)
+    return _with_scores(selected, scores)
 
 
-_operator = torch.library.custom_op("vllm_wsi::score_topk", _on_cpu, mutates_args=(), device_types="cpu")
-_operator.register_kernel("cuda")(_on_cuda)
+def _with_scores(selected: Selected, scores: Tensor) -> ScoredTopK:
+    assert selected.rows is not None
+    return ScoredTopK(selected.indices, selected.scores, selected.rows, selected.keys, scores)
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""A `ScoredTopK` as PyTorch's operators return it."""
+
+
+def _operator_on_cpu(
+    features: Tensor,
+    parameters: Sequence[Tensor],
+    norm_eps: float,
+    k: int,
+    cu_seqlens: Tensor | None,
+    first_row: int,
+    running: Sequence[Tensor],
+    by_score: bool,
+) -> Outputs:
+    weights = ScorerWeights.of_tensors(parameters, norm_eps)
+    before = Running(*running) if running else None
+    return tuple(_on_cpu(features, weights, k, cu_seqlens, first_row, before, by_score))  # type: ignore[return-value]
+
+
+def _operator_on_cuda(
+    features: Tensor,
+    parameters: Sequence[Tensor],
+    norm_eps: float,
+    k: int,
+    cu_seqlens: Tensor | None,
+    first_row: int,
+    running: Sequence[Tensor],
+    by_score: bool,
+) -> Outputs:
+    weights = ScorerWeights.of_tensors(parameters, norm_eps)
+    before = Running(*running) if running else None
+    return tuple(_on_cuda(features, weights, k, cu_seqlens, first_row, before, by_score))  # type: ignore[return-value]
+
+
+_operator = torch.library.custom_op("vllm_wsi::score_topk", _operator_on_cpu, mutates_args=(), device_types="cpu")
+_operator.register_kernel("cuda")(_operator_on_cuda)
 
 
 @_operator.register_fake
 def _shapes(
-    features, norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, eps, k, cu_seqlens,
-    first_row, running_indices, running_rows, running_keys, by_score,
-):  # fmt: skip
+    features: Tensor,
+    parameters: Sequence[Tensor],
+    norm_eps: float,
+    k: int,
+    cu_seqlens: Tensor | None,
+    first_row: int,
+    running: Sequence[Tensor],
+    by_score: bool,
+) -> Outputs:
     num_slides = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
         features.new_empty((num_slides, k), dtype=torch.int64),
@@ -121,12 +160,3 @@ def _shapes(
         features.new_empty((num_slides, padded_k(k)), dtype=torch.int64),
         features.new_empty((features.shape[0],), dtype=torch.float32),
     )
-
-
-def _running(indices: Tensor | None, rows: Tensor | None, keys: Tensor | None) -> Running | None:
-    return None if indices is None or keys is None else Running(indices, rows, keys)
-
-
-def _outputs(selected: Selected, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    assert selected.rows is not None
-    return selected.indices, selected.scores, selected.rows, selected.keys, scores

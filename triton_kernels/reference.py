@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -39,8 +40,23 @@ class ScorerWeights(NamedTuple):
     def feature_dim(self) -> int:
         return self.norm_weight.shape[0]
 
+    def tensors(self) -> list[Tensor]:
+        """All but `norm_eps`; `of_tensors` makes the same scorer of them."""
+        hidden = [one for one in (self.hidden_weight, self.hidden_bias) if one is not None]
+        return [self.norm_weight, self.norm_bias, self.out_weight, self.out_bias, *hidden]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], norm_eps: float) -> ScorerWeights:
+        norm_weight, norm_bias, out_weight, out_bias, *hidden = tensors
+        hidden_weight, hidden_bias = hidden if hidden else (None, None)
+        return cls(norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias, norm_eps)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ScorerWeights:
+        """The scorer of the function's values of all tensors."""
+        return self.of_tensors([function(one) for one in self.tensors()], self.norm_eps)
+
     def to(self, device: torch.device | str) -> ScorerWeights:
-        return ScorerWeights(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+        return self.map(lambda one: one.to(device))
 
 
 class Running(NamedTuple):

@@ -68,9 +68,9 @@ def fold_scorer(weights: ScorerWeights, dtype: torch.dtype) -> FoldedScorer:
     if weights.hidden_weight is None or weights.hidden_bias is None:
         weight = gain * weights.out_weight.double()
         bias = weights.out_bias.double() + shift @ weights.out_weight.double()
-        one = weight.new_ones(1)
-        fp32 = [x.float() for x in (weight, weight.float().double().sum()[None], one * 0, one, bias[None])]
-        return FoldedScorer(*fp32, weights.norm_eps, 0)
+        rounded = weight.float()
+        total, one = rounded.double().sum()[None].float(), rounded.new_ones(1)
+        return FoldedScorer(rounded, total, 0 * one, one, bias[None].float(), weights.norm_eps, 0)
     h, d = weights.hidden_weight.shape
     pad = max(16, triton.next_power_of_2(h))
     hidden = weights.hidden_weight.double() * gain
@@ -127,7 +127,7 @@ def score_config(arch: int, feature_dim: int, hidden_size: int, dtype: torch.dty
         return ScoreConfig(16, block_k, 4, 1)
     if dtype == torch.float32:  # exact fp32 products run on the CUDA cores: small tiles
         return ScoreConfig(32 if hidden_size > 256 else 64, 32, 8, 2)
-    # Chosen by compiling ahead of time: the largest tiles that spill no register (tests/test_kernels_compile.py).
+    # Chosen by compiling ahead of time: the largest tiles that spill no register (tests/kernels/test_compile.py).
     small_shared_memory = arch in (86, 89) or arch >= 120
     if hidden_size > 256:
         return ScoreConfig(64, 32, 8, 2) if small_shared_memory else ScoreConfig(64, 64, 8 if arch < 90 else 16, 2)

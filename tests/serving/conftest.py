@@ -14,8 +14,8 @@ import numpy as np
 import openai
 import pytest
 
-from vllm_wsi.init_checkpoint import init_checkpoint
-from vllm_wsi.server_process import VllmServer
+from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.slides import write_features
 
 D = 48

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from vllm_wsi.init_checkpoint import init_checkpoint
-from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.training.settings import LoraSettings
 from vllm_wsi.training.train import with_lora
 

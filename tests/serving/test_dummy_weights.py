@@ -5,8 +5,8 @@ import json
 import openai
 import pytest
 
-from vllm_wsi.cli import main
-from vllm_wsi.server_process import VllmServer
+from vllm_wsi.cli.app import main
+from vllm_wsi.serving.server_process import VllmServer
 
 from .conftest import D, make_slide, slide_message
 

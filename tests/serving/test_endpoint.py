@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vllm_wsi.serving.viewer_page import FOLDER
+from vllm_wsi.rendering.pictures import INFERNO, write_png
+from vllm_wsi.serving.viewer.page import FOLDER
 from vllm_wsi.slides import open_features, write_features
-from vllm_wsi.slides.pictures import INFERNO, write_png
 
-from .. import feature_stores as stores
+from ..slides import feature_stores as stores
 from .conftest import KEY, make_slide, slide_message
-from .slide_images import CELL, COLUMNS, grid_colour, make_grid_image, make_grid_slide, make_real_slide, random_features
+from .grid_slides import CELL, COLUMNS, grid_colour, make_grid_image, make_grid_slide, make_real_slide, random_features
 
 pytestmark = pytest.mark.server
 ROUTES = ["slides", "slide?url=x", "qc.png?url=x", "tile?url=x&level=1&x=0&y=0", "heatmap.png?url=x", "select"]

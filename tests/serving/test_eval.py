@@ -14,11 +14,11 @@ from collections import Counter
 
 import pytest
 
-from vllm_wsi.cli import main
-from vllm_wsi.demo_model import DEMO_CHECKPOINT
-from vllm_wsi.evaluation.haystack import LETTERS, HaystackWorld
-from vllm_wsi.evaluation.results import read_results
-from vllm_wsi.server_process import VllmServer
+from vllm_wsi.benchmark.results import read_results
+from vllm_wsi.cli.app import main
+from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
+from vllm_wsi.haystack.generator import LETTERS, HaystackWorld
+from vllm_wsi.serving.server_process import VllmServer
 
 pytestmark = pytest.mark.server
 SLIDES, PATCHES = 12, 1000

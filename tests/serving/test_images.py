@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vllm_wsi.serving import slide_folder
-from vllm_wsi.serving.images import MAX_READ_PX, ImagePool, deep_zoom, read_px, tile
-from vllm_wsi.serving.slide_folder import image_of, list_slides
+from vllm_wsi.serving.viewer import slide_folder
+from vllm_wsi.serving.viewer.images import MAX_READ_PX, ImagePool, deep_zoom, read_px, tile
+from vllm_wsi.serving.viewer.slide_folder import image_of, list_slides
 from vllm_wsi.slides import SlideError
 
-from .slide_images import make_grid_image, make_grid_slide
+from .grid_slides import make_grid_image, make_grid_slide
 
 
 class Pyramid:
@@ -47,7 +47,7 @@ def test_no_level_is_offered_whose_tiles_cost_too_much(image, levels):
 @pytest.fixture
 def opened(monkeypatch):
     """Counts what the pool opens and closes."""
-    from vllm_wsi.slides import image as images
+    from vllm_wsi.encoding import image as images
 
     events, original = [], images.open_image
 
@@ -114,7 +114,7 @@ def test_many_threads_read_one_image(tmp_path, opened):
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     path = make_grid_image(tmp_path / "a.tiff")
-    monkeypatch.setitem(sys.modules, "vllm_wsi.slides.image", None)
+    monkeypatch.setitem(sys.modules, "vllm_wsi.encoding.image", None)
     with pytest.raises(SlideError, match=r"a\.tiff: .*pip install 'vllm-wsi\[slides\]'"), ImagePool().image(path):
         pass
     assert image_of(path, tmp_path) is None

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vllm_wsi.checkpoint import load_selector
-from vllm_wsi.init_checkpoint import init_checkpoint
-from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.checkpoint import load_selector
+from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.slides import open_features
 
 from .conftest import D, make_slide, slide_message

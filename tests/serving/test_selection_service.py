@@ -9,11 +9,11 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from vllm_wsi.serving.selection import SelectionService, SlideRequest, finished
+from vllm_wsi.selection.scorer import seeded_scorer
+from vllm_wsi.selection.selector import SlideSelector
+from vllm_wsi.serving.service import SelectionService, SlideRequest, finished
 from vllm_wsi.slides import SlideError, SlideIdentity, features_in_memory, open_features
-from vllm_wsi.slides.rows import RawRows
-from vllm_wsi.sparsify.scorer import seeded_scorer
-from vllm_wsi.sparsify.selector import SlideSelector
+from vllm_wsi.slides.formats.rows import RawRows
 
 from .conftest import D, make_slide
 

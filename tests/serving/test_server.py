@@ -343,7 +343,7 @@ def test_text_alone_is_answered(client):
 
 
 def test_the_endpoint_tells_the_patches_that_the_model_was_given(server, client, media):
-    from vllm_wsi.checkpoint import load_selector
+    from vllm_wsi.model.checkpoint import load_selector
 
     url = (media / "b.safetensors").as_uri()
     ask(client, url)

@@ -5,7 +5,7 @@ import base64
 import openai
 import pytest
 
-from vllm_wsi.server_process import ServerError, VllmServer
+from vllm_wsi.serving.server_process import ServerError, VllmServer
 
 from .conftest import make_slide, slide_message
 

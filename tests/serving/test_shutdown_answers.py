@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from vllm_wsi.server_process import VllmServer
+from vllm_wsi.serving.server_process import VllmServer
 
 from .conftest import make_slide, slide_message
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from vllm.exceptions import GracefulHTTPError
 
+from vllm_wsi.selection.scorer import seeded_scorer
+from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.serving import connector, stalling_pool
 from vllm_wsi.serving.connector import SlideConnector
-from vllm_wsi.serving.selection import LOOK_UP_THREADS, SelectionService, SlideRequest
+from vllm_wsi.serving.service import LOOK_UP_THREADS, SelectionService, SlideRequest
 from vllm_wsi.serving.stalling_pool import SlidesStalled
 from vllm_wsi.slides import SlideIdentity, open_features
-from vllm_wsi.slides.rows import RawRows
-from vllm_wsi.sparsify.scorer import seeded_scorer
-from vllm_wsi.sparsify.selector import SlideSelector
+from vllm_wsi.slides.formats.rows import RawRows
 
 from .conftest import D, make_slide
 

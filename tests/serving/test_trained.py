@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vllm_wsi.answering import choose
-from vllm_wsi.chat import ChatEncoder
-from vllm_wsi.demo_model import DEMO_CHECKPOINT
-from vllm_wsi.evaluation.haystack import GENERATORS, HaystackWorld
-from vllm_wsi.evaluation.judge import judge, judge_blind, select_all
-from vllm_wsi.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
+from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld
+from vllm_wsi.model.answering import choose
+from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.slides import open_features
-from vllm_wsi.sparsify.scorer import seeded_scorer
+from vllm_wsi.study.judge import judge, judge_blind, select_all
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.train import train
 

@@ -16,11 +16,11 @@ import openai
 import pytest
 from PIL import Image
 
+from vllm_wsi.rendering.pictures import write_png
 from vllm_wsi.slides import open_features
-from vllm_wsi.slides.pictures import write_png
 
 from .conftest import KEY, make_slide, slide_message
-from .slide_images import CELL, grid_colour, make_grid_image, make_grid_slide, make_real_slide
+from .grid_slides import CELL, grid_colour, make_grid_image, make_grid_slide, make_real_slide
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.server

@@ -27,7 +27,7 @@ from vllm.lora.utils import (
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.models.utils import PPMissingLayer, WeightsMapper
 
-from vllm_wsi.config import SparseWSIConfig
+from vllm_wsi.model.config import SparseWSIConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MARK, CALLER = "LoRA adapter ", "', please check the stack trace above"

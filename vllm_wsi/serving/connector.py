@@ -23,10 +23,10 @@ from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
 from vllm.multimodal.media.connector import global_thread_pool
 
+from vllm_wsi.selection.chunk_reader import read_tensor_rows
 from vllm_wsi.slides import SlideError, SlideIdentity, open_features
-from vllm_wsi.sparsify.staging import read_tensor_rows
 
-from .selection import SelectedSlide, SelectionService, SlideRequest, current_service, finished
+from .service import SelectedSlide, SelectionService, SlideRequest, current_service, finished
 from .stalling_pool import SlidesStalled
 
 CONNECTOR = "vllm_wsi"

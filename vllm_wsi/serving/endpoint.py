@@ -15,15 +15,15 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
-from vllm_wsi.config import SparseWSIConfig
+from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.slides import SlideError
-from vllm_wsi.slides.features import CoordUnit
+from vllm_wsi.slides.feature_file import CoordUnit
 from vllm_wsi.slides.places import Said
 
-from .evidence import Evidence
-from .images import TILE_PX
 from .open_requests import AnswerOpenRequests, OpenRequests, end_with_engine
-from .viewer_page import page_router
+from .viewer.images import TILE_PX
+from .viewer.page import page_router
+from .viewer.slide_view import Evidence
 
 PRIVATE = "private, no-cache"  # asked again each time: the answer is «unchanged» as long as the file is
 KEPT = "private, max-age=86400, immutable"  # the URL says which state of the file it wants

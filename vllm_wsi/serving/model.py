@@ -22,9 +22,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
-from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
-from vllm_wsi.modeling import SlideProjector
-from vllm_wsi.sparsify.positions import SlideSpan, prompt_positions
+from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.model.modeling import SlideProjector
+from vllm_wsi.selection.positions import SlideSpan, prompt_positions
 
 from .adapters import DECODER_NAMES, install_adapter_check
 from .processor import SparseWSIDummyInputsBuilder, SparseWSIMultiModalProcessor, SparseWSIProcessingInfo
@@ -39,7 +39,7 @@ EXTENSIBLE_ROPE = ("default", "linear", "llama3")
 class SparseWSIForConditionalGeneration(
     nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA, SupportsMRoPE
 ):  # fmt: skip
-    """Serves the checkpoints of `vllm_wsi.modeling.SparseWSIForConditionalGeneration`.
+    """Serves the checkpoints of `vllm_wsi.model.modeling.SparseWSIForConditionalGeneration`.
 
     Nothing here can fail for one request: an exception inside the engine's step would stop every request, so all
     that can be wrong with a slide is refused in the API server.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from vllm import ModelRegistry
 
-from vllm_wsi.config import ARCHITECTURE
+from vllm_wsi.model.config import ARCHITECTURE
 
 from .plugin_flag import add_plugin_flag
 
 
 def register_with_vllm() -> None:
-    """Idempotent; importing `vllm_wsi.config` makes the model type known to transformers."""
+    """Idempotent; importing `vllm_wsi.model.config` makes the model type known to transformers."""
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"vllm_wsi.serving.model:{ARCHITECTURE}")
     add_plugin_flag()

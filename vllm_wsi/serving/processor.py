@@ -26,15 +26,15 @@ from vllm.multimodal.processing import (
     TimingContext,
 )
 
-from vllm_wsi.checkpoint import load_scorer
-from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.model.checkpoint import load_scorer
+from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.selection.selector import FrozenScorer, Selection, SlideSelector
 from vllm_wsi.slides.encoder_names import EncoderCheck
-from vllm_wsi.sparsify.selector import FrozenScorer, Selection, SlideSelector
 
 from .adapters import install_adapter_refusal, install_offline_check
 from .key_guard import install_key_guard
 from .prompt_guard import check_slide_tokens, install_embeds_guard, install_prompt_guard
-from .selection import SelectedSlide, scorer_digest, service_for
+from .service import SelectedSlide, scorer_digest, service_for
 from .slide_parser import MODALITY, SlideParser
 
 MAX_SLIDE_TOKENS = 256
@@ -42,7 +42,7 @@ MAX_SLIDE_TOKENS = 256
 
 SERVER_OPTIONS = ("num_slide_tokens", "selection_device", "device", "encoder_mismatch")
 """`selection_device` is ours: vLLM takes `device` only on a CPU or on an instance that runs no language model, because
-a processor's memory is not in its budget. A selection's is small and bounded (`sparsify/staging.py`)."""
+a processor's memory is not in its budget. A selection's is small and bounded (`selection/chunk_reader.py`)."""
 
 
 _checked_tokenizers: WeakSet = WeakSet()  # encoding the slide token costs a quarter of a ms, at each chat request

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from vllm.exceptions import VLLMValidationError
 
-from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 
 
 def check_slide_tokens(prompt: Sequence[int], config: SparseWSIConfig, num_slides: int) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from vllm.multimodal.parse import ModalityDataItems, MultiModalDataParser, ProcessorBatchItems
 
+from vllm_wsi.selection.selector import Selection
 from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, features_in_memory
-from vllm_wsi.slides.features import FLOAT_DTYPES
-from vllm_wsi.sparsify.selector import Selection
+from vllm_wsi.slides.feature_file import FLOAT_DTYPES
 
-from .selection import SelectedSlide, SelectionService, SlideRequest
+from .service import SelectedSlide, SelectionService, SlideRequest
 
 MODALITY = "image"  # the part type that every OpenAI client can send
 WANTED = "wanted a slide: an open file (open_features(path)), a Selection, or features (N, d) as an array or tensor"

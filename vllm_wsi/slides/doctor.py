@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .encoder_names import EncoderCheck, recorded_encoder
-from .features import FeatureFile, SlideError
-from .formats import open_features
+from .feature_file import FeatureFile, SlideError
+from .formats.dispatch import open_features
 from .places import origin, patch_size
 from .units import positive_number
 

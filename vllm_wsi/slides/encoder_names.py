@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from .features import SlideError
+from .feature_file import SlideError
 
 Mismatch = Literal["refuse", "allow"]
 Verdict = Literal["same", "different", "unknown"]

@@ -13,7 +13,7 @@ from typing import Any, NewType
 import numpy as np
 from numpy.typing import NDArray
 
-from .features import CoordUnit, SlideError
+from .feature_file import CoordUnit, SlideError
 from .places import Origin, PatchSize, guesses, patch_size
 from .units import Unit, positive_number
 

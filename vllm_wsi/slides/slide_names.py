@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from .csv_features import is_feature_csv
-from .formats import IMAGE_SUFFIXES
+from .formats.csv_features import is_feature_csv
+from .formats.dispatch import IMAGE_SUFFIXES
 from .identity import is_store
 
 FEATURE_SUFFIXES = frozenset(

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from .features import write_features
+from .feature_file import write_features
 
 PATCH_PX = 512
 CLUSTERS = 12

@@ -7,9 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_wsi.chat import IGNORED
-from vllm_wsi.modeling import SparseWSIForConditionalGeneration
-from vllm_wsi.sparsify.sparselearn import SparseLearn, SparseLearnSettings
+from vllm_wsi.model.chat_renderer import IGNORED
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+
+from .sparselearn import SparseLearn, SparseLearnSettings
 
 
 class SparseLearnModel(nn.Module):

@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_wsi.slides.encoder_names import Mismatch
-from vllm_wsi.sparsify.sparselearn import SparseLearnSettings
+
+from .sparselearn import SparseLearnSettings
 
 Part = Literal["scorer", "projector", "decoder"]
 

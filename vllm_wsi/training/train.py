@@ -14,16 +14,16 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from vllm_wsi.chat import ChatEncoder
-from vllm_wsi.config import SLIDE_TOKEN, SparseWSIConfig
-from vllm_wsi.init_checkpoint import new_model
-from vllm_wsi.modeling import SparseWSIForConditionalGeneration
-from vllm_wsi.questions import QuestionError, SlideItem, read_questions
-from vllm_wsi.sparsify.sparselearn import SparseLearn
+from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.model.init_checkpoint import new_model
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.questions.items import QuestionError, SlideItem, read_questions
 
-from .batches import SlideDataset, collate
+from .dataset import SlideDataset, collate
 from .model import SparseLearnModel, set_trainable
 from .settings import DataSettings, LoraSettings, ModelSettings, StageSettings, TrainSettings
+from .sparselearn import SparseLearn
 from .trainer import WEIGHTS, CsvLogCallback, ScheduleCallback, SparseLearnTrainer, load_trainable
 
 Generators = Mapping[str, Callable[..., Sequence[SlideItem]]]

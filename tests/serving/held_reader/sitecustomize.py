@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from vllm_wsi.slides.rows import RawRows
+from vllm_wsi.slides.formats.rows import RawRows
 
 _read_into = RawRows.read_into
 

@@ -1,0 +1,123 @@
+"""Which option an answer names: answers as models write them."""
+
+import pytest
+
+from vllm_wsi.benchmark.parsing import parse_label
+
+OPTIONS = {
+    "A": "Adenocarcinoma",
+    "B": "Lobular carcinoma",
+    "C": "Lung adenocarcinoma",
+    "D": "Squamous cell carcinoma",
+}
+GRADES = {"A": "1", "B": "2", "C": "3"}
+NUMBERS = {str(n): text for n, text in enumerate(("Brain", "Lung", "Liver"), 1)}
+
+
+@pytest.mark.parametrize(
+    ("output", "label", "rule"),
+    [
+        ("B", "B", "label"),
+        ("b", "B", "label"),
+        ("B.", "B", "label"),
+        (" (b)\n", "B", "label"),
+        ("**B**", "B", "label"),
+        ("**B.**", "B", "label"),
+        ('"D"', "D", "label"),
+        ('B "', "B", "label"),
+        (r"\boxed{C}", "C", "label"),
+        (r"$\boxed{C}$", "C", "label"),
+        ('{"answer": "C"}', "C", "label"),
+        ("Ｂ", "B", "label"),
+        ("A", "A", "label"),
+        ("<think>It may be A or (C).</think>\nB", "B", "label"),
+        ("The answer is (C)", "C", "statement"),
+        ("The answer is C because of the nests.", "C", "statement"),
+        ("The correct answer is: **B. Lobular carcinoma**", "B", "statement"),
+        ("The correct option is b.", "B", "statement"),
+        ("Answer: D", "D", "statement"),
+        ("answer: (d) squamous", "D", "statement"),
+        ("Final answer = B", "B", "statement"),
+        ("I would choose option D here", "D", "statement"),
+        ("The glands are small. Answer: A", "A", "statement"),
+        ("答案是B", "B", "statement"),
+        ("答案：C。", "C", "statement"),
+        ("B. Lobular carcinoma", "B", "lead"),
+        ("B) Lobular carcinoma", "B", "lead"),
+        ("(B) Lobular carcinoma", "B", "lead"),
+        ("B: Lobular carcinoma", "B", "lead"),
+        ("B - Lobular carcinoma", "B", "lead"),
+        ("A. Adenocarcinoma\nA. Adenocarcinoma", "A", "lead"),
+        ("B\nThe cells lie in single files.", "B", "lead"),
+        ("**C** is what the slide shows", "C", "lead"),
+        ("It looks like (C) to me", "C", "bracket"),
+        ("Most likely **D**, from the pearls", "D", "bracket"),
+        ("squamous cell carcinoma", "D", "text"),
+        ("Lung adenocarcinoma.", "C", "text"),
+        ("The slide shows an adenocarcinoma with mucin.", "A", "text"),
+        ("Findings fit lung adenocarcinoma, well differentiated.", "C", "text"),
+        ("A biopsy shows lobular carcinoma", "B", "text"),
+        ("Based on the image, this is squamous  cell carcinoma", "D", "text"),
+        ("This is not adenocarcinoma but lobular carcinoma", "B", "text"),
+        # Nothing that could be read without guessing
+        ("", None, "none"),
+        ("   ", None, "none"),
+        ("A biopsy shows atypical cells", None, "none"),
+        ("Based on the slide, I cannot tell", None, "none"),
+        ("Cannot be determined", None, "none"),
+        ("The answer is a biopsy", None, "none"),
+        ("B-cell infiltrates around vessels", None, "none"),
+        ("The patient has hepatitis B", None, "none"),
+        ("Depends on vitamin D levels", None, "none"),
+        ("E", None, "none"),
+        ("В", None, "none"),  # Cyrillic
+        ("腺癌", None, "none"),
+        ("Опухоль лёгкого", None, "none"),
+        ("It is not adenocarcinoma", None, "none"),
+        ("<think>B. no end", None, "none"),
+        # Two
+        ("The answer is A. No, the answer is B.", None, "ambiguous"),
+        ("A. Adenocarcinoma\nB. Lobular carcinoma", None, "ambiguous"),
+        ("(A) or (B)", None, "ambiguous"),
+        ("Adenocarcinoma or lobular carcinoma", None, "ambiguous"),
+    ],
+)
+def test_what_an_answer_names(output, label, rule):
+    assert parse_label(output, OPTIONS) == (label, rule)
+
+
+def test_two_letters_with_a_comma_name_none():
+    assert parse_label("A, B", OPTIONS).label is None
+    assert parse_label("A and B", OPTIONS).label is None
+
+
+@pytest.mark.parametrize(
+    ("output", "label"), [("2", "B"), ("grade 3", "C"), ("Grade: 2.5", None), ("grade 2.5", None), ("12", None)]
+)
+def test_options_that_are_numbers(output, label):
+    found = parse_label(output, {key: f"{text}" for key, text in GRADES.items()} if output == "2" else
+                        {key: f"grade {text}" for key, text in GRADES.items()})  # fmt: skip
+    assert found.label == label
+
+
+@pytest.mark.parametrize(
+    ("output", "label"),
+    [
+        ("2", "2"),
+        ('{"answer": 2}', "2"),
+        ("2. Lung", "2"),
+        ("Answer: 3", "3"),
+        ("Lung", "2"),
+        ("12", None),
+        ("2.5", None),
+    ],
+)
+def test_labels_that_are_numbers(output, label):
+    assert parse_label(output, NUMBERS).label == label
+
+
+def test_a_label_that_is_part_of_a_larger_one_is_not_found():
+    options = {str(n): f"organ {n}" for n in range(1, 31)}
+    assert parse_label("30", options).label == "30"
+    assert parse_label("12. organ 12", options).label == "12"
+    assert parse_label("The answer is 12", options).label == "12"

@@ -1,0 +1,169 @@
+"""The commands as a user types them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vllm_wsi.cli import demo
+from vllm_wsi.cli.app import main
+from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
+from vllm_wsi.model.checkpoint import load_selector
+from vllm_wsi.slides import open_features, write_features
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [str(Path(sys.executable).parent / "vllm-wsi"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "small"
+    made = run("init-checkpoint", str(path), "--feature-dim", "512", "--hidden-size", "64")
+    assert made.returncode == 0, made.stderr
+    assert "random weights from seed 0" in made.stdout
+    return path
+
+
+def test_select_prints_the_kept_patches_of_the_real_slide(checkpoint, shared_data):
+    file = shared_data / "features/mopadi_TCGA-AD-6964/features.h5"
+    done = run("select", str(file), "--checkpoint", str(checkpoint), "-k", "5")
+    found = json.loads(done.stdout)
+    with open_features(file) as slide:
+        coords = slide.read_coords()
+    assert found["num_patches"] == 777
+    assert found["indices"] == sorted(set(found["indices"]))
+    assert len(found["indices"]) == 5
+    assert found["coords"] == [coords[i].tolist() for i in found["indices"]]
+
+
+def test_select_refuses_features_of_another_encoder_unless_told_to_take_them(tmp_path, capsys):
+    file = tmp_path / "slide.safetensors"
+    features = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float16)
+    write_features(file, features, metadata={"encoder": "uni_v1"})
+    asked = ["select", str(file), "--checkpoint", str(DEMO_CHECKPOINT), "-k", "3"]
+    assert main(asked) == 1
+    found = f"{file}: encoder: found features of 'uni_v1', wanted 'haystack@0'"
+    assert found in capsys.readouterr().err
+    assert main([*asked, "--encoder-mismatch", "allow"]) == 0
+    match = json.loads(capsys.readouterr().out)["encoder_match"]
+    assert (match["features"], match["checkpoint"], match["match"]) == ("uni_v1", "haystack@0", "different")
+    assert main(["demo", "--slide", str(file), "--checkpoint", str(DEMO_CHECKPOINT)]) == 1  # before any server starts
+    assert found in capsys.readouterr().err
+
+
+def test_select_twice_prints_the_same(checkpoint, shared_data):
+    file = shared_data / "features/mopadi_TCGA-AD-6964/features.h5"
+    printed = [run("select", str(file), "--checkpoint", str(checkpoint)).stdout for _ in range(2)]
+    assert printed[0] == printed[1]
+
+
+def test_doctor_names_what_the_real_slide_holds(shared_data, capsys):
+    assert main(["doctor", str(shared_data / "features/mopadi_TCGA-AD-6964/features.h5")]) == 0
+    printed = capsys.readouterr().out
+    assert "feats: 777 patches x 512, float32" in printed
+    assert "level-0 pixels" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["select", "nosuch.h5", "--checkpoint", "x"], "nosuch.h5: found no readable file"),
+        (["init-checkpoint", ".", "--feature-dim", "8"], "wanted a new directory"),
+        (["init-checkpoint", "new", "--feature-dim", "8", "--text-config", __file__], "found no JSON"),
+        (["init-checkpoint", "new", "--feature-dim", "8", "--text-config", "nosuch.json"], "nosuch.json"),
+        (["demo", "--slide", "nosuch.h5"], "nosuch.h5: found no readable file"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_with_1(arguments, sentence, capsys):
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+
+
+def test_help_imports_neither_torch_nor_vllm():
+    code = """
+import sys
+from vllm_wsi.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print([m for m in ("torch", "vllm", "numpy") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.server
+def test_demo_goes_from_a_photograph_of_tissue_to_its_evidence_and_answers_right_about_a_virtual_slide(tmp_path):
+    done = run("demo", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    photograph, virtual = done.stdout.split("\nslide ")[1:]
+    assert "256 patches x 64" in photograph
+    assert "32 of 256 patches were shown" in photograph
+    assert photograph.count("its answer about tissue means nothing") == 2
+    assert "100,000 patches x 64" in virtual
+    assert "means nothing" not in virtual
+    assert "colour-texture@1; the checkpoint's: haystack@0; features of another encoder, which" in photograph
+    assert "encoder:" not in virtual
+    assert virtual.count(": right") == 2
+    kept, evidence = re.search(r"(\d+) of the (\d+) patches that decide the answer are shown", virtual).groups()
+    assert 1 <= int(kept) <= int(evidence) <= 12
+    for slide, width in (("immunohistochemistry", 2048), ("haystack-0-test-0-100000", 2048)):
+        assert len(json.loads((tmp_path / f"{slide}.geojson").read_text())["features"]) == 32
+        assert Image.open(tmp_path / f"{slide}.heatmap.png").width == width
+        assert Image.open(tmp_path / f"{slide}.montage.png").size == (1280, 720)
+
+
+def test_demo_asks_on_where_the_file_does_not_say_where_its_patches_lie(
+    checkpoint, shared_data, tmp_path, capsys, monkeypatch
+):
+    """The server is stood in for by its own selection: what is tried here is what the demo prints and writes."""
+    path, asked = tmp_path / "no-places.npy", []
+    with open_features(shared_data / "features/mopadi_TCGA-AD-6964/features.h5") as slide:
+        np.save(path, slide.read_rows(0, slide.num_patches))
+    with open_features(path) as slide:
+        record = load_selector(str(checkpoint)).select(slide).record()
+    monkeypatch.setattr(demo, "_post", lambda url, body: record)
+    monkeypatch.setattr(demo, "_ask", lambda server, url, question, slide: asked.append(question) or {"read": 0.0})
+    demo._show(SimpleNamespace(api=""), demo.DemoSlide(path), checkpoint, tmp_path / "out")
+    assert asked == [demo.QUESTION, demo.SECOND_QUESTION]
+    printed = capsys.readouterr().out
+    assert "32 of 777 patches were shown to the decoder; the best five (coordinates: none)" in printed
+    assert re.search(r"^ +nothing written: \S*no-places\.npy: coords: found none, wanted .+$", printed, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.server
+def test_demo_takes_a_slide_image_from_encoding_to_the_answer(shared_data, tmp_path):
+    image = shared_data / "slides/CMU-1-Small-Region.svs"
+    done = run("demo", "--slide", str(image), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "41 patches x 64" in done.stdout
+    assert "32 of 41 patches were shown" in done.stdout
+    assert "random weights" in done.stdout
+    assert (tmp_path / "CMU-1-Small-Region.montage.png").exists()
+
+
+@pytest.mark.server
+def test_demo_answers_about_the_real_slide_with_evidence_and_times(shared_data, tmp_path):
+    slide = shared_data / "features/mopadi_TCGA-AD-6964/features.h5"
+    done = run("demo", "--slide", str(slide), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "777 patches x 512" in done.stdout
+    assert "random weights" in done.stdout
+    assert "32 of 777 patches" in done.stdout
+    rows = {line[:38].strip(): line[38:].split() for line in done.stdout.splitlines()}
+    new, again = map(float, rows["read"])
+    assert new > 0
+    assert again == 0
+    assert float(rows["prefill"][0]) > 0
+    assert float(rows["decode"][0]) > 0

@@ -1,0 +1,54 @@
+"""Kernel tests run on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported: `tests/kernels/test_interpreted.py` runs this folder in a
+process of its own with TRITON_INTERPRET=1; on a GPU machine `pytest tests/kernels/interpreted` runs it as it is.
+
+There `tl.dot` is made exact to its contract. The interpreter's own goes through `np.matmul`, that is through a BLAS,
+which may give a row other bits at another place of a tile (OpenBLAS does without AVX-512), and multiplies bfloat16 as
+raw bits.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not (INTERPRETED or torch.cuda.is_available()):
+    collect_ignore_glob = ["test_*.py"]
+
+
+def dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
+    """Column by column: every element sees the same products and sums in the same order, wherever it stands."""
+    x, y = as_float32(a), as_float32(b)
+    total = np.zeros(accumulator.data.shape, np.float32)
+    for k in range(x.shape[1]):
+        total += x[:, k : k + 1] * y[k]
+    return TensorHandle(accumulator.data + total, accumulator.dtype.scalar)
+
+
+def as_float32(handle):
+    if handle.dtype.scalar == tl.bfloat16:  # held as raw bits
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
+
+
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    InterpreterBuilder.create_dot = dot
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"
+
+
+def pytest_generate_tests(metafunc):
+    """`dtype`: all that the kernels take."""
+    if "dtype" in metafunc.fixturenames:
+        names = ["bfloat16", "float16", "float32"]
+        metafunc.parametrize("dtype", [getattr(torch, name) for name in names], ids=names)

@@ -1,0 +1,240 @@
+"""`vllm-wsi study`: its tables hold what was asked, and its figures are drawn from them."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from vllm_wsi.cli.app import main
+from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
+from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld, groups_of_length
+from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.questions.items import SLIDE_MARK, FeaturePath, multiple_choice
+from vllm_wsi.study import ablations, run_study, soft
+from vllm_wsi.study.ablations import ARMS, SWITCHES, run_ablations
+from vllm_wsi.study.study import LEARNED, POLICY_NAMES, Study, by_length
+from vllm_wsi.training.model import SparseLearnModel
+from vllm_wsi.training.settings import TrainSettings
+from vllm_wsi.training.sparselearn import SparseLearn, SparseLearnSettings
+
+PNG = b"\x89PNG"
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A study of 40 short and 8 longer virtual slides, by the command."""
+    path = tmp_path_factory.mktemp("study") / "out"
+    assert main(["study", "--slides", "100:40,600:8", "--out", str(path)]) == 0
+    return path
+
+
+def test_every_rule_is_judged_on_every_length_in_both_position_modes(out):
+    rows = rows_of(out / "policies.csv")
+    found = {(row["length"], row["positions"], row["rule"]) for row in rows}
+    rules = {LEARNED, *POLICY_NAMES, "mmr of learned", "oracle", "blind"}
+    wanted = {(n, mode, rule) for n in ("100", "600") for mode in ("original", "packed") for rule in rules}
+    assert wanted <= found
+    assert {rule for *_, rule in found} - rules <= {f"always {letter}" for letter in "ABCD"}
+
+
+def test_learned_beats_the_blind_answer_and_its_own_difference_is_zero(out):
+    rows = {(row["length"], row["positions"], row["rule"]): row for row in rows_of(out / "policies.csv")}
+    learned, blind = (rows["100", "original", name] for name in (LEARNED, "blind"))
+    assert float(learned["accuracy"]) > 0.9 > 0.5 > float(blind["accuracy"])
+    assert float(learned["minus_learned"]) == 0
+    assert float(blind["minus_learned_high"]) < 0
+    assert float(blind["mcnemar_p"]) < 0.001
+    assert float(learned["low"]) <= float(learned["accuracy"]) <= float(learned["high"])
+
+
+def test_more_patches_hold_more_of_the_evidence_and_all_of_them_hold_it_all(out):
+    rows = [row for row in rows_of(out / "k_sweep.csv") if row["length"] == "100"]
+    assert [int(row["k"]) for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert float(rows[-1]["recall"]) == 1
+
+
+def test_soft_and_hard_and_information_have_their_tables(out):
+    (row, other) = rows_of(out / "soft_hard.csv")
+    assert (row["length"], other["length"]) == ("100", "600")
+    assert 0 < float(row["soft_mass_on_hard"]) <= 1
+    assert {row["length"] for row in rows_of(out / "information.csv")} == {"100"}  # 8 slides are too few
+
+
+def test_figures_are_drawn_and_the_record_says_what_was_run(out):
+    for name in ("policies", "k_sweep", "soft_hard", "umap"):
+        assert (out / f"{name}.png").read_bytes().startswith(PNG)
+    record = json.loads((out / "study.json").read_text())
+    assert record["arguments"]["slides"] == "100:40,600:8"
+    assert record["versions"]["torch"]
+    assert str(out) not in json.dumps(record)
+
+
+def test_a_question_file_is_studied_by_the_length_of_its_slides(tmp_path):
+    arguments = question_files(tmp_path, [40] * 3 + [90] * 3 + [300], HaystackWorld())
+    assert main(["study", *arguments, "--out", str(tmp_path / "out")]) == 0
+    rows = rows_of(tmp_path / "out" / "policies.csv")
+    learned = [row for row in rows if (row["rule"], row["positions"]) == (LEARNED, "original")]
+    assert [(row["length"], row["questions"]) for row in learned] == [("0-64", "3"), ("64-128", "3"), ("256-512", "1")]
+    assert not any(row["rule"] == "oracle" for row in rows)
+
+
+def test_lengths_fall_into_the_bins_of_the_papers_figure():
+    items = [HaystackWorld().slide("test", 0, n).item() for n in (63, 64, 127, 128, 4095, 4096, 9000)]
+    found = {name: len(part) for name, part in by_length(items).items()}
+    assert found == {"0-64": 1, "64-128": 2, "128-256": 1, "2048-4096": 1, ">=4096": 2}
+
+
+@pytest.mark.parametrize("slides", ["", "100", "100:", "x:3", "0:3", "100:3,5:0"])
+def test_a_list_of_slides_that_says_nothing_is_refused(slides):
+    with pytest.raises(ValueError, match="wanted N:COUNT"):
+        groups_of_length(slides, HaystackWorld())
+
+
+def test_studies_of_one_seed_agree(tmp_path):
+    groups = groups_of_length("64:6", HaystackWorld())
+    tables = [Study(str(DEMO_CHECKPOINT), groups, tmp_path / name, seed=4).policies() for name in "ab"]
+    assert tables[0] == tables[1]
+
+
+def tiny_recipe(feature_dim=16, **sparselearn):
+    """A recipe of two stages for slides of few patches."""
+    generate = {"name": "haystack", "count": 8, "num_patches": 40, "feature_dim": feature_dim}
+    stage = {"data": {"generate": generate}, "steps": 2, "batch_size": 4, "warmup_steps": 0}
+    new = {"feature_dim": feature_dim, "hidden_size": 64, "num_layers": 1, "num_slide_tokens": 4}
+    return {
+        "model": {"new": new},
+        "stages": [
+            stage | {"name": "a", "train": ["decoder"], "learning_rate": {"decoder": 1e-3}},
+            stage
+            | {"name": "b", "train": ["scorer", "projector"], "sparselearn": {"num_kept": 4, **sparselearn}}
+            | {"learning_rate": {"scorer": 1e-2, "denoiser": 1e-2, "projector": 1e-2}},
+        ],
+    }
+
+
+def question_files(path, lengths, world, break_slide=lambda x: x):
+    """`--questions FILE --features DIR` of virtual slides of these lengths; `break_slide` may change their features."""
+    (path / "features").mkdir()
+    lines = ["Slide,Question,A,B,C,D,Answer"]
+    for number, n in enumerate(lengths):
+        slide = world.slide("test", number, n)
+        save_file(
+            {"features": break_slide(torch.from_numpy(slide.features()))}, path / "features" / f"s{number}.safetensors"
+        )
+        item = slide.item()
+        stem = item.question.removeprefix(f"{SLIDE_MARK}\n").splitlines()[0]
+        lines.append(f"s{number},{stem},{','.join(item.options.values())},{item.answer}")
+    (path / "questions.csv").write_text("\n".join(lines) + "\n")
+    return ["--questions", str(path / "questions.csv"), "--features", str(path / "features")]
+
+
+def test_every_arm_is_trained_from_the_same_start_for_every_seed(tmp_path):
+    settings = TrainSettings.model_validate(tiny_recipe(tau_start=1.0, kept_fraction=0.3))
+    groups = groups_of_length("50:4", HaystackWorld(feature_dim=16))
+    rows = list(run_ablations(settings, groups, GENERATORS, [1, 2], tmp_path / "work"))
+    assert [(row["seed"], row["arm"]) for row in rows] == [(seed, arm) for seed in (1, 2) for arm in ARMS]
+    assert all(0 <= row[name] <= 1 for row in rows for name in ("accuracy", "soft_accuracy"))
+    assert all(row["soft_questions"] == 4 and row["hard_accuracy_of_the_same"] == row["accuracy"] for row in rows)
+    assert all(np.isfinite(row["evidence_recall"]) for row in rows)
+    assert [path.name for path in (tmp_path / "work").iterdir() if path.name.startswith("tmp")] == []
+
+
+def test_an_arm_changes_its_switches_and_nothing_else_of_the_recipe(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tau_start=1.0, tau_end=0.2, tau_fraction=0.5, kept_start=30, kept_fraction=0.3, gate="scale")
+    settings = TrainSettings.model_validate(recipe)
+    seen, run = [], ablations.run_stage
+
+    def note(model, stage, *arguments):
+        seen.append(stage.sparselearn)
+        return run(model, stage, *arguments)
+
+    monkeypatch.setattr(ablations, "run_stage", note)
+    groups = groups_of_length("50:2", HaystackWorld(feature_dim=16))
+    list(run_ablations(settings, groups, GENERATORS, [1], tmp_path / "work"))  # one seed: in this process
+    switches = [{"gate": gate.gate, "denoiser": gate.denoiser, "relaxation": gate.relaxation} for gate in seen]
+    assert switches == [SWITCHES | changes for changes in ARMS.values()]
+    own = settings.stages[-1].sparselearn
+    assert all(replace(gate, gate=own.gate, denoiser=own.denoiser, relaxation=own.relaxation) == own for gate in seen)
+
+
+def test_the_soft_path_is_judged_through_its_own_denoiser_at_the_k_that_is_served(monkeypatch):
+    model = SparseWSIForConditionalGeneration.from_pretrained(DEMO_CHECKPOINT).eval()
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(DEMO_CHECKPOINT))
+    gate = SparseLearn(64, SparseLearnSettings(kept_end=8))
+    torch.nn.init.normal_(gate.denoiser.down.weight)
+    before = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+    seen = []
+
+    class Noted(SparseLearnModel):
+        def tail_logits(self, **batch):
+            seen.append(self.sparselearn)
+            return super().tail_logits(**batch)
+
+    monkeypatch.setattr(soft, "SparseLearnModel", Noted)
+    found = soft.judge_soft(model, encoder, HaystackWorld().items("test", 2, 300), gate)
+    assert len(found.correct) == len(seen) == 2
+    assert (int(seen[0].num_kept), float(seen[0].tau)) == (32, pytest.approx(0.1))
+    assert torch.equal(seen[0].denoiser.down.weight, gate.denoiser.down.weight)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in gate.state_dict().items())
+
+
+def test_ablations_of_another_feature_size_are_refused_before_anything_is_judged(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe()))
+    arguments = ["study", "--ablations", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert ": found d = 64, wanted 16, as the recipe trains" in capsys.readouterr().err
+    plain = tiny_recipe()
+    plain["stages"].pop()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    assert main(arguments) == 1
+    assert "stage a: found no sparselearn" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ablations_beside_questions_are_judged_on_them_broken_patches_and_all(tmp_path):
+    """bfloat16 files with a NaN patch each, one of a length that K keeps whole."""
+
+    def broken(x):
+        x[3] = torch.nan
+        return x.bfloat16()
+
+    arguments = question_files(tmp_path, [33] * 33 + [200], HaystackWorld(), broken)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(feature_dim=64)))
+    arguments += ["--ablations", str(tmp_path / "recipe.yaml"), "--seeds", "1"]
+    assert main(["study", *arguments, "--out", str(tmp_path / "out")]) == 0
+    rows = rows_of(tmp_path / "out" / "ablations.csv")
+    assert {(row["length"], row["questions"]) for row in rows} == {("0-64", "33"), ("128-256", "1")}
+    assert (tmp_path / "out" / "umap.png").read_bytes().startswith(PNG)
+    # All 32 finite patches of the short slides are kept: nothing is dropped to inform of.
+    assert not (tmp_path / "out" / "information.csv").exists()
+
+
+def test_the_picture_shows_finite_patches_as_the_file_means_them(tmp_path, monkeypatch):
+    x = HaystackWorld().slide("test", 0, 150).features()
+    x[[0, 7]] = np.nan
+    path = tmp_path / "s.safetensors"
+    save_file({"features": torch.from_numpy(x).bfloat16()}, path)
+    item = multiple_choice("row 1", FeaturePath(path), "Which?", {"A": "x", "B": "y"}, "A")
+    study = Study(str(DEMO_CHECKPOINT), {"all": [item]}, tmp_path / "out")
+    study.policies()
+    drawn = []
+    monkeypatch.setattr(run_study, "draw_umap", lambda path, *arguments: drawn.append(arguments))
+    run_study._draw_kept(study, study.groups, tmp_path)
+    ((features, kept, evidence, _),) = drawn
+    assert features.shape == (148, 64)
+    assert np.isfinite(features).all()
+    selection = study.judged["all", LEARNED].selections[0][0]
+    assert np.array_equal(features[kept], selection.features.float().numpy())
+    assert evidence is None

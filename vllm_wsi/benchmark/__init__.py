@@ -1,0 +1,1 @@
+"""Benchmarks of slide questions: what a served model answers, and how that is scored."""

@@ -1,0 +1,138 @@
+"""The feature file of a question's slide, and the URL under which a server reads it, whole or thinned to 32 patches.
+
+The baselines random-32 and uniform-32 need no server that knows them: the rows they keep are written as small feature
+files, and a server whose K is 32 or more keeps every row of such a file. What differs from choosing them inside the
+server: with `position_ids: "original"` they stand at 0 .. 31, not at their places in the slide.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from vllm_wsi.questions.items import FeatureFinder, NoFeaturesError
+from vllm_wsi.slides import SlideError, SlideIdentity, open_features, write_features
+
+RULES = ("random-32", "uniform-32")
+KEPT = 32
+WORK = ".vllm-wsi-eval"
+
+
+@dataclass(frozen=True)
+class SlideFile:
+    """A feature file that was found and opened once."""
+
+    path: Path
+    num_patches: int
+    encoder: str | None  # as the file says
+
+
+class SlideFiles:
+    """Finds, opens and thins the slides of a benchmark; may be used from several threads.
+
+    Args:
+        features: directory of feature files, found by path or by name.
+        url: the URL under which the server sees `features`; None: its own file:// URL.
+        work: where thinned slides are written, below `features` for a server that reads nothing else; None: a hidden
+            folder there.
+        seed: of random-32.
+
+    Raises:
+        SlideError: `features` is no directory, or `url` is given and `work` does not lie below `features`.
+    """
+
+    def __init__(self, features: str | Path, url: str | None = None, work: str | Path | None = None, seed: int = 0):
+        self.features = Path(features).resolve()
+        if not self.features.is_dir():
+            raise SlideError(f"{features}: found no directory, wanted one of feature files")
+        self._work = Path(work).resolve() if work else self.features / WORK
+        if url and not self._work.is_relative_to(self.features):
+            raise SlideError(
+                f"{work}: found a folder outside {features}, wanted one below it, as the server has its URL"
+            )
+        self._url = url.rstrip("/") if url else None
+        self._seed = seed
+        self._finder = FeatureFinder(self.features)
+        self._lock = threading.Lock()
+        self._open = cache(self._open_once)
+
+    @property
+    def common_root(self) -> Path:
+        """The deepest folder that holds the features and what is made of them."""
+        return Path(os.path.commonpath([self.features, self._work]))
+
+    def find(self, name: str) -> SlideFile:
+        """The file of a slide, also by its TCGA barcode without UUID, or of a TCGA case: its only slide, or only -DX1.
+
+        Raises:
+            NoFeaturesError: there is none.
+            SlideError: there are several, or it cannot be used.
+        """
+        with self._lock:
+            return self._open(name)
+
+    def url(self, slide: SlideFile, rule: str | None = None) -> str:
+        """What a request names: the slide, or by one of `RULES` its 32 patches, which are written if need be."""
+        path = slide.path
+        if rule is not None:
+            with self._lock:
+                path = self._thinned(slide, rule)
+        if self._url is None:
+            return path.as_uri()
+        return f"{self._url}/{quote(path.relative_to(self.features).as_posix())}"
+
+    def _open_once(self, name: str) -> SlideFile:
+        path = self._find_path(name)
+        with open_features(path) as slide:
+            return SlideFile(path, slide.num_patches, slide.metadata.get("encoder"))
+
+    def _find_path(self, name: str) -> Path:
+        try:
+            return self._finder(name).path
+        except NoFeaturesError:
+            if not re.fullmatch(r"TCGA-\w{2}-\w{4}(-\w{3}-\w{2}-\w{3,4})?", name) or not (
+                names := self._finder.names_of_case(name)
+            ):
+                raise
+        first = [one for one in names if "-DX1" in one]
+        chosen = names if len(names) == 1 else first
+        if len(chosen) != 1:
+            raise SlideError(f"found several slides of case {name!r} ({', '.join(names)}), wanted one, or one -DX1")
+        return self._finder(chosen[0]).path
+
+    def _thinned(self, slide: SlideFile, rule: str) -> Path:
+        from vllm_wsi.selection.baselines import RandomPolicy, UniformPolicy
+
+        state = SlideIdentity.of_file(slide.path)
+        source = f"{slide.path.name}:{state.size}:{state.mtime_ns}{state.content and f':{state.content}'}"
+        suffix = f"{rule}-seed{self._seed}" if rule == "random-32" else rule
+        folder = self._work
+        if slide.path.is_relative_to(self.features):
+            folder /= slide.path.relative_to(self.features).parent
+        out = folder / f"{slide.path.stem}.{suffix}.safetensors"
+        if out.is_file():
+            with open_features(out) as kept:
+                if kept.metadata.get("thinned_from") == source:
+                    return out
+        policy = RandomPolicy(KEPT, self._seed) if rule == "random-32" else UniformPolicy(KEPT)
+        with open_features(slide.path) as file:
+            selection = policy.select(file)
+            rows = selection.indices.numpy()
+            features = selection.features
+            features = features.numpy() if features.dtype.itemsize != 2 else features.float().numpy()
+            certain = file.coord_unit == "px" and file.unit_source != "guess"  # the thinned file would not say so
+            coords = file.read_coords() if certain else None
+            coords = None if coords is None else np.asarray(coords)[rows]
+            if coords is not None and not np.array_equal(coords, np.round(coords)):
+                coords = None
+            note = {"thinned_from": source, "thinned_by": suffix}
+            folder.mkdir(parents=True, exist_ok=True)
+            write_features(out, features, coords, {**file.metadata, **note})
+        return out

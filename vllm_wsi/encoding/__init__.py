@@ -1,0 +1,1 @@
+"""From slide images to feature files."""

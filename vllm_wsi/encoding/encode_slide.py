@@ -1,0 +1,154 @@
+"""From a slide image to its feature file: tissue, patches, encoder, one safetensors file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from openslide import AbstractSlide
+
+from vllm_wsi.slides.feature_file import SlideError, write_features
+from vllm_wsi.slides.places import bounds_metadata
+
+from .encoders import PatchEncoder
+from .image import image_mpp, open_image, read_scaled
+from .patches import TissueMethod, find_patches
+from .qc import write_qc
+from .tissue import MASK_VERSION
+
+MAX_UPSAMPLING = 1.1  # slides of 0.55 mpp serve as 0.5 mpp; coarser ones are overviews
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What decides the patches of a slide, and how their features are kept."""
+
+    patch_px: int = 224  # edge of a patch as the encoder sees it
+    patch_mpp: float = 0.5  # microns per pixel of those pixels: 20x
+    mpp: float | None = None  # microns per level-0 pixel, instead of what the slide says
+    tissue: TissueMethod = "otsu"
+    background: float = 0.3  # largest share of a patch beside the tissue
+    channels: tuple[str, ...] | None = None  # names or numbers from 0 of the three that are encoded; None: RGB alone
+    dtype: str = "float16"  # of the features
+    batch_size: int = 32
+
+    def record(self) -> dict[str, str]:
+        """What of this a feature file's metadata says."""
+        return {
+            "patch_size": str(self.patch_px),
+            "patch_mpp": f"{self.patch_mpp:g}",
+            "tissue": MASK_VERSION if self.tissue == "otsu" else self.tissue,
+            "background": f"{self.background:g}",
+            "channels": "RGB" if self.channels is None else ",".join(self.channels),
+        }
+
+
+@dataclass
+class EncodeResult:
+    """What came of one slide."""
+
+    num_patches: int
+    tissue_share: float | None  # of what was scanned; None: not looked for
+    warnings: tuple[str, ...]  # what may be wrong with the choice of patches
+    seconds: dict[str, float] = field(default_factory=dict)  # of reading, tissue, encoding, writing
+
+
+def encode_slide(
+    path: Path,
+    out: Path,
+    encoder: PatchEncoder,
+    settings: EncodeSettings,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    qc: Path | None = None,
+) -> EncodeResult:
+    """Writes the features of one slide; the file appears under its name only when it is whole.
+
+    While one batch is encoded, the next is read.
+
+    Args:
+        path: slide image.
+        out: feature file (`write_features`), with coordinates in level-0 pixels and metadata that says how it was made.
+        on_progress: called with patches done and in all.
+        qc: PNG file of what was taken for tissue, and of the patches.
+
+    Raises:
+        SlideError: the image cannot be read, says no mpp, is too coarse, holds no tissue, or is no stained tissue on
+            bright glass and no channels were named.
+    """
+    name, seconds = str(path), dict.fromkeys(("reading", "tissue", "encoding", "writing"), 0.0)
+    with open_image(path, settings.channels) as image:
+        mpp = image_mpp(image, name, settings.mpp)
+        if settings.patch_mpp / mpp < 1 / MAX_UPSAMPLING:
+            raise SlideError(
+                f"{name}: mpp: found {mpp:g}, an overview, wanted at most {settings.patch_mpp * MAX_UPSAMPLING:g}; "
+                "--mpp corrects a wrong number, --patch-mpp asks for coarser patches"
+            )
+        size_px = round(settings.patch_px * settings.patch_mpp / mpp)
+        began = time.perf_counter()
+        dark_ground = settings.channels is not None
+        tiling = find_patches(image, name, mpp, size_px, settings.tissue, settings.background, dark_ground)
+        patches = tiling.corners
+        if qc is not None:
+            write_qc(qc, tiling)
+        seconds["tissue"] = time.perf_counter() - began
+        features = np.empty((len(patches), encoder.feature_dim), settings.dtype)
+        for start, batch, read_seconds in _batches(image, name, patches, size_px, settings):
+            seconds["reading"] += read_seconds
+            began = time.perf_counter()
+            with np.errstate(over="ignore"):
+                features[start : start + len(batch)] = encoder.encode(batch)
+            seconds["encoding"] += time.perf_counter() - began
+            on_progress(start + len(batch), len(patches))
+        width, height = image.dimensions
+        reader, bounds = type(image).__name__, bounds_metadata(image.properties)
+    if not np.isfinite(features).all():
+        raise SlideError(
+            f"{name}: features: found {int((~np.isfinite(features)).sum())} values that are not finite in "
+            f"{settings.dtype}, wanted none; --dtype float32 holds larger ones"
+        )
+    metadata = settings.record() | {
+        "slide_id": path.stem,
+        "slide_file": path.name,
+        "encoder": encoder.id,
+        "mpp": f"{mpp:g}",
+        "patch_size_level0": str(size_px),
+        "width": str(width),
+        "height": str(height),
+        "reader": reader,
+        **bounds,
+    }
+    share = None if tiling.tissue is None else tiling.tissue.share
+    if share is not None:
+        metadata["tissue_share"] = f"{share:.4f}"
+    began = time.perf_counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_features(out, features, patches, metadata)
+    seconds["writing"] = time.perf_counter() - began
+    return EncodeResult(len(patches), share, tiling.warnings, seconds)
+
+
+def _batches(
+    image: AbstractSlide, name: str, patches: NDArray[np.int32], size_px: int, settings: EncodeSettings
+) -> Iterator[tuple[int, NDArray[np.uint8], float]]:
+    """(first patch, RGB [n, patch_px, patch_px, 3], seconds of reading), one batch ahead of its use."""
+    target = (settings.patch_px, settings.patch_px)
+
+    def read(start: int) -> tuple[NDArray[np.uint8], float]:
+        began = time.perf_counter()
+        part = patches[start : start + settings.batch_size].tolist()
+        batch = np.stack([read_scaled(image, name, x, y, size_px, size_px, target) for x, y in part])
+        return batch, time.perf_counter() - began
+
+    starts = range(0, len(patches), settings.batch_size)
+    with ThreadPoolExecutor(1, thread_name_prefix="wsi-read") as pool:
+        following: Future[tuple[NDArray[np.uint8], float]] = pool.submit(read, 0)
+        for start in starts:
+            batch, seconds = following.result()
+            if start + settings.batch_size < len(patches):
+                following = pool.submit(read, start + settings.batch_size)
+            yield start, batch, seconds

@@ -1,0 +1,1 @@
+"""The checkpoint: its configuration, its model in transformers, and its prompts."""

@@ -1,0 +1,101 @@
+"""Conversations as token ids, exactly as vLLM renders the same conversation of an OpenAI client."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from vllm_wsi.questions.items import SLIDE_MARK, SlideItem
+
+from .config import SLIDE_TOKEN
+
+IGNORED = -100
+"""Label of a token that is not in the loss."""
+
+
+class EncodedChat(NamedTuple):
+    """Token ids with one slide token for each slide, and their labels."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+class ChatEncoder:
+    """Renders items by a checkpoint's chat template.
+
+    Raises:
+        ValueError: the tokenizer has no chat template or no slide token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        if not tokenizer.chat_template:
+            raise ValueError(f"{tokenizer.name_or_path}: found no chat template, wanted one beside the tokenizer")
+        ids = tokenizer.encode(SLIDE_TOKEN, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"{tokenizer.name_or_path}: found {SLIDE_TOKEN} as {ids}, wanted one special token")
+        self.slide_token_id: int = ids[0]
+        probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+        try:
+            self._takes_parts = self._render(probe, False).count(SLIDE_TOKEN) == 1
+        except Exception:  # a template may do anything with content that it was not written for
+            self._takes_parts = False
+
+    def question(self, item: SlideItem) -> list[int]:
+        """Ids of the first question, up to where the answer begins."""
+        return self._ids(self._render([self._user(item.question)], True))
+
+    def conversation(self, item: SlideItem) -> EncodedChat:
+        """Ids of all turns; the answers and their end-of-turn tokens alone are labelled."""
+        messages: list[dict[str, Any]] = []
+        ids: list[int] = []
+        labels: list[int] = []
+        done = ""
+        for question, answer in item.turns:
+            messages.append(self._user(question))
+            prompt = self._render(messages, True)
+            # vLLM hands a template that takes parts the earlier answers as parts too.
+            content = [{"type": "text", "text": answer}] if self._takes_parts else answer
+            messages.append({"role": "assistant", "content": content})
+            whole = self._render(messages, False)
+            if not (prompt.startswith(done) and whole.startswith(prompt)):
+                raise ValueError(f"{item.where}: the chat template changes earlier turns, wanted one that appends")
+            asked, said = self._ids(prompt[len(done) :]), self._ids(whole[len(prompt) :])
+            end = said.index(self.tokenizer.eos_token_id) + 1 if self.tokenizer.eos_token_id in said else len(said)
+            ids += asked + said
+            labels += [IGNORED] * len(asked) + said[:end] + [IGNORED] * (len(said) - end)
+            done = whole
+        return EncodedChat(ids, labels)
+
+    def end_of_turn(self) -> list[int]:
+        """The tokens at which an answer ends: the tokenizer's end of sequence, and what the template writes there."""
+        messages: list[dict[str, Any]] = [self._user("x")]
+        prompt = self._render(messages, True)
+        content = [{"type": "text", "text": "x"}] if self._takes_parts else "x"
+        whole = self._render([*messages, {"role": "assistant", "content": content}], False)
+        special = set(self.tokenizer.all_special_ids)
+        after = [one for one in self._ids(whole.removeprefix(prompt)) if one in special]
+        return sorted({*after[:1], self.tokenizer.eos_token_id} - {None})
+
+    def letter_ids(self, letters: str) -> list[int]:
+        """The token that an answer of one letter begins with, for each letter."""
+        return [self._ids(letter)[0] for letter in letters]
+
+    def _user(self, text: str) -> dict[str, Any]:
+        pieces = [piece.strip("\n") for piece in text.split(SLIDE_MARK)]
+        if not self._takes_parts:
+            # vLLM puts the placeholders before the text where a template knows text alone.
+            marks = [SLIDE_TOKEN] * (len(pieces) - 1)
+            return {"role": "user", "content": "\n".join([*marks, *(piece for piece in pieces if piece)])}
+        parts: list[dict[str, str]] = []
+        for number, piece in enumerate(pieces):
+            parts += [{"type": "image"}] if number else []
+            parts += [{"type": "text", "text": piece}] if piece else []
+        return {"role": "user", "content": parts}
+
+    def _render(self, messages: list[dict[str, Any]], ask: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,101 @@
+"""The checkpoint contract: everything that training, `transformers` and `vllm serve` must agree on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+MODEL_TYPE = "sparse_wsi"
+ARCHITECTURE = "SparseWSIForConditionalGeneration"
+SLIDE_TOKEN = "<|slide|>"
+"""The placeholder of one slide in a prompt's text; a checkpoint's tokenizer holds it as one special token."""
+
+POSITION_MODES = ("original", "packed")
+TEXT_POSITIONS = 4096
+"""Positions that the default budget leaves to text, in a decoder that has many."""
+
+
+class SparseWSIConfig(PreTrainedConfig):
+    """Configuration of a slide language model whose decoder sees the K best patches of each slide.
+
+    Args:
+        text_config: the decoder's own configuration, or a dict of it; any causal decoder that the runtime knows.
+        feature_dim: d, the size of a patch feature.
+        encoder: id@revision of the patch encoder that the model was trained on; None: not recorded.
+        num_slide_tokens: K, patches kept of each slide.
+        max_patches: longest slide that is served; a longer one is refused.
+        scorer: {"kind": "patch", "hidden_size": h}, where h = 0 is the plain linear scorer; or {"kind": "context",
+            "hidden_size": w, "num_layers": 2, "num_heads": w // 64}, Transformer blocks over the whole slide.
+        projector: {"hidden_size": m, "input_norm": True} of normalise, Linear(d, m), GELU, Linear(m, decoder);
+            m is the decoder's hidden size unless given.
+        position_ids: "original" (a kept patch keeps its place among the N, as in the SparseLearn paper) or
+            "packed" (kept patches are counted like text).
+        max_slide_positions: RoPE positions that the slides of one prompt may take together in "original" mode;
+            beyond it places are scaled down (`selection/positions.py`). None: what the decoder has, less 4096 for
+            text (half of it in a decoder of fewer than 8192).
+        slide_token_id: id of `SLIDE_TOKEN` in the tokenizer.
+    """
+
+    model_type = MODEL_TYPE
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: Any = None,
+        feature_dim: int = 512,
+        encoder: str | None = None,
+        num_slide_tokens: int = 32,
+        max_patches: int = 1 << 20,
+        scorer: dict[str, Any] | None = None,
+        projector: dict[str, Any] | None = None,
+        position_ids: str = "original",
+        max_slide_positions: int | None = None,
+        slide_token_id: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if text_config is None:
+            text_config = CONFIG_MAPPING["qwen2"]()
+        elif isinstance(text_config, dict):
+            text_config = CONFIG_MAPPING[text_config.get("model_type", "qwen2")](**text_config)
+        if position_ids not in POSITION_MODES:
+            raise ValueError(f"position_ids: found {position_ids!r}, wanted one of {', '.join(POSITION_MODES)}")
+        for name, value in (("feature_dim", feature_dim), ("num_slide_tokens", num_slide_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}: found {value}, wanted at least 1")
+        table = getattr(text_config, "max_position_embeddings", None) or 2 * TEXT_POSITIONS
+        if max_slide_positions is None:
+            max_slide_positions = table - TEXT_POSITIONS if table >= 2 * TEXT_POSITIONS else table // 2
+        if not 0 < max_slide_positions < table:
+            raise ValueError(f"max_slide_positions: found {max_slide_positions}, wanted 1 .. {table - 1}")
+        self.text_config = text_config
+        self.feature_dim = feature_dim
+        self.encoder = encoder
+        self.num_slide_tokens = num_slide_tokens
+        self.max_patches = max_patches
+        self.scorer: dict[str, Any] = {"kind": "patch", "hidden_size": 256} | (scorer or {})
+        self.projector: dict[str, Any] = {"hidden_size": text_config.hidden_size, "input_norm": True} | (
+            projector or {}
+        )
+        self.position_ids = position_ids
+        self.max_slide_positions = max_slide_positions
+        self.slide_token_id = slide_token_id
+        kwargs.setdefault("architectures", [ARCHITECTURE])
+        kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+
+    @property
+    def slide_position_budget(self) -> int:
+        """RoPE positions that the slides of one prompt may take; 0 where positions are packed."""
+        return self.max_slide_positions if self.position_ids == "original" else 0
+
+    @property
+    def mrope_section(self) -> list[int] | None:
+        """Makes vLLM ask the model for its positions, which it does for models with M-RoPE alone.
+
+        The decoder itself sees ordinary one-dimensional positions (`serving/model.py`).
+        """
+        return [1, 1, 1] if self.position_ids == "original" else None
+
+
+AutoConfig.register(MODEL_TYPE, SparseWSIConfig, exist_ok=True)

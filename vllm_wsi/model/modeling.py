@@ -1,0 +1,201 @@
+"""SparseWSIForConditionalGeneration for transformers: training, and the oracle for serving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vllm_wsi.selection.positions import SlideSpan, prompt_positions
+from vllm_wsi.selection.scorer import build_scorer
+from vllm_wsi.selection.selector import Selection, SlideSelector, frozen_scorer
+from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
+
+from .config import SparseWSIConfig
+
+PromptIds: TypeAlias = Tensor | NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
+
+
+class SlideProjector(nn.Module):
+    """From patch features to the decoder's embeddings: normalise, Linear(d, m), GELU, Linear(m, decoder).
+
+    Args:
+        feature_dim: d.
+        hidden_size: m.
+        decoder_size: of the decoder's embeddings.
+        input_norm: whether each patch is brought to mean 0 and variance 1 first. The noise gate of the training
+            path (`training/sparselearn.py`) needs that, and stands between the two steps.
+    """
+
+    def __init__(self, feature_dim: int, hidden_size: int, decoder_size: int, input_norm: bool = True) -> None:
+        super().__init__()
+        self.input_norm = input_norm
+        self.linear_1 = nn.Linear(feature_dim, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, decoder_size)
+
+    @classmethod
+    def from_config(cls, config: SparseWSIConfig) -> SlideProjector:
+        settings = config.projector
+        return cls(config.feature_dim, settings["hidden_size"], config.text_config.hidden_size, settings["input_norm"])
+
+    def normalise(self, features: Tensor) -> Tensor:
+        """fp32 [..., d] of features [..., d] of any floating dtype."""
+        return F.layer_norm(features.float(), features.shape[-1:]) if self.input_norm else features.float()
+
+    def project(self, normalised: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(normalised.to(self.linear_1.weight.dtype))))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Embeddings [..., decoder] of features [..., d]."""
+        return self.project(self.normalise(features.to(self.linear_1.weight.device)))
+
+
+class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A causal decoder whose prompts hold the K best patches of slides.
+
+    Weights carry the prefixes `scorer.`, `projector.` and `language_model.`. Prompts hold one slide token for each
+    slide; `prepare` lays out the kept patches in its place. Selections come from `selector()`.
+    """
+
+    config_class = SparseWSIConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: SparseWSIConfig, language_model: nn.Module | None = None) -> None:
+        """`language_model`: a decoder that is loaded already; None makes one with new weights."""
+        super().__init__(config)
+        self.scorer = build_scorer(feature_dim=config.feature_dim, **config.scorer)
+        self.projector = SlideProjector.from_config(config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self._tied_weights_keys = {
+            f"language_model.{key}": f"language_model.{value}"
+            for key, value in (self.language_model._tied_weights_keys or {}).items()
+        }
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def selector(self, encoder_mismatch: Mismatch = "refuse") -> SlideSelector:
+        """The Hard Top-K of this model's scorer, as serving runs it."""
+        return SlideSelector(
+            frozen_scorer(self.scorer),
+            self.config.num_slide_tokens,
+            max_patches=self.config.max_patches,
+            encoder=EncoderCheck(self.config.encoder, encoder_mismatch),
+        )
+
+    def prepare(self, input_ids: Tensor, selections: Sequence[Selection]) -> tuple[Tensor, Tensor]:
+        """Lays out one prompt: slide tokens for each slide's placeholder, and RoPE positions.
+
+        Args:
+            input_ids: int64 [T] with one slide token for each slide.
+            selections: one for each slide, in the order of the prompt.
+
+        Returns:
+            (embeddings [1, T', hidden], positions int64 [1, T']); T' = T + sum(k - 1).
+
+        Raises:
+            ValueError: the prompt's slide tokens and the selections differ in number.
+        """
+        places = torch.nonzero(input_ids == self.config.slide_token_id)[:, 0].tolist()
+        if len(places) != len(selections):
+            raise ValueError(f"the prompt holds {len(places)} slide tokens, wanted one for each of {len(selections)}")
+        embed, parts, spans, end, length = self.get_input_embeddings(), [], [], 0, 0
+        for place, selection in zip(places, selections, strict=True):
+            parts += [
+                embed(input_ids[end:place]),
+                self.projector(selection.features),
+            ]
+            length += place - end
+            spans.append(SlideSpan(length, selection.indices, selection.num_patches))
+            length, end = length + len(selection.indices), place + 1
+        parts.append(embed(input_ids[end:]))
+        embeddings = torch.cat(parts)
+        positions, _ = prompt_positions(embeddings.shape[0], spans, self.config.slide_position_budget)
+        return embeddings[None], positions[None].to(self.device)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """The decoder over a prepared prompt (or over text alone, by `input_ids`)."""
+        return self.language_model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(self, input_ids: PromptIds, selections: Sequence[Selection] = (), **kwargs: Any) -> Any:
+        """Answers one prompt, and ends where the checkpoint's `generation_config.json` says, as the server does.
+
+        Args:
+            input_ids: one prompt's token ids as `apply_chat_template` returns them, with one slide token for each
+                slide: a list, an integer tensor or array [T] or [1, T], or a mapping that holds one as `input_ids`.
+            selections: one for each slide.
+            kwargs: as for transformers' `generate`.
+
+        Returns:
+            What the decoder's `generate` returns for embeddings: the new tokens alone.
+
+        Raises:
+            ValueError: other ids, or slide tokens and selections that differ in number.
+        """
+        if (given := kwargs.pop("attention_mask", None)) is not None and not torch.as_tensor(given).all():
+            raise ValueError("attention_mask: found zeros, wanted one prompt without padding")
+        ids = prompt_tensor(input_ids, self.config.text_config.vocab_size).to(self.device)
+        embeddings, positions = self.prepare(ids, selections)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        kwargs.setdefault("generation_config", self.generation_config)
+        return self.language_model.generate(
+            inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, **kwargs
+        )
+
+
+def prompt_tensor(input_ids: PromptIds, vocab_size: int) -> Tensor:
+    """int64 [T] of one prompt's token ids in any of the forms that `generate` takes. Raises ValueError."""
+    if isinstance(input_ids, Mapping):
+        input_ids = input_ids.get("input_ids", ())
+    wanted = "wanted one prompt's token ids, as tokenizer.apply_chat_template(...) returns them"
+    try:
+        ids = torch.as_tensor(input_ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"input_ids: found {_in_short(input_ids)}, {wanted}") from None
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or not len(ids) or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
+        raise ValueError(f"input_ids: found {_in_short(input_ids)} of shape {tuple(ids.shape)}, {wanted}")
+    if not (worst := int(ids.min())) >= 0 or (worst := int(ids.max())) >= vocab_size:
+        raise ValueError(f"input_ids: found id {worst}, wanted 0 .. {vocab_size - 1}, as the decoder has them")
+    return ids.long()
+
+
+def _in_short(value: Any) -> str:
+    kind = type(value).__name__
+    if isinstance(value, (list, tuple)) and len(value):
+        return f"a {kind} of {type(value[0]).__name__}"
+    return f"{value.dtype} {kind}" if hasattr(value, "dtype") else f"a {kind}"
+
+
+AutoModelForCausalLM.register(SparseWSIConfig, SparseWSIForConditionalGeneration, exist_ok=True)

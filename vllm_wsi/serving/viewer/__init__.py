@@ -1,0 +1,1 @@
+"""The viewer page and the routes that it asks."""

@@ -1,0 +1,1 @@
+"""Readers of feature files, one for each kind of file."""

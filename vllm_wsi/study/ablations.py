@@ -1,0 +1,167 @@
+"""The switches of the training path, each trained from the same start over several seeds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.config import SparseWSIConfig
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.selection.scorer import seeded_scorer
+from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
+from vllm_wsi.training.settings import TrainSettings
+from vllm_wsi.training.sparselearn import SparseLearn
+from vllm_wsi.training.train import Generators, make_dataset, run_stage, train
+
+from .judge import judge, select_all
+from .soft import judge_soft
+from .study import LEARNED, Groups, rounded, source_length
+
+ARMS: dict[str, dict[str, str]] = {
+    "noise gate, diagonal denoiser": {},
+    "noise gate, no denoiser": {"denoiser": "none"},
+    "noise gate, global denoiser": {"denoiser": "global"},
+    "scale gate, diagonal denoiser": {"gate": "scale"},
+    "no gate": {"gate": "none", "denoiser": "none"},
+    "Gumbel straight-through": {"relaxation": "gumbel"},
+}
+"""What each arm changes of `SWITCHES`; all else (the schedules of tau and K among it) is the recipe's."""
+
+SWITCHES = {"gate": "noise", "denoiser": "diagonal", "relaxation": "lapsum"}
+"""The paper's."""
+
+SOFT_LENGTH = 1024
+SOFT_QUESTIONS = 64
+"""The soft path is judged on slides of up to this length, and on as many questions: all patches pass the decoder."""
+
+
+def check_recipe(settings: TrainSettings, groups: Groups) -> None:
+    """Whether `run_ablations` can train by this recipe and judge on these questions.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if settings.stages[-1].sparselearn is None:
+        name = settings.stages[-1].name
+        raise ValueError(f"stage {name}: found no sparselearn, wanted it in the last stage of an ablation")
+    start = settings.model
+    if start.checkpoint is not None:
+        config = SparseWSIConfig.from_pretrained(start.checkpoint, revision=start.revision)
+        wanted, encoder = config.feature_dim, config.encoder
+    elif start.new is not None:
+        wanted, encoder = start.new["feature_dim"], start.new.get("encoder")
+    else:
+        assert start.feature_dim is not None
+        wanted, encoder = start.feature_dim, start.encoder
+    with next(iter(groups.values()))[0].slides[0].open() as slide:
+        if slide.feature_dim != wanted:
+            raise ValueError(f"{slide.name}: found d = {slide.feature_dim}, wanted {wanted}, as the recipe trains")
+        EncoderCheck(encoder, settings.encoder_mismatch)(slide.name, slide.metadata)
+
+
+def run_ablations(
+    settings: TrainSettings, groups: Groups, generators: Generators, seeds: Sequence[int], work: Path
+) -> Iterator[dict[str, Any]]:
+    """Trains the last stage of `settings` once for every arm and seed; yields one row for each and each length.
+
+    On CPUs, seeds are trained side by side, each on its share of the cores: small models gain little from many.
+
+    Args:
+        settings: as `check_recipe` accepts; the stages before the last are run once, with the recipe's own seed, and
+            every arm starts from what they give, with a scorer (and a denoiser, noise and order of slides) of its seed.
+        groups: questions that no stage was trained on.
+        work: directory for the common start; a finished one is used again.
+    """
+    base = work / "checkpoint"
+    if not base.is_dir():
+        base = train(settings.model_copy(update={"stages": settings.stages[:-1]}), work, generators)
+    arms = [(seed, arm) for seed in seeds for arm in ARMS]
+    cores = len(os.sched_getaffinity(0))
+    workers = 1 if torch.cuda.is_available() else min(len(seeds), cores)
+    if workers == 1:
+        for seed, arm in arms:
+            yield from _run_arm(settings, groups, generators, base, arm, seed)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (cores // workers,)) as pool:
+        runs = [pool.submit(_run_arm, settings, groups, generators, base, arm, seed) for seed, arm in arms]
+        for run in runs:
+            yield from run.result()
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    disable_progress_bar()
+
+
+def _run_arm(
+    settings: TrainSettings, groups: Groups, generators: Generators, base: Path, arm: str, seed: int
+) -> list[dict[str, Any]]:
+    stage = settings.stages[-1]
+    assert stage.sparselearn is not None
+    changed = stage.model_copy(
+        update={
+            "sparselearn": replace(stage.sparselearn, **(SWITCHES | ARMS[arm])),  # type: ignore[arg-type]
+            "learning_rate": {"denoiser": stage.learning_rate["scorer"]} | stage.learning_rate,
+        }
+    )
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(base))
+    model = SparseWSIForConditionalGeneration.from_pretrained(base)
+    config, device = model.config, model.device
+    model.scorer = seeded_scorer(feature_dim=config.feature_dim, seed=seed, **config.scorer)
+    set_seed(seed)
+    dataset = make_dataset(changed.data, encoder, config, seed, generators)
+    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp(dir=base.parent))
+    try:
+        run = settings.model_copy(update={"seed": seed})
+        gate = run_stage(model, changed, dataset, encoder.tokenizer, folder, 0, run).sparselearn
+    finally:
+        shutil.rmtree(folder)
+    seconds = time.monotonic() - began
+    assert gate is not None
+    origin = {"arm": arm, "seed": seed, "training_seconds": round(seconds, 1)}
+    rows = _judge_arm(model.to(device).eval(), encoder, groups, gate, settings.encoder_mismatch)
+    return [origin | row for row in rows]
+
+
+def _judge_arm(
+    model: SparseWSIForConditionalGeneration,
+    encoder: ChatEncoder,
+    groups: Groups,
+    gate: SparseLearn,
+    encoder_mismatch: Mismatch,
+) -> Iterator[dict[str, Any]]:
+    k = model.config.num_slide_tokens
+    for length, items in groups.items():
+        chosen = select_all(items, {LEARNED: model.selector(encoder_mismatch)}, k)
+        found = {name: judge(model, encoder, items, selections, k) for name, selections in chosen.items()}
+        recall = found[LEARNED].recall
+        row = {
+            "length": length,
+            "questions": len(items),
+            "accuracy": rounded(found[LEARNED].correct.mean()),
+            "oracle_accuracy": rounded(found["oracle"].correct.mean()) if "oracle" in found else "",
+            "evidence_recall": "" if recall is None else rounded(recall.mean()),
+            "soft_questions": "",
+            "soft_accuracy": "",
+            "hard_accuracy_of_the_same": "",
+        }
+        if max(source_length(item) for item in items) <= SOFT_LENGTH:
+            soft = judge_soft(model, encoder, items[:SOFT_QUESTIONS], gate).correct
+            hard = found[LEARNED].correct[:SOFT_QUESTIONS]
+            row |= {"soft_questions": len(soft), "soft_accuracy": rounded(soft.mean())}
+            row["hard_accuracy_of_the_same"] = rounded(hard.mean())
+        yield row

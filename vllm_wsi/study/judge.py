@@ -1,0 +1,114 @@
+"""What a checkpoint answers when different rules choose what it sees: selections, answers, right or wrong."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_wsi.model.answering import choose
+from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.questions.items import SLIDE_MARK, SlideItem
+from vllm_wsi.selection.baselines import OraclePolicy, Selector, finite_patches
+from vllm_wsi.selection.selector import Selection
+from vllm_wsi.stats import evidence_recall, redundancy
+
+
+@dataclass
+class Judged:
+    """One rule's answers to all questions; all lists in the order of the questions."""
+
+    correct: NDArray[np.bool_]
+    recall: NDArray[np.float64] | None  # share of the evidence that was kept, where the evidence is known
+    redundancy: NDArray[np.float64]  # mean cosine among the kept
+    selections: list[list[Selection]] = field(repr=False, default_factory=list)
+
+
+def evidence_of(item: SlideItem) -> NDArray[np.int64] | None:
+    """Rows of the patches that decide the answer, where the benchmark knows them."""
+    return getattr(item.slides[0], "evidence_rows", None) if len(item.slides) == 1 else None
+
+
+def select_all(items: Sequence[SlideItem], rules: Mapping[str, Selector], k: int) -> dict[str, list[list[Selection]]]:
+    """Every rule's selections; each slide is opened once. "oracle" is added where the evidence is known."""
+    chosen: dict[str, list[list[Selection]]] = {name: [] for name in rules}
+    for item in items:
+        of_item: dict[str, list[Selection]] = {}
+        for source in item.slides:
+            with source.open() as slide:
+                for name, rule in rules.items():
+                    of_item.setdefault(name, []).append(rule.select(slide, k))
+                if (rows := evidence_of(item)) is not None:
+                    of_item["oracle"] = [OraclePolicy(k, rows.tolist()).select(slide)]
+        for name, selections in of_item.items():
+            chosen.setdefault(name, []).append(selections)
+    return {name: selections for name, selections in chosen.items() if len(selections) == len(items)}
+
+
+def judge(
+    model: SparseWSIForConditionalGeneration,
+    encoder: ChatEncoder,
+    items: Sequence[SlideItem],
+    selections: list[list[Selection]],
+    k: int,
+) -> Judged:
+    """Answers every question from these selections."""
+    choices = choose(model, encoder, items, selections)
+    recalls = []
+    for item, chosen in zip(items, selections, strict=True):
+        if (rows := evidence_of(item)) is not None:
+            recalls.append(evidence_recall(chosen[0].indices.numpy(), rows, k))
+    repeats = [np.mean([redundancy(one.features.float().numpy()) for one in chosen]) for chosen in selections]
+    return Judged(
+        np.array([choice.letter == item.answer for choice, item in zip(choices, items, strict=True)]),
+        np.array(recalls) if len(recalls) == len(items) else None,
+        np.array(repeats),
+        selections,
+    )
+
+
+def judge_blind(
+    model: SparseWSIForConditionalGeneration, encoder: ChatEncoder, items: Sequence[SlideItem]
+) -> NDArray[np.bool_]:
+    """Right answers without any slide."""
+    blind = [
+        SlideItem(item.where, (), ((item.question.replace(SLIDE_MARK, "").lstrip("\n"), item.answer),), item.options)
+        for item in items
+    ]
+    choices = choose(model, encoder, blind, [[] for _ in blind])
+    return np.array([choice.letter == item.answer for choice, item in zip(choices, items, strict=True)])
+
+
+def best_constant(items: Iterable[SlideItem]) -> tuple[str, NDArray[np.bool_]]:
+    """The letter that is right most often, and where it is."""
+    answers = [item.answer for item in items]
+    letter = max(sorted(set(answers)), key=answers.count)
+    return letter, np.array([answer == letter for answer in answers])
+
+
+def with_positions(model: SparseWSIForConditionalGeneration, mode: str) -> SparseWSIForConditionalGeneration:
+    """The same weights under another position mode."""
+    other = copy.copy(model)
+    other.config = copy.deepcopy(model.config)
+    other.config.position_ids = mode
+    return other
+
+
+def kept_and_dropped_means(items: Sequence[SlideItem], selections: list[list[Selection]]) -> tuple[NDArray, NDArray]:
+    """[slides, d] each: the mean of the kept patches' features, and of the others' that are finite; slides without such
+    others are left out."""
+    kept, dropped = [], []
+    for item, chosen in zip(items, selections, strict=True):
+        for source, selection in zip(item.slides, chosen, strict=True):
+            with source.open() as slide:
+                patches, _ = finite_patches(slide)
+            is_kept = torch.isin(patches.rows, selection.indices)
+            if not is_kept.all():
+                kept.append(patches.features[is_kept].double().mean(dim=0).numpy())
+                dropped.append(patches.features[~is_kept].double().mean(dim=0).numpy())
+    return np.array(kept), np.array(dropped)
