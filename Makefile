@@ -20,6 +20,7 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 
 bench: setup
 	@$(BIN)/python bench/selector.py --quick

@@ -2,7 +2,7 @@
 
 Trains `vllm-wsi train haystack --seed S` into RUNS/S, for S = 0 to 4, unless a finished run is there: a decoder, a
 projector and a scorer of their own, from first to last. Each is judged on haystack's test slides against its own oracle
-(the evidence alone), in both position modes, without retraining. Rows go to `bench/results/study/recipe_seeds.csv`.
+(the key patches alone), in both position modes, without retraining. Rows go to `bench/results/study/recipe_seeds.csv`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from record import RESULTS
 from transformers import AutoTokenizer
 
 from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld, groups_of_length, recipe
-from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.study.judge import judge, select_all, with_positions
 from vllm_wsi.study.study import LEARNED, rounded, write_table
@@ -38,19 +38,19 @@ def main() -> None:
             settings.seed = seed
             train(settings, checkpoint.parent, GENERATORS)
         model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).eval()
-        encoder = ChatEncoder(AutoTokenizer.from_pretrained(checkpoint))
+        renderer = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
         k = model.config.num_slide_tokens
         for length, items in groups.items():
             chosen = select_all(items, {LEARNED: model.selector()}, k)
             for mode in ("original", "packed"):
                 placed = with_positions(model, mode)
-                found = {rule: judge(placed, encoder, items, chosen[rule], k) for rule in (LEARNED, "oracle")}
+                found = {rule: judge(placed, renderer, items, chosen[rule], k) for rule in (LEARNED, "oracle")}
                 recall = found[LEARNED].recall
                 assert recall is not None
                 row = {"seed": seed, "length": length, "positions": mode, "questions": len(items)}
                 row |= {"accuracy": rounded(found[LEARNED].correct.mean())}
                 row |= {"oracle_accuracy": rounded(found["oracle"].correct.mean())}
-                rows.append(row | {"evidence_recall": rounded(recall.mean())})
+                rows.append(row | {"key_patch_recall": rounded(recall.mean())})
                 print(rows[-1], flush=True)
     write_table(RESULTS / "study" / "recipe_seeds.csv", rows)
 

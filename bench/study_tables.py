@@ -15,7 +15,7 @@ PAGE = RESULTS / "study" / "README.md"
 RULES = {
     "learned": "learned",
     "mmr of learned": "learned, made diverse (MMR)",
-    "oracle": "oracle: the evidence alone",
+    "oracle": "oracle: the key patches alone",
     "mmr": "norm, made diverse (MMR)",
     "farthest-point": "farthest-point",
     "k-means": "k-means",
@@ -40,7 +40,7 @@ def policies() -> str:
     cells: dict[tuple[str, str], str] = {}
     for row in rows:
         if row["positions"] == "original":
-            kept = f" ({float(row['evidence_recall']):.2f})" if row["evidence_recall"] else ""
+            kept = f" ({float(row['key_patch_recall']):.2f})" if row["key_patch_recall"] else ""
             interval = f"{float(row['accuracy']):.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
             cells[row["rule"].partition(" ")[0] if row["rule"].startswith("always") else row["rule"], row["length"]] = (
                 interval + kept
@@ -59,9 +59,9 @@ def ablations() -> str:
     for arm in arms:
         at = {n: [row for row in rows if (row["arm"], row["length"]) == (arm, n)] for n in lengths}
         soft = [row for found in at.values() for row in found if row["soft_accuracy"]]
-        of_all = [*(spread(at[n], "accuracy") for n in lengths), spread(at[longest], "evidence_recall")]
+        of_all = [*(spread(at[n], "accuracy") for n in lengths), spread(at[longest], "key_patch_recall")]
         lines.append([arm, *of_all, *(spread(soft, name) for name in ("soft_accuracy", "hard_accuracy_of_the_same"))])
-    kept, same = f"evidence kept at {int(longest):,}", "hard, same questions"
+    kept, same = f"key patches kept at {int(longest):,}", "hard, same questions"
     return table(["arm", *(f"N = {int(n):,}" for n in lengths), kept, "soft, N = 1,000", same], lines)
 
 
@@ -74,10 +74,12 @@ def recipe_seeds() -> str:
         lines.append(
             [seed]
             + [f"{float(found[c]['accuracy']):.2f} / {float(found[c]['oracle_accuracy']):.2f}" for c in columns]
-            + [f"{float(found[n, 'original']['evidence_recall']):.2f}" for n in dict.fromkeys(n for n, _ in columns)]
+            + [f"{float(found[n, 'original']['key_patch_recall']):.2f}" for n in dict.fromkeys(n for n, _ in columns)]
         )
     shown = [f"N = {int(n):,}, {mode}" for n, mode in columns]
-    return table(["seed", *shown, *(f"evidence kept, {int(n):,}" for n in dict.fromkeys(n for n, _ in columns))], lines)
+    return table(
+        ["seed", *shown, *(f"key patches kept, {int(n):,}" for n in dict.fromkeys(n for n, _ in columns))], lines
+    )
 
 
 def spread(rows: Sequence[Row], column: str) -> str:

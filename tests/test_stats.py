@@ -10,8 +10,8 @@ import pytest
 from vllm_wsi.stats import (
     Interval,
     bootstrap_mean,
-    evidence_recall,
     gaussian_mutual_information,
+    key_patch_recall,
     mcnemar,
     paired_bootstrap,
     redundancy,
@@ -250,25 +250,25 @@ def test_redundancy_of_fewer_than_two_patches_is_nan():
         redundancy(np.ones(4))
 
 
-def test_evidence_recall_by_hand():
-    assert evidence_recall([1, 2, 3], [3, 9], k=3) == 0.5
-    assert evidence_recall([1, 2], range(100), k=2) == 1
-    assert evidence_recall([1, 2], range(1, 100), k=4) == 0.5
-    assert evidence_recall([], [1], k=4) == 0
-    assert math.isnan(evidence_recall([1], [], k=4))
+def test_key_patch_recall_by_hand():
+    assert key_patch_recall([1, 2, 3], [3, 9], k=3) == 0.5
+    assert key_patch_recall([1, 2], range(100), k=2) == 1
+    assert key_patch_recall([1, 2], range(1, 100), k=4) == 0.5
+    assert key_patch_recall([], [1], k=4) == 0
+    assert math.isnan(key_patch_recall([1], [], k=4))
 
 
 def test_row_errors():
     with pytest.raises(ValueError, match=r"kept_rows: found float64 \[1\]"):
-        evidence_recall([1.5], [1], k=1)
-    with pytest.raises(ValueError, match="evidence_rows: found -1, wanted at least 0"):
-        evidence_recall([1], [2, -1], k=1)
-    with pytest.raises(ValueError, match=r"evidence_rows: found bool \[2\]"):
-        evidence_recall([1], [True, False], k=1)
+        key_patch_recall([1.5], [1], k=1)
+    with pytest.raises(ValueError, match="key_patches: found -1, wanted at least 0"):
+        key_patch_recall([1], [2, -1], k=1)
+    with pytest.raises(ValueError, match=r"key_patches: found bool \[2\]"):
+        key_patch_recall([1], [True, False], k=1)
     with pytest.raises(ValueError, match="k: found 0"):
-        evidence_recall([], [1], k=0)
+        key_patch_recall([], [1], k=0)
     with pytest.raises(ValueError, match="found 3 rows, wanted at most k = 2"):
-        evidence_recall([1, 2, 3], [1], k=2)
+        key_patch_recall([1, 2, 3], [1], k=2)
 
 
 # ---- Mutual information

@@ -126,27 +126,27 @@ def redundancy(features: ArrayLike) -> float:
     return float((np.square(unit.sum(0)).sum() - np.square(unit).sum()) / (k * (k - 1)))
 
 
-def evidence_recall(kept_rows: ArrayLike, evidence_rows: ArrayLike, k: int) -> float:
-    """Share of the evidence that is kept, of what a budget of k patches could keep, in [0, 1].
+def key_patch_recall(kept_rows: ArrayLike, key_patches: ArrayLike, k: int) -> float:
+    """Share of the key patches that is kept, of what a budget of k patches could keep, in [0, 1].
 
-    |kept & evidence| / min(k, |evidence|): 1 where all k patches are evidence, though there may be more of it. NaN
-    without evidence.
+    |kept & key| / min(k, |key|): 1 where all k patches are key patches, though there may be more of them. NaN
+    without key patches.
 
     Args:
         kept_rows: [patches], integers from 0, at most k of them. Repeats count once.
-        evidence_rows: [patches], integers from 0: the rows that hold the answer.
+        key_patches: [patches], integers from 0: the rows that hold the answer.
         k: the budget in patches, at least 1.
 
     Raises:
         ValueError: rows that are not one-dimensional, not integers, or below 0, as padding is; k below 1; more than k
             rows kept.
     """
-    kept, evidence = _row_set("kept_rows", kept_rows), _row_set("evidence_rows", evidence_rows)
+    kept, key = _row_set("kept_rows", kept_rows), _row_set("key_patches", key_patches)
     if k < 1:
         raise ValueError(f"k: found {k}, wanted at least 1")
     if len(kept) > k:
         raise ValueError(f"kept_rows: found {len(kept)} rows, wanted at most k = {k}")
-    return len(kept & evidence) / min(k, len(evidence)) if evidence else math.nan
+    return len(kept & key) / min(k, len(key)) if key else math.nan
 
 
 def gaussian_mutual_information(
@@ -177,7 +177,7 @@ def gaussian_mutual_information(
 
     Returns:
         (information, noise) in nats: the corrected estimate, about 0 or a little below for independent sets, and the
-        95th percentile of the same for random pairings. An estimate up to the noise is not evidence of dependence.
+        95th percentile of the same for random pairings. An estimate up to the noise does not show dependence.
 
     Raises:
         ValueError: fewer slides than 4 * num_components, numbers of slides that differ, a set that is not

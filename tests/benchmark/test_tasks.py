@@ -10,9 +10,11 @@ import pytest
 
 from vllm_wsi.benchmark.slide_files import SlideFiles
 from vllm_wsi.benchmark.tasks import read_task, score, to_messages
-from vllm_wsi.questions.items import NoFeaturesError, QuestionError
-from vllm_wsi.slides import SlideError, write_features
-from vllm_wsi.slides.formats.dispatch import IMAGE_SUFFIXES
+from vllm_wsi.errors import SlideError
+from vllm_wsi.files import IMAGE_SUFFIXES
+from vllm_wsi.questions.finder import NoFeaturesError
+from vllm_wsi.questions.items import QuestionError
+from vllm_wsi.slides import write_features
 
 TCGA = "TCGA-A1-A0SB-01Z-00-DX1.B34C267B-CAAA-4AB6-AD5C-276C26F997A1"
 

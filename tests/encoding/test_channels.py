@@ -9,7 +9,8 @@ from PIL import Image
 
 from vllm_wsi.cli.app import main
 from vllm_wsi.encoding.image import open_image
-from vllm_wsi.slides import SlideError, open_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides import open_features
 
 from .slide_images import tissue_picture, write_ome_tiff, write_tiff
 

@@ -16,7 +16,8 @@ from vllm_wsi.encoding.encode_slide import EncodeSettings, encode_slide
 from vllm_wsi.encoding.image import open_image, read_scaled
 from vllm_wsi.encoding.patches import find_patches
 from vllm_wsi.encoding.qc import PATCH, TISSUE
-from vllm_wsi.slides import SlideError, open_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides import open_features
 
 from .slide_images import tissue_picture, write_ome_tiff, write_tiff
 

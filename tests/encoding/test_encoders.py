@@ -11,7 +11,8 @@ from transformers import ViTConfig, ViTModel
 from vllm_wsi.encoding.colour_texture import FEATURE_DIM, ColourTexture
 from vllm_wsi.encoding.encode_slide import EncodeSettings, encode_slide
 from vllm_wsi.encoding.encoders import load_encoder
-from vllm_wsi.slides import SlideError, open_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides import open_features
 
 from .slide_images import tissue_picture, write_tiff
 
@@ -105,7 +106,7 @@ def test_a_directory_that_holds_no_model_is_refused(tmp_path, config, sentence):
 
 HUB_CODE = """
 import sys
-from vllm_wsi.slides import SlideError
+from vllm_wsi.errors import SlideError
 from vllm_wsi.encoding.encoders import load_encoder
 try:
     load_encoder(sys.argv[1], "cpu")

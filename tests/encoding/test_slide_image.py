@@ -11,7 +11,7 @@ from openslide import OpenSlide
 from vllm_wsi.encoding import image as image_module
 from vllm_wsi.encoding.image import image_mpp, open_image, read_scaled, thumbnail
 from vllm_wsi.encoding.tiff_image import TiffImage
-from vllm_wsi.slides import SlideError
+from vllm_wsi.errors import SlideError
 
 from .slide_images import write_ome_tiff, write_tiff
 

@@ -8,7 +8,7 @@ from vllm_wsi.encoding.image import open_image
 from vllm_wsi.encoding.overview import Overview, read_overview, scanned_bounds
 from vllm_wsi.encoding.patches import covered, find_patches
 from vllm_wsi.encoding.tissue import find_tissue, is_dark_ground
-from vllm_wsi.slides import SlideError
+from vllm_wsi.errors import SlideError
 
 from .slide_images import write_ome_tiff, write_tiff
 

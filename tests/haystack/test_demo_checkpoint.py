@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
 from vllm_wsi.haystack.generator import HaystackWorld
-from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.baselines import make_policy
 from vllm_wsi.study.judge import judge, judge_blind, select_all, with_positions
@@ -21,14 +21,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def encoder():
-    return ChatEncoder(AutoTokenizer.from_pretrained(DEMO_CHECKPOINT))
+    return ChatRenderer(AutoTokenizer.from_pretrained(DEMO_CHECKPOINT))
 
 
 def test_it_is_small():
     assert sum(file.stat().st_size for file in DEMO_CHECKPOINT.iterdir()) < 10 << 20
 
 
-def test_the_kept_patches_of_slides_of_4000_answer_as_well_as_the_evidence_itself(model, encoder):
+def test_the_kept_patches_of_slides_of_4000_answer_as_well_as_the_key_patches_themselves(model, encoder):
     items = HaystackWorld().items("validation", 48, 4000)
     chosen = select_all(items, {"learned": model.selector()}, K)
     found = {name: judge(model, encoder, items, selections, K) for name, selections in chosen.items()}

@@ -1,4 +1,4 @@
-"""Haystack slides: the same from the same arguments, an answer that only the evidence tells, distractors that shout."""
+"""Haystack slides: equal arguments give equal slides; only the key patches tell the answer; distractors are loud."""
 
 from collections import Counter
 
@@ -32,7 +32,7 @@ def test_a_slide_of_any_length_can_be_made(n):
     assert coords.shape == (n, 2)
     assert len(np.unique(coords, axis=0)) == n
     assert coords.max() < int(slide.metadata()["width"])
-    assert len(slide.evidence_rows) == min(n, len(slide.evidence_rows)) >= min(n, 4)
+    assert len(slide.key_patches) == min(n, len(slide.key_patches)) >= min(n, 4)
     with slide.open() as opened:
         assert (opened.num_patches, opened.feature_dim, opened.name) == (n, 64, slide.name)
         assert np.array_equal(opened.read_rows(0, n), x)
@@ -43,7 +43,7 @@ def test_the_same_arguments_give_the_same_slide_bit_for_bit():
         one, other = (HaystackWorld(seed=4).slide("train", number, 777) for _ in range(2))
         assert one.features().tobytes() == other.features().tobytes()
         assert one.features().tobytes() == one.features().tobytes()
-        assert one.evidence_rows.tolist() == other.evidence_rows.tolist()
+        assert one.key_patches.tolist() == other.key_patches.tolist()
         assert (one.finding, one.name, one.item().turns) == (other.finding, other.name, other.item().turns)
 
 
@@ -51,7 +51,7 @@ def test_another_split_number_length_or_seed_gives_another_slide():
     slides = [WORLD.slide(split, number, n) for split in SPLITS for number in (0, 1, 2) for n in (300, 301)]
     slides.append(HaystackWorld(seed=1).slide("train", 0, 300))
     assert len({slide.features()[:300].tobytes() for slide in slides}) == len(slides)
-    assert len({tuple(slide.evidence_rows) for slide in slides}) == len(slides)
+    assert len({tuple(slide.key_patches) for slide in slides}) == len(slides)
     assert len({slide.name for slide in slides}) == len(slides)
 
 
@@ -66,10 +66,10 @@ def test_a_split_that_there_is_not_is_refused():
 
 
 @pytest.mark.parametrize("n", [12, 13, 100, 4096])
-def test_evidence_rows_are_distinct_ascending_and_4_to_12(n):
+def test_key_patches_are_distinct_ascending_and_4_to_12(n):
     counts = Counter()
     for number in range(60):
-        rows = WORLD.slide("train", number, n).evidence_rows
+        rows = WORLD.slide("train", number, n).key_patches
         assert (np.diff(rows) > 0).all()
         assert rows[0] >= 0
         assert rows[-1] < n
@@ -79,35 +79,35 @@ def test_evidence_rows_are_distinct_ascending_and_4_to_12(n):
     assert len(counts) >= 7
 
 
-@pytest.mark.parametrize("evidence", [(1, 1), (1, 12), (2, 3)])
-def test_a_world_may_ask_for_another_count_of_evidence(evidence):
-    world = HaystackWorld(evidence=evidence)
-    counts = {len(world.slide("train", number, 200).evidence_rows) for number in range(100)}
-    assert counts == set(range(evidence[0], evidence[1] + 1))
+@pytest.mark.parametrize("key_patches", [(1, 1), (1, 12), (2, 3)])
+def test_a_world_may_ask_for_another_count_of_key_patches(key_patches):
+    world = HaystackWorld(key_patches=key_patches)
+    counts = {len(world.slide("train", number, 200).key_patches) for number in range(100)}
+    assert counts == set(range(key_patches[0], key_patches[1] + 1))
 
 
-def test_evidence_patches_resemble_their_finding_and_no_other_patches_do():
-    right = wrong = evidence = others = 0
+def test_key_patches_resemble_their_finding_and_no_other_patches_do():
+    right = wrong = key = others = 0
     for number in range(30):
         slide = WORLD.slide("test", number, 512)
         first = WORLD.num_common
         kinds = nearest_types(slide, np.arange(512))
         of_finding = kinds == first + slide.finding
         of_other = (kinds >= first) & (kinds < first + len(FINDINGS)) & ~of_finding
-        right += of_finding[slide.evidence_rows].sum()
-        evidence += len(slide.evidence_rows)
-        elsewhere = np.delete(np.arange(512), slide.evidence_rows)
+        right += of_finding[slide.key_patches].sum()
+        key += len(slide.key_patches)
+        elsewhere = np.delete(np.arange(512), slide.key_patches)
         wrong += (of_finding | of_other)[elsewhere].sum()
         others += len(elsewhere)
-    assert right > 0.95 * evidence
+    assert right > 0.95 * key
     assert wrong < 0.01 * others
 
 
-def test_no_finding_stands_beside_the_evidence():
+def test_no_finding_stands_beside_the_key_patches():
     for number in range(100):
         slide = WORLD.slide("train", number, 128)
         rare = (slide._types >= WORLD.num_common) & (slide._types < WORLD.num_common + len(FINDINGS))
-        assert np.flatnonzero(rare).tolist() == slide.evidence_rows.tolist()
+        assert np.flatnonzero(rare).tolist() == slide.key_patches.tolist()
         assert set(slide._types[rare]) == {WORLD.num_common + slide.finding}
 
 
@@ -154,23 +154,23 @@ def test_the_letter_does_not_follow_from_the_finding():
 
 
 @pytest.mark.parametrize("n", [4096, 20_000])
-def test_the_loudest_patches_are_distractors_and_never_evidence(n):
+def test_the_loudest_patches_are_distractors_and_never_key_patches(n):
     for number in range(4):
         slide = WORLD.slide("test", number, n)
         norms = np.linalg.norm(slide.features(), axis=1)
         loudest = np.argsort(norms)[-32:]
-        assert not set(loudest) & set(slide.evidence_rows)
+        assert not set(loudest) & set(slide.key_patches)
         assert (slide._types[loudest] >= WORLD.num_common + len(FINDINGS)).all()
 
 
-def test_norms_do_not_give_the_evidence_away():
+def test_norms_do_not_give_the_key_patches_away():
     slides = [WORLD.slide("test", number, 1024) for number in range(20)]
-    evidence, common = [], []
+    key, common = [], []
     for slide in slides:
         norms = np.linalg.norm(slide.features(), axis=1)
-        evidence += norms[slide.evidence_rows].tolist()
+        key += norms[slide.key_patches].tolist()
         common += norms[slide._types < WORLD.num_common].tolist()
-    assert abs(np.mean(evidence) - np.mean(common)) < 0.3
+    assert abs(np.mean(key) - np.mean(common)) < 0.3
 
 
 def test_dense_distractors_are_near_copies_of_each_other():

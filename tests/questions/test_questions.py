@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_wsi.questions.items import MAX_PROBLEMS, SLIDE_MARK, FeaturePath, QuestionError, SlideItem, read_questions
-from vllm_wsi.slides import SlideError, write_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.questions.finder import FeaturePath
+from vllm_wsi.questions.items import MAX_PROBLEMS, SLIDE_MARK, QuestionError, SlideItem
+from vllm_wsi.questions.reader import read_questions
+from vllm_wsi.slides import write_features
 
 TCGA = "TCGA-A1-A0SB-01Z-00-DX1.B34C267B-CAAA-4AB6-AD5C-276C26F997A1"
 HEADER = "ID,Slide,Task,Question,A,B,C,D,Answer"

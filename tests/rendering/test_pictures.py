@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_wsi.rendering.pictures import CELL, LABEL, NONFINITE, colours, heat_map, heat_overlay, montage, png
+from vllm_wsi.encoding.png import png
+from vllm_wsi.rendering.geojson import KEPT_COLOUR
+from vllm_wsi.rendering.pictures import CELL, LABEL, NONFINITE, colours, heat_map, heat_overlay, montage
 from vllm_wsi.rendering.pictures import rank_normalise as ranks
-from vllm_wsi.slides.regions import KEPT_COLOUR, Level0Rects
+from vllm_wsi.slides.regions import Level0Rects
 
 LOW, HIGH = colours(np.array([0.0, 1.0])).tolist()
 

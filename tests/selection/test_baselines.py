@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.baselines import POLICIES, make_policy
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
-from vllm_wsi.slides import SlideError, features_in_memory, open_features, write_features
+from vllm_wsi.slides import features_in_memory, open_features, write_features
 
 D, K = 16, 8
 GEOMETRIC = ["top-norm", "k-means", "farthest-point", "mmr"]

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.kernels import score_topk
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
-from vllm_wsi.slides import SlideError, features_in_memory, open_features, write_features
+from vllm_wsi.slides import features_in_memory, open_features, write_features
 
 D = 96
 
@@ -125,11 +126,11 @@ def test_all_scores_and_places_are_kept_where_they_are_asked_for(weights, tmp_pa
     write_features(tmp_path / "a.safetensors", x, coords)
     selector = SlideSelector(weights, 32, chunk_rows=chunk_rows)
     with open_features(tmp_path / "a.safetensors") as slide:
-        plain, full = selector.select(slide), selector.select(slide, keep_every=True)
-    assert plain.every is None
-    assert torch.equal(full.every.scores[full.indices], plain.scores)
-    assert torch.isnan(full.every.scores).nonzero().tolist() == [[3]]
-    assert np.array_equal(full.every.coords, coords)
-    assert full.every_rect("a").tolist() == [[i * 256, 0, 256, 256] for i in range(40)]
-    assert np.array_equal(full.rects("a"), full.every_rect("a")[full.indices.numpy()])
+        plain, full = selector.select(slide), selector.select(slide, keep_all_scores=True)
+    assert plain.all_scores is None
+    assert torch.equal(full.all_scores[full.indices], plain.scores)
+    assert torch.isnan(full.all_scores).nonzero().tolist() == [[3]]
+    assert np.array_equal(full.all_coords, coords)
+    assert full.all_rects("a").tolist() == [[i * 256, 0, 256, 256] for i in range(40)]
+    assert np.array_equal(full.rects("a"), full.all_rects("a")[full.indices.numpy()])
     assert full.record()["patch_size"] == {"value": 256.0, "unit": "px", "source": "guess"}

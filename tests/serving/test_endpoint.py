@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vllm_wsi.rendering.pictures import INFERNO, write_png
+from vllm_wsi.encoding.png import write_png
+from vllm_wsi.rendering.pictures import INFERNO
 from vllm_wsi.serving.viewer.page import FOLDER
 from vllm_wsi.slides import open_features, write_features
 
@@ -87,7 +88,7 @@ def close(found: np.ndarray, wanted: tuple[int, ...]) -> bool:
 
 def test_a_selection_comes_with_its_rectangles(http, grid):
     found = http.post("select", json={"url": grid}).json()
-    assert found["num_kept"] == 32
+    assert found["num_selected"] == 32
     assert found["rects"] == [[x, y, CELL, CELL] for x, y in found["coords"]]
     assert (found["extent_px"], found["encoder"]) == ([2000, 1600], "test@1")
     assert "rects_missing" not in found
@@ -96,7 +97,7 @@ def test_a_selection_comes_with_its_rectangles(http, grid):
 def test_a_selection_without_places_says_so_and_has_no_geojson(http, media):
     url = (media / "deep" / "no-places.npy").as_uri()
     found = http.post("select", json={"url": url}).json()
-    assert (found["num_kept"], found["rects"]) == (32, None)
+    assert (found["num_selected"], found["rects"]) == (32, None)
     assert found["rects_missing"].startswith("no-places.npy: coords: found none")
     for answer in (
         http.post("select", params={"format": "geojson"}, json={"url": url}),
@@ -367,7 +368,7 @@ def test_a_broken_image_takes_nothing_but_itself_away(http, media):
     found = http.get("slide", params={"url": url}).json()
     assert (found["has_image"], found["tiles"], found["num_patches"]) == (False, None, 10)
     assert found["remarks"][0].startswith("broken.svs: found")
-    assert http.post("select", json={"url": url}).json()["num_kept"] == 10
+    assert http.post("select", json={"url": url}).json()["num_selected"] == 10
 
 
 def test_pixels_that_turn_out_damaged_are_refused_and_a_mended_image_is_read_anew(http, media):

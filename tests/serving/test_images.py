@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.serving.viewer import slide_folder
 from vllm_wsi.serving.viewer.images import MAX_READ_PX, ImagePool, deep_zoom, read_px, tile
 from vllm_wsi.serving.viewer.slide_folder import image_of, list_slides
-from vllm_wsi.slides import SlideError
 
 from .grid_slides import make_grid_image, make_grid_slide
 

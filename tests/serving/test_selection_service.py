@@ -9,10 +9,11 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.serving.service import SelectionService, SlideRequest, finished
-from vllm_wsi.slides import SlideError, SlideIdentity, features_in_memory, open_features
+from vllm_wsi.slides import SlideIdentity, features_in_memory, open_features
 from vllm_wsi.slides.formats.rows import RawRows
 
 from .conftest import D, make_slide
@@ -26,11 +27,11 @@ class CountingSelector(SlideSelector):
     runs = 0
     hold: threading.Event | None = None
 
-    def select(self, slide, k=None, keep_every=False):
+    def select(self, slide, k=None, keep_all_scores=False):
         self.runs += 1
         if self.hold is not None:
             assert self.hold.wait(WAIT)
-        return super().select(slide, k, keep_every)
+        return super().select(slide, k, keep_all_scores)
 
 
 @pytest.fixture
@@ -99,8 +100,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_not_remembered(serv
     path = make_slide(tmp_path / "a.safetensors", 100)
     select = CountingSelector.select
 
-    def and_touch(self, slide, k=None, keep_every=False):
-        selection = select(self, slide, k, keep_every)
+    def and_touch(self, slide, k=None, keep_all_scores=False):
+        selection = select(self, slide, k, keep_all_scores)
         os.utime(path, ns=(time.time_ns(), time.time_ns()))
         return selection
 

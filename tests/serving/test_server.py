@@ -170,7 +170,7 @@ def test_k_of_the_url_keeps_that_many(server, client, media):
     url = (media / "a.safetensors").as_uri()
     used = {k: ask(client, f"{url}#k={k}").usage.prompt_tokens for k in (1, 32, 64)}
     assert (used[32] - used[1], used[64] - used[32]) == (31, 32)
-    assert select(server, {"url": f"{url}#k=7"}).json()["num_kept"] == 7
+    assert select(server, {"url": f"{url}#k=7"}).json()["num_selected"] == 7
 
 
 @pytest.mark.parametrize("fragment", ["k=0", "k=257", "k=-1", "k=many", "k=", "size=3", "nonsense"])
@@ -348,11 +348,11 @@ def test_the_endpoint_tells_the_patches_that_the_model_was_given(server, client,
     url = (media / "b.safetensors").as_uri()
     ask(client, url)
     counters = Counters(server)
-    evidence = select(server, {"url": url}).json()
+    selection = select(server, {"url": url}).json()
     assert counters["selections"] == 0
     with open_features(media / "b.safetensors") as slide:
         record = load_selector(server.model).select(slide).record()
-    assert {key: evidence[key] for key in record} == record
+    assert {key: selection[key] for key in record} == record
 
 
 def test_the_endpoint_refuses_unknown_fields(server, media):

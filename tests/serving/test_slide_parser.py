@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.serving.service import SelectionService
 from vllm_wsi.serving.slide_parser import SlideItems, SlideParser
-from vllm_wsi.slides import SlideError, open_features
+from vllm_wsi.slides import open_features
 from vllm_wsi.slides.encoder_names import EncoderCheck
 
 from .conftest import D, make_slide

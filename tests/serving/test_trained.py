@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
 from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld
 from vllm_wsi.model.answering import choose
-from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.slides import open_features
@@ -55,7 +55,7 @@ def trained(untrained, tmp_path_factory):
 def accuracy(checkpoint) -> tuple[float, float]:
     """Of the learned selection, and blind."""
     model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).eval()
-    encoder = ChatEncoder(AutoTokenizer.from_pretrained(checkpoint))
+    encoder = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
     items = HaystackWorld().items("test", 96, 1000)
     chosen = select_all(items, {"learned": model.selector()}, 32)["learned"]
     return judge(model, encoder, items, chosen, 32).correct.mean(), judge_blind(model, encoder, items).mean()
@@ -75,7 +75,7 @@ def test_the_trained_checkpoint_answers_the_same_in_vllm_and_in_transformers(tra
     slides = [HaystackWorld().slide("test", number, 3000) for number in range(8)]
     paths = [slide.write(tmp_path / f"{slide.name}.safetensors") for slide in slides]
     model = SparseWSIForConditionalGeneration.from_pretrained(trained).eval()
-    encoder = ChatEncoder(AutoTokenizer.from_pretrained(trained))
+    encoder = ChatRenderer(AutoTokenizer.from_pretrained(trained))
     llm = start_engine(trained, tmp_path)
     right = 0
     for slide, path in zip(slides, paths, strict=True):

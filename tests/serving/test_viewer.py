@@ -16,7 +16,7 @@ import openai
 import pytest
 from PIL import Image
 
-from vllm_wsi.rendering.pictures import write_png
+from vllm_wsi.encoding.png import write_png
 from vllm_wsi.slides import open_features
 
 from .conftest import KEY, make_slide, slide_message
@@ -118,7 +118,7 @@ def screenshot(page, name, tmp_path, **options) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB")).astype(int)
 
 
-def evidence(page, url):
+def shown_patches(page, url):
     """What `POST /v1/wsi/select` answers; [(rank, score, rect)], best first."""
     answer = page.request.post(
         page.url.split("/wsi/")[0] + "/v1/wsi/select", data={"url": url}, headers={"Authorization": f"Bearer {KEY}"}
@@ -139,7 +139,7 @@ def check_outlines(page, url, width, height):
     scale, left, top = home_scale(page, width, height)
     canvas = page.locator("#slide .openseadragon-canvas").bounding_box()
     corner = np.array([canvas["x"], canvas["y"]])
-    for rank, score, (x, y, w, h) in evidence(page, url):
+    for rank, score, (x, y, w, h) in shown_patches(page, url):
         name = f"Kept patch, rank {rank}, score {score:.3f}"
         outline = page.get_by_role("button", name=name, exact=True)
         box = outline.locator("rect.line").evaluate(
@@ -165,7 +165,7 @@ def test_outlines_lie_on_the_pixels_of_their_patches(new_page, server, media, tm
     check_outlines(page, path.as_uri(), 2000, 1600)
     picture = screenshot(page, "grid", tmp_path)
     scale, left, top = home_scale(page, 2000, 1600)
-    for _, _, (x, y, w, h) in evidence(page, path.as_uri()):
+    for _, _, (x, y, w, h) in shown_patches(page, path.as_uri()):
         inside = picture[round(top + (y + h / 2) * scale), round(left + (x + w / 2) * scale)]
         wanted = grid_colour(int(x) // CELL - 1, int(y) // CELL - 1)
         assert np.abs(inside - wanted).max() <= 8
@@ -180,7 +180,7 @@ def test_the_heat_map_is_drawn_as_strongly_as_the_slider_says(new_page, server, 
     page = new_page()
     show(page, server, path)
     scale, left, top = home_scale(page, 2000, 1600)
-    (_, _, (x, y, w, h)), *_ = evidence(page, path.as_uri())
+    (_, _, (x, y, w, h)), *_ = shown_patches(page, path.as_uri())
     at = round(top + (y + h / 2) * scale), round(left + (x + w / 2) * scale)
     colours = {}
     for percent in (0, 50, 100):
@@ -274,7 +274,7 @@ def test_a_patch_that_is_clicked_comes_to_the_middle(new_page, server, media):
     path = media / "grid.safetensors"
     page = new_page()
     show(page, server, path)
-    patches = evidence(page, path.as_uri())
+    patches = shown_patches(page, path.as_uri())
     scale, left, top = home_scale(page, 2000, 1600)
     x, y, w, h = patches[4][2]
     page.mouse.click(left + (x + w / 2) * scale, top + (y + h / 2) * scale)
@@ -330,7 +330,7 @@ def test_the_keyboard_alone_is_enough(new_page, server, media, tmp_path):
     assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("Kept patch, rank 3,")
     page.keyboard.press("Enter")
     settle(page)
-    x, y, w, h = evidence(page, (media / "grid.safetensors").as_uri())[2][2]
+    x, y, w, h = shown_patches(page, (media / "grid.safetensors").as_uri())[2][2]
     assert np.abs(np.array(centre(page)) - [x + w / 2, y + h / 2]).max() < 1
     tab_to("#heat")
     page.keyboard.press("ArrowRight")

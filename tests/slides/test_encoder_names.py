@@ -5,9 +5,10 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.scorer import PatchScorer
 from vllm_wsi.selection.selector import SlideSelector, frozen_scorer
-from vllm_wsi.slides import SlideError, features_in_memory
+from vllm_wsi.slides import features_in_memory
 from vllm_wsi.slides.encoder_names import EncoderCheck, compare_encoders, recorded_encoder
 
 # Each row is one network, as TRIDENT, STAMP, CLAM, lazyslide, AtlasPatch and the hub name it.

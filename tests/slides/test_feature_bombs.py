@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_wsi.slides import SlideError, open_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides import open_features
 
 
 def h5(path: Path, **datasets) -> Path:

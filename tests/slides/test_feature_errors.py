@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_wsi.slides import SlideError, features_in_memory, open_features, write_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides import features_in_memory, open_features, write_features
 
 from . import feature_stores as stores
 

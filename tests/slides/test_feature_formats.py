@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 import zarr
 
-from vllm_wsi.slides import FeatureFile, SlideError, open_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides import FeatureFile, open_features
 from vllm_wsi.slides.formats.rows import RawRows
 
 from . import feature_stores as stores

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_wsi.slides import SlideError, open_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides import open_features
 
 FEATURES = np.random.default_rng(3).standard_normal((9, 8)).astype(np.float32)
 

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
 from vllm_wsi.model.checkpoint import load_selector
-from vllm_wsi.slides import SlideError, SlideIdentity, open_features
+from vllm_wsi.slides import SlideIdentity, open_features
 
 from . import feature_stores as stores
 

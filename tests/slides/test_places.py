@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vllm_wsi.slides import SlideError, open_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides import open_features
 from vllm_wsi.slides.places import (
     Origin,
     PatchSize,

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from vllm_wsi.slides import SlideError
+from vllm_wsi.errors import SlideError
+from vllm_wsi.rendering.geojson import geojson
 from vllm_wsi.slides.places import Origin, PatchSize, patch_size
-from vllm_wsi.slides.regions import extent, geojson, level0_rects, said_size
+from vllm_wsi.slides.regions import extent, level0_rects, said_size
 from vllm_wsi.slides.units import Unit, positive_number
 
 GRID = np.array([[x, y] for y in (0, 512, 1024) for x in (0, 512, 1536)])

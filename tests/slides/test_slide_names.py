@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import zarr
 
-from vllm_wsi.questions.items import FeatureFinder, NoFeaturesError
+from vllm_wsi.errors import SlideError
+from vllm_wsi.questions.finder import FeatureFinder, NoFeaturesError
 from vllm_wsi.serving.viewer.slide_folder import image_of, list_slides
-from vllm_wsi.slides import SlideError
 
 SLIDECHAT = "0,1,2,patch_name\n0.5,0.5,0.5,0_0.png\n"
 NAMED_ALIKE = [

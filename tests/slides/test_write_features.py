@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from vllm_wsi.slides import SlideError, SlideIdentity, features_in_memory, open_features, write_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides import SlideIdentity, features_in_memory, open_features, write_features
 
 N, D = 9, 8
 FEATURES = np.random.default_rng(5).standard_normal((N, D))

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 from vllm_wsi.cli.app import main
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
 from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld, groups_of_length
-from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
-from vllm_wsi.questions.items import SLIDE_MARK, FeaturePath, multiple_choice
+from vllm_wsi.questions.finder import FeaturePath
+from vllm_wsi.questions.items import SLIDE_MARK, multiple_choice
 from vllm_wsi.study import ablations, run_study, soft
 from vllm_wsi.study.ablations import ARMS, SWITCHES, run_ablations
 from vllm_wsi.study.study import LEARNED, POLICY_NAMES, Study, by_length
@@ -59,7 +60,7 @@ def test_learned_beats_the_blind_answer_and_its_own_difference_is_zero(out):
     assert float(learned["low"]) <= float(learned["accuracy"]) <= float(learned["high"])
 
 
-def test_more_patches_hold_more_of_the_evidence_and_all_of_them_hold_it_all(out):
+def test_more_patches_hold_more_of_the_key_patches_and_all_of_them_hold_it_all(out):
     rows = [row for row in rows_of(out / "k_sweep.csv") if row["length"] == "100"]
     assert [int(row["k"]) for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert float(rows[-1]["recall"]) == 1
@@ -118,7 +119,7 @@ def tiny_recipe(feature_dim=16, **sparselearn):
         "stages": [
             stage | {"name": "a", "train": ["decoder"], "learning_rate": {"decoder": 1e-3}},
             stage
-            | {"name": "b", "train": ["scorer", "projector"], "sparselearn": {"num_kept": 4, **sparselearn}}
+            | {"name": "b", "train": ["scorer", "projector"], "sparselearn": {"num_slide_tokens": 4, **sparselearn}}
             | {"learning_rate": {"scorer": 1e-2, "denoiser": 1e-2, "projector": 1e-2}},
         ],
     }
@@ -141,18 +142,18 @@ def question_files(path, lengths, world, break_slide=lambda x: x):
 
 
 def test_every_arm_is_trained_from_the_same_start_for_every_seed(tmp_path):
-    settings = TrainSettings.model_validate(tiny_recipe(tau_start=1.0, kept_fraction=0.3))
+    settings = TrainSettings.model_validate(tiny_recipe(tau_start=1.0, k_fraction=0.3))
     groups = groups_of_length("50:4", HaystackWorld(feature_dim=16))
     rows = list(run_ablations(settings, groups, GENERATORS, [1, 2], tmp_path / "work"))
     assert [(row["seed"], row["arm"]) for row in rows] == [(seed, arm) for seed in (1, 2) for arm in ARMS]
     assert all(0 <= row[name] <= 1 for row in rows for name in ("accuracy", "soft_accuracy"))
     assert all(row["soft_questions"] == 4 and row["hard_accuracy_of_the_same"] == row["accuracy"] for row in rows)
-    assert all(np.isfinite(row["evidence_recall"]) for row in rows)
+    assert all(np.isfinite(row["key_patch_recall"]) for row in rows)
     assert [path.name for path in (tmp_path / "work").iterdir() if path.name.startswith("tmp")] == []
 
 
 def test_an_arm_changes_its_switches_and_nothing_else_of_the_recipe(tmp_path, monkeypatch):
-    recipe = tiny_recipe(tau_start=1.0, tau_end=0.2, tau_fraction=0.5, kept_start=30, kept_fraction=0.3, gate="scale")
+    recipe = tiny_recipe(tau_start=1.0, tau_end=0.2, tau_fraction=0.5, k_start=30, k_fraction=0.3, gate="scale")
     settings = TrainSettings.model_validate(recipe)
     seen, run = [], ablations.run_stage
 
@@ -171,8 +172,8 @@ def test_an_arm_changes_its_switches_and_nothing_else_of_the_recipe(tmp_path, mo
 
 def test_the_soft_path_is_judged_through_its_own_denoiser_at_the_k_that_is_served(monkeypatch):
     model = SparseWSIForConditionalGeneration.from_pretrained(DEMO_CHECKPOINT).eval()
-    encoder = ChatEncoder(AutoTokenizer.from_pretrained(DEMO_CHECKPOINT))
-    gate = SparseLearn(64, SparseLearnSettings(kept_end=8))
+    encoder = ChatRenderer(AutoTokenizer.from_pretrained(DEMO_CHECKPOINT))
+    gate = SparseLearn(64, SparseLearnSettings(k_end=8))
     torch.nn.init.normal_(gate.denoiser.down.weight)
     before = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
     seen = []
@@ -185,7 +186,7 @@ def test_the_soft_path_is_judged_through_its_own_denoiser_at_the_k_that_is_serve
     monkeypatch.setattr(soft, "SparseLearnModel", Noted)
     found = soft.judge_soft(model, encoder, HaystackWorld().items("test", 2, 300), gate)
     assert len(found.correct) == len(seen) == 2
-    assert (int(seen[0].num_kept), float(seen[0].tau)) == (32, pytest.approx(0.1))
+    assert (int(seen[0].num_slide_tokens), float(seen[0].tau)) == (32, pytest.approx(0.1))
     assert torch.equal(seen[0].denoiser.down.weight, gate.denoiser.down.weight)
     assert all(torch.equal(tensor, before[name]) for name, tensor in gate.state_dict().items())
 
@@ -232,9 +233,9 @@ def test_the_picture_shows_finite_patches_as_the_file_means_them(tmp_path, monke
     drawn = []
     monkeypatch.setattr(run_study, "draw_umap", lambda path, *arguments: drawn.append(arguments))
     run_study._draw_kept(study, study.groups, tmp_path)
-    ((features, kept, evidence, _),) = drawn
+    ((features, kept, key, _),) = drawn
     assert features.shape == (148, 64)
     assert np.isfinite(features).all()
     selection = study.judged["all", LEARNED].selections[0][0]
     assert np.array_equal(features[kept], selection.features.float().numpy())
-    assert evidence is None
+    assert key is None

@@ -7,14 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.model.answering import choose
-from vllm_wsi.model.chat_renderer import IGNORED, ChatEncoder
+from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN
 from vllm_wsi.model.init_checkpoint import TURN_END, byte_tokenizer, new_model
-from vllm_wsi.questions.items import FeaturePath, QuestionError, SlideItem, multiple_choice
+from vllm_wsi.questions.finder import FeaturePath
+from vllm_wsi.questions.items import QuestionError, SlideItem, multiple_choice
 from vllm_wsi.selection.positions import SlideSpan, prompt_positions
 from vllm_wsi.selection.selector import Selection
-from vllm_wsi.slides import FeatureFile, SlideError, features_in_memory, write_features
+from vllm_wsi.slides import FeatureFile, features_in_memory, write_features
 from vllm_wsi.training.dataset import SlideDataset, TrainingItem, TrainingSlide, collate, spread
 from vllm_wsi.training.model import SparseLearnModel
 
@@ -44,25 +46,25 @@ class Slide:
         return features_in_memory(self.x, self.name)
 
 
-def encoder(template: str | None = None) -> ChatEncoder:
+def encoder(template: str | None = None) -> ChatRenderer:
     tokenizer = byte_tokenizer()
     if template is not None:
         tokenizer.chat_template = template
-    return ChatEncoder(tokenizer)
+    return ChatRenderer(tokenizer)
 
 
 def talk(*said: str, slides: tuple = (), where: str = "talk.json, item 3") -> SlideItem:
     return SlideItem(where, slides, tuple(zip(said[::2], said[1::2], strict=True)))
 
 
-def ids_of(chat: ChatEncoder, text: str) -> list[int]:
+def ids_of(chat: ChatRenderer, text: str) -> list[int]:
     return chat.tokenizer.encode(text, add_special_tokens=False)
 
 
 @pytest.fixture(scope="module")
 def checkpoint():
     model, tokenizer = new_model(D, hidden_size=64, scorer_hidden_size=16, max_position_embeddings=2048)
-    return model.eval(), ChatEncoder(tokenizer)
+    return model.eval(), ChatRenderer(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_a_tokenizer_without_a_template_or_a_slide_token_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="found no chat template"):
-        ChatEncoder(tokenizer)
+        ChatRenderer(tokenizer)
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -139,13 +141,13 @@ def test_a_tokenizer_without_a_template_or_a_slide_token_is_refused():
     plain = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     with pytest.raises(ValueError, match=r"found <\|slide\|> as \[.*\], wanted one special token"):
-        ChatEncoder(PreTrainedTokenizerFast(tokenizer_object=plain, chat_template=QWEN_STYLE))
+        ChatRenderer(PreTrainedTokenizerFast(tokenizer_object=plain, chat_template=QWEN_STYLE))
 
 
 def test_letters_are_the_tokens_that_their_answers_begin_with():
     for texts in ([], ["assistant\nA. Apple\nB. Bee B C D"] * 9):
         tokenizer = byte_tokenizer(texts)
-        chat = ChatEncoder(tokenizer)
+        chat = ChatRenderer(tokenizer)
         for letter, token in zip("ABCD", chat.letter_ids("ABCD"), strict=True):
             ids, labels = chat.conversation(talk("<image>\nWhich?", letter))
             assert [ids[i] for i, label in enumerate(labels) if label != IGNORED] == [token, tokenizer.eos_token_id]
@@ -258,7 +260,7 @@ def test_an_item_is_the_same_for_the_same_seed_and_another_for_another(checkpoin
     assert len({*places[0], *places[2]}) == 6
 
 
-def bare(chat: ChatEncoder, n: int, *said: str, budget: int = 1000, **slide) -> TrainingItem:
+def bare(chat: ChatRenderer, n: int, *said: str, budget: int = 1000, **slide) -> TrainingItem:
     return TrainingItem([training_slide(n, **slide)], *chat.conversation(talk(*said)), budget)
 
 
@@ -336,7 +338,7 @@ def test_the_loss_over_all_patches_is_that_of_the_served_prompts(mode, capped):
     model, tokenizer = new_model(
         D, hidden_size=64, scorer_hidden_size=16, max_position_embeddings=512, max_slide_positions=60, position_ids=mode
     )
-    chat = ChatEncoder(tokenizer)
+    chat = ChatRenderer(tokenizer)
     items = [
         talk("<image>\nWhat is it?", "B", slides=(Slide(41),)),
         talk("<image>\nWhat is it?", "A tumour.", "Which?", "Breast.", slides=(Slide(1),)),

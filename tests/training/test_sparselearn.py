@@ -38,8 +38,8 @@ def make(feature_dim: int = D, tau: float = 0.5, k: int = K, **settings) -> Spar
     """With k and tau as they are at the end."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        made = SparseLearn(feature_dim, SparseLearnSettings(num_kept=k, **{"denoiser": "none", **settings}))
-    made.num_kept.fill_(k)
+        made = SparseLearn(feature_dim, SparseLearnSettings(num_slide_tokens=k, **{"denoiser": "none", **settings}))
+    made.num_slide_tokens.fill_(k)
     made.tau.fill_(tau)
     return made
 
@@ -319,45 +319,45 @@ def test_tau_falls_on_a_cosine_and_stays():
 
 
 def test_k_falls_geometrically_and_stays():
-    settings = SparseLearnSettings(num_kept=32, kept_start=256, kept_fraction=0.6)
-    kept = [settings.kept(step / 1000) for step in range(1001)]
+    settings = SparseLearnSettings(num_slide_tokens=32, k_start=256, k_fraction=0.6)
+    kept = [settings.k(step / 1000) for step in range(1001)]
     assert kept[0] == 256
     assert kept[200] in (127, 128)  # rounded down, as the power falls
     assert kept[400] in (63, 64)
     assert kept[600:] == [32] * 401
     assert all(later <= earlier for earlier, later in pairwise(kept))
     assert all(type(k) is int for k in kept)
-    assert SparseLearnSettings(kept_fraction=0.0).kept(0.0) == 32
+    assert SparseLearnSettings(k_fraction=0.0).k(0.0) == 32
 
 
 @pytest.mark.parametrize(("start", "end"), [(257, 31), (100, 7), (33, 32), (1000, 1)])
 def test_k_of_any_ends_never_falls_below_the_last(start, end):
-    kept = [SparseLearnSettings(num_kept=end, kept_start=start).kept(step / 777) for step in range(778)]
+    kept = [SparseLearnSettings(num_slide_tokens=end, k_start=start).k(step / 777) for step in range(778)]
     assert (kept[0], kept[-1], min(kept)) == (start, end, end)
 
 
 @pytest.mark.parametrize("start", [1, 31, 32])
 def test_k_is_constant_where_it_starts_no_higher_than_it_ends(start):
-    settings = SparseLearnSettings(num_kept=32, kept_start=start)
-    assert {settings.kept(step / 50) for step in range(51)} == {32}
+    settings = SparseLearnSettings(num_slide_tokens=32, k_start=start)
+    assert {settings.k(step / 50) for step in range(51)} == {32}
 
 
 def test_tau_and_k_travel_in_the_state_dict():
     module = SparseLearn(D, SparseLearnSettings())
-    assert (float(module.tau), int(module.num_kept)) == (2.0, 256)
+    assert (float(module.tau), int(module.num_slide_tokens)) == (2.0, 256)
     module.set_progress(0.4)
     state = module.state_dict()
     resumed = SparseLearn(D, SparseLearnSettings())
     resumed.load_state_dict(state)
     assert float(resumed.tau) == pytest.approx(1.05)
-    assert int(resumed.num_kept) == int(module.num_kept) < 128
-    assert not {"tau", "num_kept"} & {name for name, _ in resumed.named_parameters()}
+    assert int(resumed.num_slide_tokens) == int(module.num_slide_tokens) < 128
+    assert not {"tau", "num_slide_tokens"} & {name for name, _ in resumed.named_parameters()}
 
 
 def test_a_denoiser_goes_on_from_one_of_its_own_kind_alone():
     trained = SparseLearn(D, SparseLearnSettings())
     randomised(trained.denoiser)
-    again = SparseLearn(D, SparseLearnSettings(num_kept=9), trained)
+    again = SparseLearn(D, SparseLearnSettings(num_slide_tokens=9), trained)
     for one, other in zip(trained.denoiser.parameters(), again.denoiser.parameters(), strict=True):
         assert torch.equal(one, other)
         assert one is not other

@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import vllm_wsi.training.train as training
 from vllm_wsi.cli.app import main
+from vllm_wsi.errors import SlideError
 from vllm_wsi.haystack.generator import GENERATORS
 from vllm_wsi.model.answering import choose
-from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN
 from vllm_wsi.model.init_checkpoint import init_checkpoint, new_model
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import QuestionError
-from vllm_wsi.slides import SlideError, write_features
+from vllm_wsi.slides import write_features
 from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.settings import TrainSettings, load_settings
 from vllm_wsi.training.sparselearn import SparseLearn
@@ -31,7 +32,7 @@ from vllm_wsi.training.train import train
 from vllm_wsi.training.trainer import LOG_COLUMNS, WEIGHTS, ScheduleCallback
 
 D = 16
-GATE = {"num_kept": 4, "kept_start": 8}
+GATE = {"num_slide_tokens": 4, "k_start": 8}
 
 
 def haystack_stage(**changes):
@@ -84,7 +85,12 @@ def test_the_log_follows_the_schedules(tmp_path):
     assert tuple(rows[0]) == LOG_COLUMNS
     assert [int(row["step"]) for row in rows] == [5, 10, 15, 20]
     assert [float(row["tau"]) for row in rows] == sorted((float(row["tau"]) for row in rows), reverse=True)
-    assert [int(row["num_kept"]) for row in rows] == [6, 4, 4, 4]  # int(8 * 2 ** -min(1, done / 12)) after 4, 9, ...
+    assert [int(row["num_slide_tokens"]) for row in rows] == [
+        6,
+        4,
+        4,
+        4,
+    ]  # int(8 * 2 ** -min(1, done / 12)) after 4, 9, ...
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch):
@@ -218,7 +224,7 @@ def test_what_a_checkpoint_runs_knows_nothing_of_the_gate(whole_run, monkeypatch
         raise AssertionError("the soft path ran")
 
     model = SparseWSIForConditionalGeneration.from_pretrained(whole_run).eval()
-    encoder = ChatEncoder(AutoTokenizer.from_pretrained(whole_run))
+    encoder = ChatRenderer(AutoTokenizer.from_pretrained(whole_run))
     item = GENERATORS["haystack"]("test", 1, 200, feature_dim=D)[0]
     monkeypatch.setattr(SparseLearn, "forward", never)
     monkeypatch.setattr(SparseLearnModel, "tail_logits", never)

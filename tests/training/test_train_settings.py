@@ -14,7 +14,7 @@ STAGE = {
     "name": "scorer",
     "data": {"questions": ["q/train.json", "q/more.csv"], "features": "../features"},
     "train": ["scorer", "projector"],
-    "sparselearn": {"num_kept": 16, "gate": "scale", "denoiser": "none"},
+    "sparselearn": {"num_slide_tokens": 16, "gate": "scale", "denoiser": "none"},
     "steps": 140,
     "batch_size": 16,
     "learning_rate": {"scorer": 2e-3, "projector": 1e-3},
@@ -51,7 +51,7 @@ def test_a_good_file_gives_its_settings_and_the_defaults(tmp_path):
     settings = load_settings(write(tmp_path, GOOD))
     (stage,) = settings.stages
     assert (settings.seed, settings.model.checkpoint, settings.report_to) == (3, "somebody/model", [])
-    assert stage.sparselearn == SparseLearnSettings(num_kept=16, gate="scale", denoiser="none")
+    assert stage.sparselearn == SparseLearnSettings(num_slide_tokens=16, gate="scale", denoiser="none")
     assert stage.learning_rate == {"scorer": 2e-3, "projector": 1e-3}
     assert (stage.train, stage.steps, stage.batch_size) == (["scorer", "projector"], 140, 16)
     assert (stage.data.max_patches, stage.data.stretch_positions, stage.data.mix_positions) == (4096, 0, False)
@@ -122,11 +122,15 @@ def test_a_stage_may_train_by_lora_or_the_denoiser_alone(tmp_path):
         ("stages.0.train", "scorer", "stages.0.train: Input should be a valid list"),
         ("stages.0.learning_rate", {}, "learning_rate: found none for projector, scorer, wanted one for each part"),
         ("stages.0.learning_rate.gate", 1.0, "stages.0.learning_rate.gate"),
-        ("stages.0.sparselearn", {"num_kept": 8}, "learning_rate: found none for denoiser"),
+        ("stages.0.sparselearn", {"num_slide_tokens": 8}, "learning_rate: found none for denoiser"),
         ("stages.0.sparselearn", None, "stages.0: Value error, found a scorer to train without sparselearn"),
         ("stages.0.sparselearn.gate", "sum", "stages.0.sparselearn.gate: Input should be 'noise', 'scale' or 'none'"),
         ("stages.0.sparselearn.relaxation", "softmax", "stages.0.sparselearn.relaxation: Input should be"),
-        ("stages.0.sparselearn.num_kept", 2.5, "stages.0.sparselearn.num_kept: Input should be a valid integer"),
+        (
+            "stages.0.sparselearn.num_slide_tokens",
+            2.5,
+            "stages.0.sparselearn.num_slide_tokens: Input should be a valid integer",
+        ),
         ("stages.0.lora", {"r": 4}, "learning_rate: found none for lora"),
         ("stages.0.steps", 0, "stages.0.steps: Input should be greater than or equal to 1"),
         ("stages.0.steps", None, "stages.0.steps: Field required"),

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_wsi.slides import SlideError
+from vllm_wsi.errors import SlideError
 
 from .ask_endpoint import needs_structure, read_answer, request_body
 from .runner import Arm, Evaluation, answer_row, error_row, missing_row

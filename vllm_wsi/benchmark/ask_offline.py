@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_wsi.slides import SlideError
+from vllm_wsi.errors import SlideError
 
 from .ask_endpoint import needs_structure, read_answer, request_body
 from .runner import Evaluation, Progress, answer_row, error_row, missing_row

@@ -16,7 +16,7 @@ from typing import get_args
 import openai
 
 from vllm_wsi import __version__
-from vllm_wsi.slides import SlideError
+from vllm_wsi.errors import SlideError
 
 from .ask_endpoint import FATAL, Answer, Endpoint, Mode
 from .results import ResultsFile, Row

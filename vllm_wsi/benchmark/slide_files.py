@@ -17,8 +17,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from vllm_wsi.questions.items import FeatureFinder, NoFeaturesError
-from vllm_wsi.slides import SlideError, SlideIdentity, open_features, write_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.questions.finder import FeatureFinder, NoFeaturesError
+from vllm_wsi.slides import SlideIdentity, open_features, write_features
 
 RULES = ("random-32", "uniform-32")
 KEPT = 32

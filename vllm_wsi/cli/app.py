@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     select.set_defaults(run=_select)
 
-    demo = commands.add_parser("demo", help="a slide, a real server, an answer with its evidence")
+    demo = commands.add_parser("demo", help="a slide, a real server, an answer and the patches behind it")
     demo.add_argument(
         "--slide",
         type=Path,
@@ -261,17 +261,17 @@ def _select(args: argparse.Namespace) -> int:
         from vllm_wsi.model.checkpoint import load_selector
 
         selector = load_selector(args.checkpoint, args.device, encoder_mismatch=args.encoder_mismatch)
-        selection = selector.select(slide, args.k, keep_every=args.heatmap is not None)
+        selection = selector.select(slide, args.k, keep_all_scores=args.heatmap is not None)
     said = Said(args.mpp, args.patch_size_level0, args.coord_unit, args.accept_guess)
     record = selection.record(str(args.file), said)
     if args.geojson or args.heatmap or args.montage:
-        from vllm_wsi.rendering.overlay import Evidence
+        from vllm_wsi.rendering.overlay import SelectionOverlay
 
-        with Evidence(selection, str(args.file), args.slide, said) as evidence:
+        with SelectionOverlay(selection, str(args.file), args.slide, said) as overlay:
             for write, path in (
-                (lambda path: evidence.write_geojson(path, args.geojson_origin == "bounds"), args.geojson),
-                (evidence.write_heatmap, args.heatmap),
-                (evidence.write_montage, args.montage),
+                (lambda path: overlay.write_geojson(path, args.geojson_origin == "bounds"), args.geojson),
+                (overlay.write_heatmap, args.heatmap),
+                (overlay.write_montage, args.montage),
             ):
                 if path is not None:
                     write(path)

@@ -1,4 +1,4 @@
-"""`vllm-wsi demo`: slides, a real server, the official client, answers with their evidence and stage times."""
+"""`vllm-wsi demo`: slides, a real server, the official client, answers, the patches behind them, and stage times."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
 from vllm_wsi.haystack.generator import HaystackSlide, HaystackWorld
 from vllm_wsi.model.checkpoint import load_selector
 from vllm_wsi.model.config import SparseWSIConfig
-from vllm_wsi.rendering.overlay import Evidence
+from vllm_wsi.rendering.overlay import SelectionOverlay
 from vllm_wsi.serving.server_process import VllmServer
-from vllm_wsi.slides import SlideError, SlideIdentity, open_features
+from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch, recorded_encoder
 from vllm_wsi.slides.formats.dispatch import is_image
 
@@ -84,7 +85,7 @@ def run_demo(
         question: instead of the demo's own.
         checkpoint: None: the trained demo checkpoint, or random weights where it does not fit the slide.
         encoder: of a slide image.
-        out: directory for the evidence.
+        out: directory for the pictures of the selection.
         encoder_mismatch: of the slide; the demo's own photograph is allowed it with the demo checkpoint, and says so.
         view: the server goes on, with its viewer, until it is interrupted.
     """
@@ -180,39 +181,39 @@ def _virtual_slide(work: Path) -> DemoSlide:
 
 
 def _show(server: VllmServer, slide: DemoSlide, checkpoint: Path, out: Path) -> None:
-    """Two questions, the evidence between them, and what each stage took."""
+    """Two questions, the selection between them, and what each stage took."""
     print(f"\nslide      {slide.features.name}: {slide.facts}")
     print(f"model      {checkpoint.name}")
     url = slide.features.as_uri()
     first = _ask(server, url, slide.questions[0], slide)
-    evidence = _post(f"{server.api}/wsi/select", {"url": url})
-    _print_evidence(evidence)
+    selection = _post(f"{server.api}/wsi/select", {"url": url})
+    _print_selection(selection)
     if slide.virtual is not None:
-        rows = slide.virtual.evidence_rows.tolist()
-        found = len(set(evidence["indices"]) & set(rows))
+        rows = slide.virtual.key_patches.tolist()
+        found = len(set(selection["indices"]) & set(rows))
         print(f"           {found} of the {len(rows)} patches that decide the answer are shown")
-    _write_evidence(slide, checkpoint, out)
+    _write_pictures(slide, checkpoint, out)
     second = _ask(server, url, slide.questions[-1], slide)
     _print_times(first, second)
 
 
-def _write_evidence(slide: DemoSlide, checkpoint: Path, out: Path) -> None:
+def _write_pictures(slide: DemoSlide, checkpoint: Path, out: Path) -> None:
     """The same selection once more, here, with all its scores: the same file and checkpoint give the same patches."""
     with open_features(slide.features) as opened:
         selector = load_selector(str(checkpoint), encoder_mismatch=slide.encoder_mismatch)
-        selection = selector.select(opened, keep_every=True)
+        selection = selector.select(opened, keep_all_scores=True)
         name = opened.name
     try:
-        placed = Evidence(selection, name, slide.image)
+        placed = SelectionOverlay(selection, name, slide.image)
     except SlideError as error:  # the answers go on: the file does not say where its patches lie
         print(f"           nothing written: {error}")
         return
     out.mkdir(parents=True, exist_ok=True)
     start = out / slide.features.stem
-    with placed as evidence:
-        evidence.write_geojson(start.with_suffix(".geojson"))
-        evidence.write_heatmap(start.with_suffix(".heatmap.png"))
-        evidence.write_montage(start.with_suffix(".montage.png"))
+    with placed as overlay:
+        overlay.write_geojson(start.with_suffix(".geojson"))
+        overlay.write_heatmap(start.with_suffix(".heatmap.png"))
+        overlay.write_montage(start.with_suffix(".montage.png"))
     print(f"           written: {start}.geojson (QuPath), .heatmap.png, .montage.png")
 
 
@@ -271,15 +272,15 @@ def _ask(server: VllmServer, url: str, question: str, slide: DemoSlide) -> dict[
     return stages
 
 
-def _print_evidence(evidence: dict) -> None:
-    kept, total, coords = evidence["num_kept"], evidence["num_patches"], evidence["coords"]
-    unit = {"px": "level-0 px", "um": "microns", None: "none"}[evidence["coord_unit"]]
-    print(f"\nevidence   {kept} of {total:,} patches were shown to the decoder; the best five (coordinates: {unit}):")
-    best = sorted(range(kept), key=lambda i: -evidence["scores"][i])[:5]
+def _print_selection(selection: dict) -> None:
+    kept, total, coords = selection["num_selected"], selection["num_patches"], selection["coords"]
+    unit = {"px": "level-0 px", "um": "microns", None: "none"}[selection["coord_unit"]]
+    print(f"\nselection  {kept} of {total:,} patches were shown to the decoder; the best five (coordinates: {unit}):")
+    best = sorted(range(kept), key=lambda i: -selection["scores"][i])[:5]
     for i in best:
         place = f"x {coords[i][0]:>7}  y {coords[i][1]:>7}" if coords else ""
-        print(f"           patch {evidence['indices'][i]:>7}  score {evidence['scores'][i]:+.4f}  {place}")
-    match = evidence["encoder_match"]
+        print(f"           patch {selection['indices'][i]:>7}  score {selection['scores'][i]:+.4f}  {place}")
+    match = selection["encoder_match"]
     if match["remark"] is not None:
         print(f"           encoder: {match['features']}; the checkpoint's: {match['checkpoint']}; {match['remark']}")
     print("           Scores show what the model was given, not why it answered. Research use, not diagnosis.")

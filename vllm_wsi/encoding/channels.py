@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_wsi.slides.feature_file import SlideError
+from vllm_wsi.errors import SlideError
 
 RGB = ("Red", "Green", "Blue")
 MAX_NAMED = 12  # channels that an error lists

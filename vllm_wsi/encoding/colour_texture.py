@@ -1,6 +1,6 @@
 """The built-in patch encoder: colour and texture statistics, no weights, no learning.
 
-Good enough to see the way of a slide from image to evidence on any machine; it knows nothing of histology, and no
+Good enough to see the way of a slide from image to answer on any machine; it knows nothing of histology, and no
 claim about answers may rest on it.
 """
 

@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from vllm_wsi.slides.feature_file import SlideError, write_atomically
-from vllm_wsi.slides.formats.dispatch import IMAGE_SUFFIXES, QC_SUFFIX, open_features
-from vllm_wsi.slides.regions import positive_number
+from vllm_wsi.errors import SlideError
+from vllm_wsi.files import IMAGE_SUFFIXES, QC_SUFFIX, write_atomically
+from vllm_wsi.slides.formats.dispatch import open_features
+from vllm_wsi.slides.units import positive_number
 
 from .encode_slide import EncodeResult, EncodeSettings, encode_slide
 from .encoders import PatchEncoder, load_encoder

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from openslide import AbstractSlide
 
-from vllm_wsi.slides.feature_file import SlideError, write_features
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import write_features
 from vllm_wsi.slides.places import bounds_metadata
 
 from .encoders import PatchEncoder

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, AbstractSlide, OpenSlide, OpenSlideError
 from PIL import Image
 
-from vllm_wsi.slides.feature_file import SlideError, SlideIdentity
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.identity import SlideIdentity
 from vllm_wsi.slides.units import positive_number
 
 from .channels import ChannelError, check_rgb

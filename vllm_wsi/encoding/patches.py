@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from openslide import AbstractSlide
 
-from vllm_wsi.slides.feature_file import SlideError
+from vllm_wsi.errors import SlideError
 
 from .overview import Overview, read_overview
 from .tissue import Tissue, find_tissue, is_dark_ground

@@ -8,9 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from vllm_wsi.rendering.pictures import write_png
-
 from .patches import Tiling
+from .png import write_png
 
 QC_SIDES = 768, 1536  # its longest side in its own pixels, at least and at most
 TISSUE, PATCH, INK = (0, 190, 60), (30, 80, 255), (255, 140, 0)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from openslide import PROPERTY_NAME_MPP_X, PROPERTY_NAME_MPP_Y, PROPERTY_NAME_VENDOR, AbstractSlide
 from PIL import Image
 
-from vllm_wsi.slides.feature_file import SlideError
+from vllm_wsi.errors import SlideError
 from vllm_wsi.slides.units import parse_unit, positive_number
 
 from .channels import ChannelError, check_rgb, is_rgb, listed, pick_channels

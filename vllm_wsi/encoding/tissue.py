@@ -14,7 +14,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
 
-from vllm_wsi.slides.feature_file import SlideError
+from vllm_wsi.errors import SlideError
 
 MASK_VERSION = "otsu@2"  # feature files name it; raised with every change of what is taken for tissue
 BLACK = 16  # of 255; scanners fill with it what they did not scan

@@ -1,6 +1,6 @@
-"""Haystack: virtual slides with known answers, from a seed. A few evidence patches decide a multiple-choice question.
+"""Haystack: virtual slides with known answers, from a seed. A few key patches decide a multiple-choice question.
 
-A slide is a grid of tissue. Its regions hold common patch types; small foci hold `evidence` patches of one of four
+A slide is a grid of tissue. Its regions hold common patch types; small foci hold the key patches of one of four
 findings, and only they tell which answer is right. Distractors lie in wait for rules that do not know the question:
 loud ones have a large norm, dense ones are near-copies of each other. All patch types have centres of unit variance,
 and each rare one resembles a common one (cosine 0.5), so that no single feature gives it away.
@@ -44,7 +44,7 @@ class HaystackWorld:
         num_common, num_distractors: patch types beside the four findings.
         distractor_rate: share of a slide's patches.
         lookalike_rate: share of patches that resemble a finding (cosine 0.87 with its type) and mean nothing.
-        evidence: least and most evidence patches of a slide, whatever its length.
+        key_patches: least and most key patches of a slide, whatever its length.
         open_share: of the questions that name no options and are answered by the finding itself.
     """
 
@@ -54,7 +54,7 @@ class HaystackWorld:
     num_common: int = 12
     num_distractors: int = 8
     distractor_rate: float = 0.03
-    evidence: tuple[int, int] = (4, 12)
+    key_patches: tuple[int, int] = (4, 12)
     lookalike_rate: float = 0.0
     open_share: float = 0.0
 
@@ -93,7 +93,7 @@ class HaystackSlide:
     number: int
     num_patches: int
     finding: int = field(init=False)
-    evidence_rows: NDArray[np.int64] = field(init=False, repr=False)  # ascending
+    key_patches: NDArray[np.int64] = field(init=False, repr=False)  # ascending
     _types: NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -117,16 +117,16 @@ class HaystackSlide:
         if self.world.lookalike_rate:
             lookalikes = rng.random(len(rows)) < self.world.lookalike_rate
             types[lookalikes] = self.world.first_lookalike + rng.integers(len(FINDINGS), size=int(lookalikes.sum()))
-        evidence = self._foci(rng, min(self.num_patches, int(rng.integers(*self.world.evidence, endpoint=True))))
-        types[evidence] = self.world.num_common + finding
-        for name, value in (("finding", finding), ("evidence_rows", evidence), ("_types", types)):
+        key = self._foci(rng, min(self.num_patches, int(rng.integers(*self.world.key_patches, endpoint=True))))
+        types[key] = self.world.num_common + finding
+        for name, value in (("finding", finding), ("key_patches", key), ("_types", types)):
             object.__setattr__(self, name, value)
 
     def _rng(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.world.seed, SPLITS[self.split], self.number, self.num_patches, purpose])
 
     def _foci(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """Rows of the evidence: one to three foci in different places of the tissue."""
+        """Rows of the key patches: one to three foci in different places of the tissue."""
         centres = rng.integers(self.num_patches, size=rng.integers(1, 4))
         found: set[int] = set()
         while len(found) < count:

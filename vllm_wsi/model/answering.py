@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.selector import Selection
 
-from .chat_renderer import ChatEncoder
+from .chat_renderer import ChatRenderer
 from .modeling import SparseWSIForConditionalGeneration
 
 BATCH = 32
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 @torch.no_grad()
 def choose(
     model: SparseWSIForConditionalGeneration,
-    encoder: ChatEncoder,
+    renderer: ChatRenderer,
     items: Sequence[SlideItem],
     selections: Sequence[Sequence[Selection]],
 ) -> list[Choice]:
@@ -41,7 +41,7 @@ def choose(
     for start in range(0, len(items), BATCH):
         part = items[start : start + BATCH]
         prompts = [
-            model.prepare(torch.tensor(encoder.question(item), device=model.device), chosen)
+            model.prepare(torch.tensor(renderer.question(item), device=model.device), chosen)
             for item, chosen in zip(part, selections[start : start + BATCH], strict=True)
         ]
         embeddings, positions, mask = pad_left(prompts)
@@ -50,7 +50,7 @@ def choose(
         ).logits[:, -1]
         for row, item in enumerate(part):
             letters = "".join(item.options)
-            found = logits[row, encoder.letter_ids(letters)].float().log_softmax(dim=0)
+            found = logits[row, renderer.letter_ids(letters)].float().log_softmax(dim=0)
             choices.append(Choice(letters[int(found.argmax())], dict(zip(letters, found.tolist(), strict=True))))
     return choices
 

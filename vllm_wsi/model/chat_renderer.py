@@ -21,7 +21,7 @@ class EncodedChat(NamedTuple):
     labels: list[int]
 
 
-class ChatEncoder:
+class ChatRenderer:
     """Renders items by a checkpoint's chat template.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The evidence as files: GeoJSON, heat map and montage of one selection, upon the slide's image where it is at hand."""
+"""A selection as files: GeoJSON, heat map and montage, upon the slide's image where it is at hand."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_wsi.errors import SlideError
+from vllm_wsi.files import write_atomically
 from vllm_wsi.selection.selector import NOTHING_SAID, Selection
-from vllm_wsi.slides import SlideError
-from vllm_wsi.slides.feature_file import write_atomically
 from vllm_wsi.slides.places import Said, origin, refuse_guesses
-from vllm_wsi.slides.regions import extent, geojson
+from vllm_wsi.slides.regions import extent
 from vllm_wsi.slides.units import positive_number
+
+from .geojson import geojson
 
 if TYPE_CHECKING:
     from openslide import AbstractSlide
 
 
-class Evidence:
+class SelectionOverlay:
     """What the decoder was shown of one slide; close it, or use it in a `with`.
 
     Args:
-        selection: with `every` where a heat map is wanted.
+        selection: with `all_scores` where a heat map is wanted.
         name: of the feature file, as errors and GeoJSON ids name it.
         image_path: the slide image; None: pictures are drawn from the coordinates alone.
         said: by the user of the patches' places; mpp is otherwise the feature file's, or the image's where coordinates
@@ -57,8 +59,7 @@ class Evidence:
         metadata = self._selection.metadata
         spanned = extent(self.rects, metadata)
         if self._image is None:
-            every = self._selection.every
-            return spanned if every is None else extent(self._every_rect(), metadata)
+            return spanned if self._selection.all_scores is None else extent(self._all_rects(), metadata)
         width, height = self._image.dimensions
         if spanned[0] > width or spanned[1] > height:
             found = f"{spanned[0]:g} x {spanned[1]:g}"
@@ -78,8 +79,8 @@ class Evidence:
 
         return self._said._replace(mpp=image_mpp(self._image, self._image_name))
 
-    def _every_rect(self):
-        return self._selection.every_rect(self._name, self._said)
+    def _all_rects(self):
+        return self._selection.all_rects(self._name, self._said)
 
     def _refuse_guesses(self) -> None:
         if self._image is not None:
@@ -99,18 +100,21 @@ class Evidence:
     def write_heatmap(self, path: Path) -> None:
         """PNG of all scores by their rank, kept patches outlined."""
         from vllm_wsi.encoding.image import thumbnail
+        from vllm_wsi.encoding.png import write_png
 
-        from .pictures import HEAT_SIDE, heat_map, heat_overlay, write_png
+        from .pictures import HEAT_SIDE, heat_map, heat_overlay
 
-        assert self._selection.every is not None
+        assert self._selection.all_scores is not None
         self._refuse_guesses()
-        overlay = heat_overlay(self._every_rect(), self._selection.every.scores.numpy(), self.size_px)
+        overlay = heat_overlay(self._all_rects(), self._selection.all_scores.numpy(), self.size_px)
         under = None if self._image is None else thumbnail(self._image, self._image_name, HEAT_SIDE)
         write_png(path, heat_map(overlay, under, self.rects, self.size_px))
 
     def write_montage(self, path: Path) -> None:
         """PNG of the kept patches, best first."""
-        from .pictures import montage, write_png
+        from vllm_wsi.encoding.png import write_png
+
+        from .pictures import montage
 
         self._refuse_guesses()
         scores, rows = self._selection.scores.tolist(), self._selection.indices.tolist()
@@ -127,7 +131,7 @@ class Evidence:
         if self._image is not None:
             self._image.close()
 
-    def __enter__(self) -> Evidence:
+    def __enter__(self) -> SelectionOverlay:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vllm_wsi.slides.feature_file import write_atomically
-from vllm_wsi.slides.regions import KEPT_COLOUR, Level0Rects
+from vllm_wsi.slides.regions import Level0Rects
+
+from .geojson import KEPT_COLOUR
 
 HEAT_SIDE = 2048  # longest side of a heat map, in its own pixels
 HEAT_ALPHA = 0.55
@@ -137,14 +136,3 @@ def _draw_place(
         x, y = left + x + w / 2, top + y + h / 2
         colour = "red" if i == chosen else "silver"
         draw.rectangle((x - radius, y - radius, x + radius, y + radius), colour)
-
-
-def png(picture: NDArray[np.uint8]) -> bytes:
-    """RGB or RGBA [h, w, c] as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", optimize=False, compress_level=6)
-    return buffer.getvalue()
-
-
-def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
-    write_atomically(path, png(picture))

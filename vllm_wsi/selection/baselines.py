@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.kernels import ScorerWeights, score_patches
 from vllm_wsi.kernels.keys import pack_keys, unpack_keys
-from vllm_wsi.slides import FeatureFile, SlideError
+from vllm_wsi.slides import FeatureFile
 
 from .chunk_reader import ChunkStager, read_tensor_rows
 from .selector import Selection
@@ -214,7 +215,7 @@ class MMRPolicy(Policy):
 
 @dataclass(frozen=True)
 class OraclePolicy(Policy):
-    """The given rows of one slide alone (its evidence, say), the first K of them. Scores are 0.
+    """The given rows of one slide alone (its key patches, say), the first K of them. Scores are 0.
 
     Args:
         rows: best first; repeated and non-finite ones are passed over.

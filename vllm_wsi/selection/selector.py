@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.kernels import ScoredTopK, ScorerWeights, block_rows, map_blocks, score_topk, select_topk
-from vllm_wsi.slides import FeatureFile, SlideError
+from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import EncoderCheck, EncoderMatch
 from vllm_wsi.slides.feature_file import CoordUnit, Source
 from vllm_wsi.slides.places import PatchSize, Said, guesses, patch_size, settle
@@ -37,13 +38,6 @@ def frozen_scorer(scorer: PatchScorer | ContextScorer) -> FrozenScorer:
 NOTHING_SAID = Said()
 
 
-class EveryPatch(NamedTuple):
-    """What a heat map shows: all N patches, the dropped ones too."""
-
-    scores: Tensor  # fp32 [N], on the CPU
-    coords: NDArray | None  # [N, 2] top-left corners in the selection's coord_unit
-
-
 @dataclass(frozen=True)
 class Selection:
     """The patches of one slide that the decoder sees, in ascending order of their rows. On the CPU."""
@@ -60,7 +54,8 @@ class Selection:
     unit_source: Source | None = None
     patch_size: PatchSize | None = None  # edge of a patch; None: not known
     metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
-    every: EveryPatch | None = None  # where it was asked for
+    all_scores: Tensor | None = None  # fp32 [N] of all patches, the dropped ones too; where it was asked for
+    all_coords: NDArray | None = None  # [N, 2], beside `all_scores`
     encoder_match: EncoderMatch | None = None  # with the checkpoint's encoder; None: no checkpoint selected
 
     @classmethod
@@ -85,7 +80,8 @@ class Selection:
             unit_source=slide.unit_source,
             patch_size=None if coords is None else patch_size(slide.metadata, coords, unit, slide.name),
             metadata=slide.metadata,
-            every=None if all_scores is None else EveryPatch(all_scores, coords),
+            all_scores=all_scores,
+            all_coords=None if all_scores is None else coords,
             **counts,
         )
 
@@ -109,17 +105,17 @@ class Selection:
         """
         return self._rects(name, self.coords, said)
 
-    def every_rect(self, name: str, said: Said = NOTHING_SAID) -> Level0Rects:
+    def all_rects(self, name: str, said: Said = NOTHING_SAID) -> Level0Rects:
         """The same of all N patches; for a selection that was asked to keep them."""
-        assert self.every is not None
-        return self._rects(name, self.every.coords, said)
+        assert self.all_scores is not None
+        return self._rects(name, self.all_coords, said)
 
     def _rects(self, name: str, coords: NDArray | None, said: Said) -> Level0Rects:
         unit, size = self.settle(name, said)
         return level0_rects(name, coords, None if unit is None else unit.unit, size, self.metadata, said.mpp)
 
     def record(self, name: str = "slide", said: Said = NOTHING_SAID) -> dict[str, Any]:
-        """The evidence as plain JSON values; unit and size each with their source, the user's word among them.
+        """The selection as plain JSON values; unit and size each with their source, the user's word among them.
 
         Raises:
             SlideError: the file contradicts the user.
@@ -127,7 +123,7 @@ class Selection:
         unit, size = self.settle(name, said)
         return {
             "num_patches": self.num_patches,
-            "num_kept": len(self.indices),
+            "num_selected": len(self.indices),
             "num_nonfinite": self.num_nonfinite,
             "indices": self.indices.tolist(),
             "scores": self.scores.tolist(),
@@ -180,11 +176,11 @@ class SlideSelector:
         self.encoder = encoder or EncoderCheck()
 
     @torch.no_grad()
-    def select(self, slide: FeatureFile, k: int | None = None, keep_every: bool = False) -> Selection:
+    def select(self, slide: FeatureFile, k: int | None = None, keep_all_scores: bool = False) -> Selection:
         """Keeps the best k (default K) patches of an open feature file.
 
         Args:
-            keep_every: the selection also holds the scores and places of all patches (`Selection.every`).
+            keep_all_scores: the selection also holds the scores and places of all patches (`Selection.all_scores`).
 
         Raises:
             SlideError: the slide's d, N or encoder does not fit, or no patch has a finite score.
@@ -194,7 +190,7 @@ class SlideSelector:
         device, scorer = self._start_device()
         stager = ChunkStager(slide, device, self._chunk_rows)
         began = time.perf_counter()
-        all_scores = torch.empty(slide.num_patches, device=device) if keep_every else None
+        all_scores = torch.empty(slide.num_patches, device=device) if keep_all_scores else None
         if isinstance(scorer, ContextScorer):
             kept, num_nonfinite = _select_in_context(slide, stager, scorer, k, all_scores)
         else:

@@ -23,8 +23,9 @@ from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
 from vllm.multimodal.media.connector import global_thread_pool
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.chunk_reader import read_tensor_rows
-from vllm_wsi.slides import SlideError, SlideIdentity, open_features
+from vllm_wsi.slides import SlideIdentity, open_features
 
 from .service import SelectedSlide, SelectionService, SlideRequest, current_service, finished
 from .stalling_pool import SlidesStalled
@@ -37,14 +38,16 @@ FETCH_SECONDS = 60  # vLLM's default of 5 is meant for photographs
 class SlideMediaIO(MediaIO[SlideRequest]):
     """Turns what a URL leads to into a slide request; reads no features."""
 
-    def __init__(self, k: int | None, encoder: str | None, keep_every: bool = False) -> None:
-        self._k, self._encoder, self._keep_every = k, encoder, keep_every
+    def __init__(self, k: int | None, encoder: str | None, keep_all_scores: bool = False) -> None:
+        self._k, self._encoder, self._keep_all_scores = k, encoder, keep_all_scores
 
     def get_max_bytes(self) -> int | None:
         return envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB << 20
 
     def load_file(self, filepath: Path) -> SlideRequest:
-        return SlideRequest(path=filepath.resolve(), k=self._k, encoder=self._encoder, keep_every=self._keep_every)
+        return SlideRequest(
+            path=filepath.resolve(), k=self._k, encoder=self._encoder, keep_all_scores=self._keep_all_scores
+        )
 
     def load_base64(self, media_type: str, data: str) -> SlideRequest:
         return self.load_bytes(decode_base64(data, "data URL"))
@@ -71,7 +74,7 @@ class SlideMediaIO(MediaIO[SlideRequest]):
         slide.load_coords = None if coords is None else lambda: coords
         slide.name = BY_VALUE
         slide.identity = SlideIdentity(f"content:{digest}", len(data))
-        return SlideRequest(slide=slide, k=self._k, encoder=self._encoder, keep_every=self._keep_every)
+        return SlideRequest(slide=slide, k=self._k, encoder=self._encoder, keep_all_scores=self._keep_all_scores)
 
 
 class PathIO(MediaIO[Path]):
@@ -101,10 +104,10 @@ class SlideConnector(MediaConnector):
             return service.select(request)
 
     async def fetch_image_async(  # type: ignore[override]
-        self, image_url: str, *, image_mode: str | None = "RGB", keep_every: bool = False
+        self, image_url: str, *, image_mode: str | None = "RGB", keep_all_scores: bool = False
     ) -> SelectedSlide:
-        """`keep_every`: with the scores and places of all patches; no URL can ask for that."""
-        service, url, media_io = self._prepare(image_url, keep_every)
+        """`keep_all_scores`: with the scores and places of all patches; no URL can ask for that."""
+        service, url, media_io = self._prepare(image_url, keep_all_scores)
         with stalls_as_503():
             try:
                 if url[:5].lower() == "file:":
@@ -150,7 +153,7 @@ class SlideConnector(MediaConnector):
             name = Path(url_spec.path or "").name
             raise SlideError(f"{name}: found a loop of links, wanted a feature file") from error
 
-    def _prepare(self, url: str, keep_every: bool = False) -> tuple[SelectionService, str, SlideMediaIO]:
+    def _prepare(self, url: str, keep_all_scores: bool = False) -> tuple[SelectionService, str, SlideMediaIO]:
         service = current_service()
         if service is None:
             raise SlideError("no slide model is served here, so no slide can be selected")
@@ -163,7 +166,7 @@ class SlideConnector(MediaConnector):
             raise SlideError("file URLs are refused by this server; it was started without --allowed-local-media-path")
         if url[:5].lower() == "data:" and not url.partition(",")[0].endswith(";base64"):
             raise SlideError(f"data URL: found {url[:32]!r}, wanted data:[media type];base64,...")
-        return service, url, SlideMediaIO(**parse_fragment(fragment), keep_every=keep_every)
+        return service, url, SlideMediaIO(**parse_fragment(fragment), keep_all_scores=keep_all_scores)
 
 
 def decode_base64(data: str, name: str) -> bytes:

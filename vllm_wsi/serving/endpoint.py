@@ -15,15 +15,15 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.model.config import SparseWSIConfig
-from vllm_wsi.slides import SlideError
 from vllm_wsi.slides.feature_file import CoordUnit
 from vllm_wsi.slides.places import Said
 
 from .open_requests import AnswerOpenRequests, OpenRequests, end_with_engine
 from .viewer.images import TILE_PX
 from .viewer.page import page_router
-from .viewer.slide_view import Evidence
+from .viewer.slide_view import SlideView
 
 PRIVATE = "private, no-cache"  # asked again each time: the answer is «unchanged» as long as the file is
 KEPT = "private, max-age=86400, immutable"  # the URL says which state of the file it wants
@@ -31,14 +31,14 @@ KEPT = "private, max-age=86400, immutable"  # the URL says which state of the fi
 router = APIRouter(prefix="/v1/wsi")
 
 
-def evidence(request: Request) -> Evidence:
-    found = getattr(request.app.state, "wsi_evidence", None)
+def slide_view(request: Request) -> SlideView:
+    found = getattr(request.app.state, "wsi_slide_view", None)
     if found is None:
         raise SlideError("no slide model is served here, so no slide can be selected")
     return found
 
 
-Shown = Annotated[Evidence, Depends(evidence)]
+Shown = Annotated[SlideView, Depends(slide_view)]
 SlideUrl = Annotated[str, Query(description="of the feature file, as a chat message would name it")]
 Place = Annotated[float, Query(allow_inf_nan=False, description="level-0 pixels")]
 Positive = Annotated[float | None, Field(gt=0, allow_inf_nan=False)]
@@ -84,8 +84,10 @@ async def heat_map(
 ) -> Response:
     said = Said(mpp, patch_size_level0, coord_unit, accept_guess)
     picture, etag = await shown.heat_map(url, overlay, said)
-    known = request.headers.get("if-none-match")
-    return _picture(None if known is not None and etag in known else picture, "image/png", etag, PRIVATE)
+    if_none_match = request.headers.get("if-none-match")
+    return _picture(
+        None if if_none_match is not None and etag in if_none_match else picture, "image/png", etag, PRIVATE
+    )
 
 
 @router.get("/slides")
@@ -101,8 +103,10 @@ async def slide(shown: Shown, url: SlideUrl) -> dict[str, Any]:
 @router.get("/qc.png")
 async def qc_picture(request: Request, shown: Shown, url: SlideUrl) -> Response:
     picture, etag = await shown.qc_picture(url)
-    known = request.headers.get("if-none-match")
-    return _picture(None if known is not None and etag in known else picture, "image/png", etag, PRIVATE)
+    if_none_match = request.headers.get("if-none-match")
+    return _picture(
+        None if if_none_match is not None and etag in if_none_match else picture, "image/png", etag, PRIVATE
+    )
 
 
 @router.get("/tile")
@@ -125,8 +129,8 @@ async def region(
     side: Annotated[int, Query(ge=1, le=TILE_PX, description="longer side of the picture, in its pixels")] = 128,
     version: str | None = None,
 ) -> Response:
-    known = request.headers.get("if-none-match")
-    jpeg, etag, current = await shown.region(url, (x, y, width, height), side, known)
+    if_none_match = request.headers.get("if-none-match")
+    jpeg, etag, current = await shown.region(url, (x, y, width, height), side, if_none_match)
     return _picture(jpeg, "image/jpeg", etag, KEPT if version == current else PRIVATE)
 
 
@@ -165,4 +169,4 @@ class SelectEndpoint:
             allowed_local_media_path=model.allowed_local_media_path,
             allowed_media_domains=model.allowed_media_domains,
         )
-        state.wsi_evidence = Evidence(connector)
+        state.wsi_slide_view = SlideView(connector)

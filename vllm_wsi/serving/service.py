@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from prometheus_client import Counter
 from torch import Tensor, nn
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.selector import FrozenScorer, Selection, SlideSelector
-from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, open_features
+from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
 from vllm_wsi.slides.feature_file import RowSource
 
 from .stalling_pool import ENDING, SlidesStalled, StallingPool
@@ -45,7 +46,7 @@ class SlideRequest:
     slide: FeatureFile | None = None
     k: int | None = None  # None: the server's K
     encoder: str | None = None  # which features, where a file holds several
-    keep_every: bool = False  # for a heat map: scores and places of all patches
+    keep_all_scores: bool = False  # for a heat map: scores and places of all patches
 
     def identity(self) -> SlideIdentity:
         """Costs one stat for a path. Raises SlideError where there is no file."""
@@ -76,10 +77,17 @@ class SelectedSlide:
         chosen = self.selection
         coords = 0 if chosen.coords is None else chosen.coords.nbytes
         metadata = sum(len(key) + len(value) for key, value in chosen.metadata.items())
-        every = 0
-        if chosen.every is not None:
-            every = chosen.every.scores.nbytes + (0 if chosen.every.coords is None else chosen.every.coords.nbytes)
-        return chosen.indices.nbytes + chosen.scores.nbytes + chosen.features.nbytes + coords + every + metadata + 1024
+        everything = 0 if chosen.all_scores is None else chosen.all_scores.nbytes
+        everything += 0 if chosen.all_coords is None else chosen.all_coords.nbytes
+        return (
+            chosen.indices.nbytes
+            + chosen.scores.nbytes
+            + chosen.features.nbytes
+            + coords
+            + everything
+            + metadata
+            + 1024
+        )
 
 
 class SelectionService:
@@ -123,7 +131,7 @@ class SelectionService:
                 request.slide.close()
             raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
         identity = request.identity()
-        parts = (identity, k, request.encoder, self.scorer, request.keep_every)
+        parts = (identity, k, request.encoder, self.scorer, request.keep_all_scores)
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
         with self._lock:
             done = self._done.get(digest)
@@ -174,7 +182,7 @@ class SelectionService:
                 if slide.identity != identity or request.identity() != identity:
                     raise SlideError(f"{slide.name}: the file changed while it was opened; ask again")
                 slide.rows = _UntilClosed(slide.rows, self._closing)
-                selection = self.selector.select(slide, k, request.keep_every)
+                selection = self.selector.select(slide, k, request.keep_all_scores)
             if request.identity() != identity:
                 raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
             done = SelectedSlide(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from vllm.multimodal.parse import ModalityDataItems, MultiModalDataParser, ProcessorBatchItems
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.selector import Selection
-from vllm_wsi.slides import FeatureFile, SlideError, SlideIdentity, features_in_memory
+from vllm_wsi.slides import FeatureFile, SlideIdentity, features_in_memory
 from vllm_wsi.slides.feature_file import FLOAT_DTYPES
 
 from .service import SelectedSlide, SelectionService, SlideRequest

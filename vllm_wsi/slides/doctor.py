@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_wsi.errors import SlideError
+
 from .encoder_names import EncoderCheck, recorded_encoder
-from .feature_file import FeatureFile, SlideError
+from .feature_file import FeatureFile
 from .formats.dispatch import open_features
 from .places import origin, patch_size
 from .units import positive_number

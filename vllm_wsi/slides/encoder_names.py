@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from .feature_file import SlideError
+from vllm_wsi.errors import SlideError
 
 Mismatch = Literal["refuse", "allow"]
 Verdict = Literal["same", "different", "unknown"]

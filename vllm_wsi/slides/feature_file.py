@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .identity import SlideError, SlideIdentity, encodable
+from vllm_wsi.errors import SlideError, encodable
+from vllm_wsi.files import write_atomically
+
+from .identity import SlideIdentity
 
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
@@ -179,21 +181,6 @@ def write_features(
             found = f"{type(key).__name__} -> {type(value).__name__}"
             raise SlideError(f"{path}: metadata {key}: found {found}, wanted a string map")
     write_atomically(path, save(tensors, dict(metadata or {})))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that appears under its name whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def metadata_strings(path: str | Path, values: Mapping[str, object]) -> dict[str, str]:

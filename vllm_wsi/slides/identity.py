@@ -1,4 +1,4 @@
-"""Which state of which file a slide is, and the error that every reader of slides raises."""
+"""Which state of which file a slide is."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple
 
+from vllm_wsi.errors import SlideError
+
 ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")  # one of them makes a directory a zarr store
 MAX_STORE_FILES = 20_000  # of a zarr store, each of which is looked at for its identity
 PICTURES = frozenset(("images", "labels", "points"))  # SpatialData's groups that hold no features, often in many files
-
-
-class SlideError(ValueError):
-    """A slide that cannot be used; the message is one sentence that names file, key, found and wanted."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(encodable(message))  # what a file says may hold half of a surrogate pair
-
-
-def encodable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
 
 
 class SlideIdentity(NamedTuple):

@@ -15,7 +15,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .feature_file import CoordUnit, SlideError, Source
+from vllm_wsi.errors import SlideError
+
+from .feature_file import CoordUnit, Source
 from .units import GRID_SAMPLE, LEVEL0_KEYS, Unit, positive_number, said_unit
 
 MICRON_KEYS = ("tile_size_um", "patch_size_um", "tile_um")

@@ -1,4 +1,4 @@
-"""Where patches lie on the slide: level-0 rectangles, and QuPath GeoJSON of them.
+"""Where patches lie on the slide: level-0 rectangles.
 
 Coordinates in the wrong unit are this field's classic bug: only `level0_rects` makes `Level0Rects`, it alone turns
 microns into pixels, and what draws or exports takes nothing else.
@@ -6,24 +6,22 @@ microns into pixels, and what draws or exports takes nothing else.
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, NewType
+from collections.abc import Mapping
+from typing import NewType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .feature_file import CoordUnit, SlideError
-from .places import Origin, PatchSize, guesses, patch_size
-from .units import Unit, positive_number
+from vllm_wsi.errors import SlideError
 
-__all__ = ["Level0Rects", "PatchSize", "extent", "geojson", "level0_rects", "patch_size", "said_size"]
+from .feature_file import CoordUnit
+from .places import PatchSize, patch_size
+from .units import positive_number
+
+__all__ = ["Level0Rects", "PatchSize", "extent", "level0_rects", "patch_size", "said_size"]
 
 Level0Rects = NewType("Level0Rects", np.ndarray)
 """float64 [n, 4] of x, y (top-left corner), width, height in level-0 pixels."""
-
-NAMESPACE = uuid.UUID("6f4f8f0e-4a60-5d0c-9d0b-2d8b8a1f4f57")  # of the ids of our GeoJSON features
-KEPT_COLOUR = (255, 200, 0)
 
 
 def level0_rects(
@@ -85,53 +83,3 @@ def extent(rects: Level0Rects, metadata: Mapping[str, str]) -> tuple[float, floa
     width, height = said_size(metadata) or (0.0, 0.0)
     right, bottom = (rects[:, :2] + rects[:, 2:]).max(axis=0)
     return max(width, float(right)), max(height, float(bottom))
-
-
-def geojson(
-    rects: Level0Rects,
-    scores: Sequence[float],
-    rows: Sequence[int],
-    slide: str,
-    unit: Unit,
-    size: PatchSize,
-    origin: Origin,
-    cropped: bool = True,
-) -> dict[str, Any]:
-    """Kept patches as a QuPath FeatureCollection: full-resolution pixels, closed rings, score as a measurement.
-
-    Args:
-        rects, scores, rows: of each kept patch.
-        slide: names the slide; the same slide and row get the same id.
-        unit, size: of the coordinates and of a patch, whose sources the file tells.
-        origin: of the slide's bounds.
-        cropped: QuPath counts from that origin, as it shows such slides cropped to their bounds; False: the file holds
-            openslide's own pixels.
-    """
-    ranks = np.empty(len(rows), np.int64)
-    ranks[np.argsort(-np.asarray(scores), kind="stable")] = np.arange(1, len(rows) + 1)
-    left, top = (origin.x, origin.y) if cropped else (0.0, 0.0)
-    guessed = {"guess": " and ".join(guesses(unit, size))} if guesses(unit, size) else {}
-    features = []
-    for (x, y, width, height), score, row, rank in zip(rects.tolist(), scores, rows, ranks.tolist(), strict=True):
-        x, y = x - left, y - top
-        corners = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
-        features.append(
-            {
-                "type": "Feature",
-                "id": str(uuid.uuid5(NAMESPACE, f"{slide}\0{row}")),
-                "geometry": {"type": "Polygon", "coordinates": [corners]},
-                "properties": {
-                    "objectType": "annotation",
-                    "name": f"kept patch {rank}",
-                    "classification": {"name": "kept patch", "color": list(KEPT_COLOUR)},
-                    "measurements": {"score": float(score), "rank": rank, "row": int(row)},
-                    **({"metadata": guessed} if guessed else {}),
-                },
-            }
-        )
-    places = {
-        "coord_unit": {"value": unit.unit, "source": unit.source},
-        "patch_size": size._asdict(),
-        "origin": {"x": left, "y": top, "bounds": [origin.x, origin.y], "source": origin.source},
-    }
-    return {"type": "FeatureCollection", "places": places, "features": features}

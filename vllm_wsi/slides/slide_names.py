@@ -6,13 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
+from vllm_wsi.files import FEATURE_SUFFIXES, IMAGE_SUFFIXES
+
 from .formats.csv_features import is_feature_csv
-from .formats.dispatch import IMAGE_SUFFIXES
 from .identity import is_store
 
-FEATURE_SUFFIXES = frozenset(
-    (".safetensors", ".h5", ".hdf5", ".h5ad", ".npy", ".npz", ".pt", ".parquet", ".csv", ".zarr")
-)  # fmt: skip
 OME = ".ome"  # of a.ome.tif, whose features TRIDENT names a.h5
 OME_SUFFIXES = (".tif", ".tiff", ".btf")
 

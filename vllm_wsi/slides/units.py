@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .feature_file import CoordUnit, SlideError, Source
+from vllm_wsi.errors import SlideError
+
+from .feature_file import CoordUnit, Source
 
 MICRONS = {
     "um": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "pm": 1e-6, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6,

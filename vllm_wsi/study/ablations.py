@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.scorer import seeded_scorer
@@ -117,29 +117,29 @@ def _run_arm(
             "learning_rate": {"denoiser": stage.learning_rate["scorer"]} | stage.learning_rate,
         }
     )
-    encoder = ChatEncoder(AutoTokenizer.from_pretrained(base))
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(base))
     model = SparseWSIForConditionalGeneration.from_pretrained(base)
     config, device = model.config, model.device
     model.scorer = seeded_scorer(feature_dim=config.feature_dim, seed=seed, **config.scorer)
     set_seed(seed)
-    dataset = make_dataset(changed.data, encoder, config, seed, generators)
+    dataset = make_dataset(changed.data, renderer, config, seed, generators)
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(dir=base.parent))
     try:
         run = settings.model_copy(update={"seed": seed})
-        gate = run_stage(model, changed, dataset, encoder.tokenizer, folder, 0, run).sparselearn
+        gate = run_stage(model, changed, dataset, renderer.tokenizer, folder, 0, run).sparselearn
     finally:
         shutil.rmtree(folder)
     seconds = time.monotonic() - began
     assert gate is not None
     origin = {"arm": arm, "seed": seed, "training_seconds": round(seconds, 1)}
-    rows = _judge_arm(model.to(device).eval(), encoder, groups, gate, settings.encoder_mismatch)
+    rows = _judge_arm(model.to(device).eval(), renderer, groups, gate, settings.encoder_mismatch)
     return [origin | row for row in rows]
 
 
 def _judge_arm(
     model: SparseWSIForConditionalGeneration,
-    encoder: ChatEncoder,
+    renderer: ChatRenderer,
     groups: Groups,
     gate: SparseLearn,
     encoder_mismatch: Mismatch,
@@ -147,20 +147,20 @@ def _judge_arm(
     k = model.config.num_slide_tokens
     for length, items in groups.items():
         chosen = select_all(items, {LEARNED: model.selector(encoder_mismatch)}, k)
-        found = {name: judge(model, encoder, items, selections, k) for name, selections in chosen.items()}
+        found = {name: judge(model, renderer, items, selections, k) for name, selections in chosen.items()}
         recall = found[LEARNED].recall
         row = {
             "length": length,
             "questions": len(items),
             "accuracy": rounded(found[LEARNED].correct.mean()),
             "oracle_accuracy": rounded(found["oracle"].correct.mean()) if "oracle" in found else "",
-            "evidence_recall": "" if recall is None else rounded(recall.mean()),
+            "key_patch_recall": "" if recall is None else rounded(recall.mean()),
             "soft_questions": "",
             "soft_accuracy": "",
             "hard_accuracy_of_the_same": "",
         }
         if max(source_length(item) for item in items) <= SOFT_LENGTH:
-            soft = judge_soft(model, encoder, items[:SOFT_QUESTIONS], gate).correct
+            soft = judge_soft(model, renderer, items[:SOFT_QUESTIONS], gate).correct
             hard = found[LEARNED].correct[:SOFT_QUESTIONS]
             row |= {"soft_questions": len(soft), "soft_accuracy": rounded(soft.mean())}
             row["hard_accuracy_of_the_same"] = rounded(hard.mean())

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_wsi.model.answering import choose
-from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem
 from vllm_wsi.selection.baselines import OraclePolicy, Selector, finite_patches
 from vllm_wsi.selection.selector import Selection
-from vllm_wsi.stats import evidence_recall, redundancy
+from vllm_wsi.stats import key_patch_recall, redundancy
 
 
 @dataclass
@@ -24,18 +24,18 @@ class Judged:
     """One rule's answers to all questions; all lists in the order of the questions."""
 
     correct: NDArray[np.bool_]
-    recall: NDArray[np.float64] | None  # share of the evidence that was kept, where the evidence is known
+    recall: NDArray[np.float64] | None  # share of the key patches that was kept, where they are known
     redundancy: NDArray[np.float64]  # mean cosine among the kept
     selections: list[list[Selection]] = field(repr=False, default_factory=list)
 
 
-def evidence_of(item: SlideItem) -> NDArray[np.int64] | None:
+def key_patches_of(item: SlideItem) -> NDArray[np.int64] | None:
     """Rows of the patches that decide the answer, where the benchmark knows them."""
-    return getattr(item.slides[0], "evidence_rows", None) if len(item.slides) == 1 else None
+    return getattr(item.slides[0], "key_patches", None) if len(item.slides) == 1 else None
 
 
 def select_all(items: Sequence[SlideItem], rules: Mapping[str, Selector], k: int) -> dict[str, list[list[Selection]]]:
-    """Every rule's selections; each slide is opened once. "oracle" is added where the evidence is known."""
+    """Every rule's selections; each slide is opened once. "oracle" is added where the key patches are known."""
     chosen: dict[str, list[list[Selection]]] = {name: [] for name in rules}
     for item in items:
         of_item: dict[str, list[Selection]] = {}
@@ -43,7 +43,7 @@ def select_all(items: Sequence[SlideItem], rules: Mapping[str, Selector], k: int
             with source.open() as slide:
                 for name, rule in rules.items():
                     of_item.setdefault(name, []).append(rule.select(slide, k))
-                if (rows := evidence_of(item)) is not None:
+                if (rows := key_patches_of(item)) is not None:
                     of_item["oracle"] = [OraclePolicy(k, rows.tolist()).select(slide)]
         for name, selections in of_item.items():
             chosen.setdefault(name, []).append(selections)
@@ -52,17 +52,17 @@ def select_all(items: Sequence[SlideItem], rules: Mapping[str, Selector], k: int
 
 def judge(
     model: SparseWSIForConditionalGeneration,
-    encoder: ChatEncoder,
+    renderer: ChatRenderer,
     items: Sequence[SlideItem],
     selections: list[list[Selection]],
     k: int,
 ) -> Judged:
     """Answers every question from these selections."""
-    choices = choose(model, encoder, items, selections)
+    choices = choose(model, renderer, items, selections)
     recalls = []
     for item, chosen in zip(items, selections, strict=True):
-        if (rows := evidence_of(item)) is not None:
-            recalls.append(evidence_recall(chosen[0].indices.numpy(), rows, k))
+        if (rows := key_patches_of(item)) is not None:
+            recalls.append(key_patch_recall(chosen[0].indices.numpy(), rows, k))
     repeats = [np.mean([redundancy(one.features.float().numpy()) for one in chosen]) for chosen in selections]
     return Judged(
         np.array([choice.letter == item.answer for choice, item in zip(choices, items, strict=True)]),
@@ -73,14 +73,14 @@ def judge(
 
 
 def judge_blind(
-    model: SparseWSIForConditionalGeneration, encoder: ChatEncoder, items: Sequence[SlideItem]
+    model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, items: Sequence[SlideItem]
 ) -> NDArray[np.bool_]:
     """Right answers without any slide."""
     blind = [
         SlideItem(item.where, (), ((item.question.replace(SLIDE_MARK, "").lstrip("\n"), item.answer),), item.options)
         for item in items
     ]
-    choices = choose(model, encoder, blind, [[] for _ in blind])
+    choices = choose(model, renderer, blind, [[] for _ in blind])
     return np.array([choice.letter == item.answer for choice, item in zip(choices, items, strict=True)])
 
 

@@ -34,12 +34,12 @@ def draw_tables(out: str | Path) -> list[Path]:
     return drawn
 
 
-def draw_umap(path: str | Path, features: NDArray, kept: NDArray, evidence: NDArray | None, title: str) -> Path:
+def draw_umap(path: str | Path, features: NDArray, kept: NDArray, key_patches: NDArray | None, title: str) -> Path:
     """Where the kept patches lie among all patches of a slide: UMAP of the features, fixed seed.
 
     Args:
         features: [N, d], finite.
-        kept, evidence: row numbers.
+        kept, key_patches: row numbers.
     """
     try:
         from umap import UMAP
@@ -50,8 +50,8 @@ def draw_umap(path: str | Path, features: NDArray, kept: NDArray, evidence: NDAr
     def draw(axes: Any) -> None:
         axes.scatter(*place.T, s=3, color="0.8", label=f"all {len(features):,} patches", rasterized=True)
         axes.scatter(*place[kept].T, s=28, color="#c0392b", label=f"{len(kept)} kept")
-        if evidence is not None:
-            axes.scatter(*place[evidence].T, s=60, facecolors="none", edgecolors="black", label="evidence")
+        if key_patches is not None:
+            axes.scatter(*place[key_patches].T, s=60, facecolors="none", edgecolors="black", label="key patches")
         axes.set(xticks=[], yticks=[], title=title)
         axes.legend(frameon=False, fontsize=8)
 

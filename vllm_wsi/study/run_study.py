@@ -10,11 +10,11 @@ import numpy as np
 
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
 from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld, groups_of_length, recipe
-from vllm_wsi.questions.items import read_questions
+from vllm_wsi.questions.reader import read_questions
 from vllm_wsi.selection.baselines import finite_patches
 from vllm_wsi.slides.encoder_names import Mismatch
 
-from .judge import evidence_of
+from .judge import key_patches_of
 from .plots import draw_tables, draw_umap
 from .study import LEARNED, Groups, Study, by_length, write_origin, write_table
 
@@ -79,9 +79,9 @@ def _draw_kept(study: Study, groups: Groups, out: Path) -> None:
         if chosen.num_patches <= UMAP_PATCHES:
             with items[0].slides[0].open() as slide:
                 patches, _ = finite_patches(slide)
-            rows, evidence = patches.rows.numpy(), evidence_of(items[0])
+            rows, key = patches.rows.numpy(), key_patches_of(items[0])
             kept = np.flatnonzero(np.isin(rows, chosen.indices.numpy()))
-            shown = None if evidence is None else np.flatnonzero(np.isin(rows, evidence))
+            shown = None if key is None else np.flatnonzero(np.isin(rows, key))
             title = f"{items[0].slides[0].name}: kept among all"
             draw_umap(out / "umap.png", patches.features.numpy(), kept, shown, title)
             return

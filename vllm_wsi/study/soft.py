@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_wsi.model.chat_renderer import IGNORED, ChatEncoder
+from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.training.dataset import SlideDataset, collate
@@ -29,7 +29,7 @@ class SoftResult(NamedTuple):
 @torch.no_grad()
 def judge_soft(
     model: SparseWSIForConditionalGeneration,
-    encoder: ChatEncoder,
+    renderer: ChatRenderer,
     items: Sequence[SlideItem],
     gate: SparseLearn,
     max_patches: int = 4096,
@@ -42,12 +42,12 @@ def judge_soft(
     Args:
         gate: with its denoiser, where it has one; stays as it is.
     """
-    settings = replace(gate.settings, num_kept=model.config.num_slide_tokens, kept_end=None)
+    settings = replace(gate.settings, num_slide_tokens=model.config.num_slide_tokens, k_end=None)
     wrapped = SparseLearnModel(model, settings, gate)
     assert wrapped.sparselearn is not None
     wrapped.sparselearn.to(model.device).set_progress(1.0)
-    dataset = SlideDataset(items, encoder, model.config, max_patches)
-    pad = encoder.tokenizer.pad_token_id or 0
+    dataset = SlideDataset(items, renderer, model.config, max_patches)
+    pad = renderer.tokenizer.pad_token_id or 0
     correct, mass, tokens = [], [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -57,12 +57,12 @@ def judge_soft(
             logits, wanted = wrapped.tail_logits(**batch)
             first = int((wanted[0] != IGNORED).int().argmax())
             letters = "".join(item.options)
-            best = logits[0, first, encoder.letter_ids(letters)].argmax()
+            best = logits[0, first, renderer.letter_ids(letters)].argmax()
             correct.append(letters[int(best)] == item.answer)
             alpha = wrapped.last_alpha
             assert alpha is not None
             # Alpha never falls as the score rises, so the Hard Top-K has the largest shares.
-            hard = alpha.topk(min(settings.num_kept, alpha.shape[-1])).values
+            hard = alpha.topk(min(settings.num_slide_tokens, alpha.shape[-1])).values
             mass.append(float(hard.sum() / alpha.sum()))
             tokens.append(float(alpha.sum() ** 2 / alpha.square().sum()))
     return SoftResult(np.array(correct), np.array(mass), np.array(tokens))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.baselines import Selector, make_policy
@@ -76,7 +76,7 @@ class Study:
         encoder_mismatch: Mismatch = "refuse",
     ) -> None:
         self.model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).to(device).eval()
-        self.encoder = ChatEncoder(AutoTokenizer.from_pretrained(checkpoint))
+        self.renderer = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
         self.groups, self.out, self.seed, self.encoder_mismatch = groups, Path(out), seed, encoder_mismatch
         self.k = self.model.config.num_slide_tokens
         self.judged: dict[tuple[str, str], Judged] = {}  # (length, rule)
@@ -109,11 +109,11 @@ class Study:
             slides = [item.slides[0].name for item in items]
             for mode in ("original", "packed"):
                 model = with_positions(self.model, mode)
-                found = {name: judge(model, self.encoder, items, chosen[name], self.k) for name in chosen}
+                found = {name: judge(model, self.renderer, items, chosen[name], self.k) for name in chosen}
                 if mode == self.model.config.position_ids:
                     self.judged |= {(length, name): judged for name, judged in found.items()}
                 right = {name: judged.correct for name, judged in found.items()}
-                right["blind"] = judge_blind(model, self.encoder, items)
+                right["blind"] = judge_blind(model, self.renderer, items)
                 letter, constant = best_constant(items)
                 right[f"always {letter}"] = constant
                 for name, correct in right.items():
@@ -124,7 +124,7 @@ class Study:
                     row["mcnemar_p"] = rounded(mcnemar(correct, right[LEARNED]))
                     if name in found:
                         recall = found[name].recall
-                        row["evidence_recall"] = "" if recall is None else rounded(recall.mean())
+                        row["key_patch_recall"] = "" if recall is None else rounded(recall.mean())
                         row["redundancy"] = rounded(float(np.nanmean(found[name].redundancy)))
                     rows.append({"length": length, "positions": mode, "rule": name, "k": self.k} | row)
         return rows
@@ -137,7 +137,7 @@ class Study:
             rules = {str(k): KeepsK(self.model.selector(self.encoder_mismatch), k) for k in sizes}
             chosen = select_all(items, rules, self.k)
             for k in sizes:
-                judged = judge(self.model, self.encoder, items, chosen[str(k)], k)
+                judged = judge(self.model, self.renderer, items, chosen[str(k)], k)
                 recall = "" if judged.recall is None else rounded(judged.recall.mean())
                 rows.append({"length": length, "k": k} | self._accuracy(judged.correct, slides) | {"recall": recall})
         return rows
@@ -153,9 +153,9 @@ class Study:
             if longest > SOFT_PATCHES:
                 continue  # all patches would have to pass the decoder
             slides = [item.slides[0].name for item in items]
-            settings = SparseLearnSettings(num_kept=self.k, denoiser="none")
+            settings = SparseLearnSettings(num_slide_tokens=self.k, denoiser="none")
             gate = SparseLearn(self.model.config.feature_dim, settings)
-            soft = judge_soft(self.model, self.encoder, items, gate, SOFT_PATCHES, self.seed)
+            soft = judge_soft(self.model, self.renderer, items, gate, SOFT_PATCHES, self.seed)
             hard = self._learned(length, items).correct
             gap = paired_bootstrap(hard, soft.correct, slides, seed=self.seed)
             names = ("hard_minus_soft", "hard_minus_soft_low", "hard_minus_soft_high")
@@ -188,7 +188,7 @@ class Study:
     def _learned(self, length: str, items: Sequence[SlideItem]) -> Judged:
         if (length, LEARNED) not in self.judged:
             chosen = select_all(items, {LEARNED: self.model.selector(self.encoder_mismatch)}, self.k)[LEARNED]
-            self.judged[length, LEARNED] = judge(self.model, self.encoder, items, chosen, self.k)
+            self.judged[length, LEARNED] = judge(self.model, self.renderer, items, chosen, self.k)
         return self.judged[length, LEARNED]
 
     def _accuracy(self, correct: np.ndarray, slides: list[str]) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from vllm_wsi.model.chat_renderer import IGNORED, ChatEncoder
+from vllm_wsi.errors import SlideError
+from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.questions.items import QuestionError, SlideItem, SlideSource
 from vllm_wsi.selection.chunk_reader import ChunkStager
 from vllm_wsi.selection.positions import SlideSpan, prompt_positions
-from vllm_wsi.slides import SlideError
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ class SlideDataset(Dataset):
 
     Args:
         items: checked by `check`.
-        encoder: of the checkpoint's tokenizer.
+        renderer: of the checkpoint's tokenizer.
         config: of the checkpoint.
         max_patches: longer slides are thinned to this many evenly spaced patches.
         stretch_positions: 0, or the length of slides that positions should be learned for: each slide's patches are
@@ -59,18 +59,18 @@ class SlideDataset(Dataset):
     def __init__(
         self,
         items: Sequence[SlideItem],
-        encoder: ChatEncoder,
+        renderer: ChatRenderer,
         config: SparseWSIConfig,
         max_patches: int,
         stretch_positions: int = 0,
         mix_positions: bool = False,
         seed: int = 0,
     ) -> None:
-        self.items, self.encoder, self.config = items, encoder, config
+        self.items, self.renderer, self.config = items, renderer, config
         self.max_patches, self.stretch_positions = max_patches, stretch_positions
         self.mix_positions, self.seed = mix_positions, seed
         self._lengths: dict[SlideSource, int] = {}
-        self._encoder = EncoderCheck(config.encoder)
+        self._encoder_check = EncoderCheck(config.encoder)
         self._encoder_remarks: Counter[str] = Counter()
 
     def check(self, read: bool = True, encoder_mismatch: Mismatch = "refuse") -> None:
@@ -86,12 +86,12 @@ class SlideDataset(Dataset):
             QuestionError: names each item that training would trip over.
         """
         problems = []
-        self._encoder = EncoderCheck(self.config.encoder, encoder_mismatch)
+        self._encoder_check = EncoderCheck(self.config.encoder, encoder_mismatch)
         reasons: dict[SlideSource, str | None] = {}  # why a slide is of no use
         for item in tqdm(self.items, "checking items", disable=not os.isatty(2)):
             try:
-                ids = self.encoder.conversation(item).ids
-                if (found := ids.count(self.encoder.slide_token_id)) != len(item.slides):
+                ids = self.renderer.conversation(item).ids
+                if (found := ids.count(self.renderer.slide_token_id)) != len(item.slides):
                     raise ValueError(f"found {found} slide tokens in its text, wanted {len(item.slides)}")
                 for source in item.slides:
                     if source not in reasons:
@@ -109,12 +109,12 @@ class SlideDataset(Dataset):
             with source.open() as slide:
                 if slide.feature_dim != self.config.feature_dim:
                     return f"{slide.name}: found d = {slide.feature_dim}, wanted {self.config.feature_dim}"
-                match = self._encoder(slide.name, slide.metadata)
+                match = self._encoder_check(slide.name, slide.metadata)
                 if match.remark is not None:
                     self._encoder_remarks[match.remark] += 1
-                if self._encoder.encoder is None:
+                if self._encoder_check.encoder is None:
                     reason = "as the slides before it have"
-                    self._encoder = replace(self._encoder, encoder=match.features, reason=reason)
+                    self._encoder_check = replace(self._encoder_check, encoder=match.features, reason=reason)
                 self._lengths[source] = slide.num_patches
                 if read:
                     finite = [bool(finite_rows(chunk).any()) for _, chunk in ChunkStager(slide, CPU).chunks()]
@@ -147,7 +147,7 @@ class SlideDataset(Dataset):
         item = self.items[number]
         rng = np.random.default_rng([self.seed, number])
         slides = [self._slide(source, rng) for source in item.slides]
-        ids, labels = self.encoder.conversation(item)
+        ids, labels = self.renderer.conversation(item)
         budget = 0 if self.mix_positions and rng.random() < 0.5 else self.config.slide_position_budget
         return TrainingItem(slides, ids, labels, budget)
 

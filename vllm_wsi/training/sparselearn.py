@@ -26,38 +26,38 @@ class SparseLearnSettings:
     """The training path, its schedules and the switches of its ablations.
 
     Args:
-        num_kept: K, the `num_slide_tokens` of the checkpoint.
+        num_slide_tokens: K, the `num_slide_tokens` of the checkpoint.
         gate: "noise" (the paper's), "scale" (alpha * x, without noise), "none" (every patch as it is: the scorer
             learns nothing).
         denoiser: "diagonal" (the paper's), "global" (patches attend to each other), "none".
         relaxation: "lapsum" (Soft Top-K) or "gumbel" (Hard Top-K of scores with Gumbel noise, and the gradient of the
             Soft Top-K: straight-through).
         tau_start, tau_end, tau_fraction: temperature, on a cosine over this share of the steps.
-        kept_start, kept_end, kept_fraction: K at the start, falling geometrically to `kept_end` (None: `num_kept`)
+        k_start, k_end, k_fraction: K at the start, falling geometrically to `k_end` (None: `num_slide_tokens`)
             over this share of the steps. A K that is small against N from the first step on leaves some seeds without
             a gradient to follow; one that ends large against it never asks the scorer to be sure. What counts is K / N:
-            a smaller `kept_end` prepares for slides longer than those of the training.
+            a smaller `k_end` prepares for slides longer than those of the training.
     """
 
-    num_kept: int = 32
+    num_slide_tokens: int = 32
     gate: Literal["noise", "scale", "none"] = "noise"
     denoiser: Literal["diagonal", "global", "none"] = "diagonal"
     relaxation: Literal["lapsum", "gumbel"] = "lapsum"
     tau_start: float = 2.0
     tau_end: float = 0.1
     tau_fraction: float = 0.8
-    kept_start: int = 256
-    kept_end: int | None = None
-    kept_fraction: float = 0.6
+    k_start: int = 256
+    k_end: int | None = None
+    k_fraction: float = 0.6
 
     def __post_init__(self) -> None:
-        for name in ("num_kept", "kept_start", "kept_end"):
+        for name in ("num_slide_tokens", "k_start", "k_end"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: found {value}, wanted at least 1")
         for name in ("tau_start", "tau_end"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: found {getattr(self, name)}, wanted above 0")
-        for name in ("tau_fraction", "kept_fraction"):
+        for name in ("tau_fraction", "k_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}, wanted 0 to 1")
 
@@ -66,13 +66,13 @@ class SparseLearnSettings:
         turn = min(1.0, progress / self.tau_fraction) if self.tau_fraction else 1.0
         return self.tau_end + (self.tau_start - self.tau_end) * (1 + math.cos(math.pi * turn)) / 2
 
-    def kept(self, progress: float) -> int:
+    def k(self, progress: float) -> int:
         """K after a share `progress` of the steps."""
-        end = self.num_kept if self.kept_end is None else self.kept_end
-        if self.kept_start <= end:
+        end = self.num_slide_tokens if self.k_end is None else self.k_end
+        if self.k_start <= end:
             return end
-        turn = min(1.0, progress / self.kept_fraction) if self.kept_fraction else 1.0
-        return max(end, int(self.kept_start * (end / self.kept_start) ** turn))
+        turn = min(1.0, progress / self.k_fraction) if self.k_fraction else 1.0
+        return max(end, int(self.k_start * (end / self.k_start) ** turn))
 
 
 class Gated(NamedTuple):
@@ -85,7 +85,7 @@ class Gated(NamedTuple):
 class SparseLearn(nn.Module):
     """Gates and denoises patches by their scores. For training alone: `eval()` changes nothing of it.
 
-    `tau` and `num_kept` follow `set_progress`, and are buffers, so that a resumed run goes on where it was.
+    `tau` and `num_slide_tokens` follow `set_progress`, and are buffers, so that a resumed run goes on where it was.
 
     Args:
         feature_dim: d.
@@ -94,7 +94,7 @@ class SparseLearn(nn.Module):
     """
 
     tau: Tensor
-    num_kept: Tensor
+    num_slide_tokens: Tensor
 
     def __init__(self, feature_dim: int, settings: SparseLearnSettings, previous: SparseLearn | None = None) -> None:
         super().__init__()
@@ -104,12 +104,12 @@ class SparseLearn(nn.Module):
         if self.denoiser is not None and trained is not None:
             self.denoiser.load_state_dict(trained.state_dict())
         self.register_buffer("tau", torch.tensor(settings.tau(0.0)))
-        self.register_buffer("num_kept", torch.tensor(settings.kept(0.0)))
+        self.register_buffer("num_slide_tokens", torch.tensor(settings.k(0.0)))
 
     def set_progress(self, progress: float) -> None:
         """Sets tau and K for the next step; `progress` is the share of the steps already done."""
         self.tau.fill_(self.settings.tau(progress))
-        self.num_kept.fill_(self.settings.kept(progress))
+        self.num_slide_tokens.fill_(self.settings.k(progress))
 
     def forward(self, features: Tensor, scores: Tensor, mask: Tensor) -> Gated:
         """Gates patches.
@@ -135,14 +135,14 @@ class SparseLearn(nn.Module):
 
     def _shares(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(alpha, sqrt(alpha), sqrt(1 - alpha)); where straight-through, hard values with soft gradients."""
-        num_kept, tau = int(self.num_kept), float(self.tau)
+        num_slide_tokens, tau = int(self.num_slide_tokens), float(self.tau)
         if self.settings.relaxation == "lapsum":
-            alpha = soft_topk(scores, num_kept, tau, mask)
+            alpha = soft_topk(scores, num_slide_tokens, tau, mask)
             return alpha, _root(alpha), _root(1 - alpha)
         uniform = torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)
         scores = scores - tau * torch.log(-torch.log(uniform))
-        soft = soft_topk(scores, num_kept, tau, mask)
-        hard = hard_topk(scores, num_kept, mask)
+        soft = soft_topk(scores, num_slide_tokens, tau, mask)
+        hard = hard_topk(scores, num_slide_tokens, mask)
         pairs = ((hard, soft), (hard, _root(soft)), (1 - hard, _root(1 - soft)))
         alpha, signal, noise = (value + (gradient - gradient.detach()) for value, gradient in pairs)
         return alpha, signal, noise

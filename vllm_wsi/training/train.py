@@ -14,11 +14,12 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from vllm_wsi.model.chat_renderer import ChatEncoder
+from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.model.init_checkpoint import new_model
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
-from vllm_wsi.questions.items import QuestionError, SlideItem, read_questions
+from vllm_wsi.questions.items import QuestionError, SlideItem
+from vllm_wsi.questions.reader import read_questions
 
 from .dataset import SlideDataset, collate
 from .model import SparseLearnModel, set_trainable
@@ -49,7 +50,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     _claim(output, settings, processes)
     set_seed(settings.seed)
     model, tokenizer = start_model(settings.model, settings.seed)
-    datasets = _checked_datasets(settings, ChatEncoder(tokenizer), model.config, generators or {})
+    datasets = _checked_datasets(settings, ChatRenderer(tokenizer), model.config, generators or {})
     if processes.is_main_process:
         for stage, dataset in zip(settings.stages, datasets, strict=True):
             if (thinning := dataset.thinning()) is not None:
@@ -171,20 +172,22 @@ def make_trainer(
 
 
 def _checked_datasets(
-    settings: TrainSettings, encoder: ChatEncoder, config: SparseWSIConfig, generators: Generators
+    settings: TrainSettings, renderer: ChatRenderer, config: SparseWSIConfig, generators: Generators
 ) -> list[SlideDataset]:
     """One for each stage; all their bad items are named at once."""
     datasets: list[SlideDataset] = []
     problems: list[str] = []
     for number, stage in enumerate(settings.stages):
-        if stage.sparselearn is not None and stage.sparselearn.num_kept != config.num_slide_tokens:
-            found, wanted = stage.sparselearn.num_kept, config.num_slide_tokens
-            raise ValueError(f"stages: {stage.name}: num_kept: found {found}, wanted {wanted}, as the model keeps")
+        if stage.sparselearn is not None and stage.sparselearn.num_slide_tokens != config.num_slide_tokens:
+            found, wanted = stage.sparselearn.num_slide_tokens, config.num_slide_tokens
+            raise ValueError(
+                f"stages: {stage.name}: num_slide_tokens: found {found}, wanted {wanted}, as the model keeps"
+            )
         try:
-            dataset = make_dataset(stage.data, encoder, config, settings.seed, generators)
+            dataset = make_dataset(stage.data, renderer, config, settings.seed, generators)
         except QuestionError as error:
             problems += error.problems
-            dataset = _dataset(error.items, stage.data, encoder, config, settings.seed)
+            dataset = _dataset(error.items, stage.data, renderer, config, settings.seed)
         if stage.data.generate is None:
             is_seen = any(
                 (earlier.data.questions, earlier.data.features) == (stage.data.questions, stage.data.features)
@@ -201,7 +204,7 @@ def _checked_datasets(
 
 
 def make_dataset(
-    data: DataSettings, encoder: ChatEncoder, config: SparseWSIConfig, seed: int, generators: Generators
+    data: DataSettings, renderer: ChatRenderer, config: SparseWSIConfig, seed: int, generators: Generators
 ) -> SlideDataset:
     """The items of one stage's data, unread.
 
@@ -213,7 +216,7 @@ def make_dataset(
         name = options.pop("name", None)
         if name not in generators:
             raise ValueError(f"generate: found name {name!r}, wanted one of {', '.join(generators) or 'none'}")
-        return _dataset(generators[name](**options), data, encoder, config, seed)
+        return _dataset(generators[name](**options), data, renderer, config, seed)
     assert data.features is not None
     items: list[SlideItem] = []
     problems: list[str] = []
@@ -225,13 +228,13 @@ def make_dataset(
             problems += error.problems
     if problems:
         raise QuestionError(problems, items)
-    return _dataset(items, data, encoder, config, seed)
+    return _dataset(items, data, renderer, config, seed)
 
 
 def _dataset(
-    items: Sequence[SlideItem], data: DataSettings, encoder: ChatEncoder, config: SparseWSIConfig, seed: int
+    items: Sequence[SlideItem], data: DataSettings, renderer: ChatRenderer, config: SparseWSIConfig, seed: int
 ) -> SlideDataset:
-    return SlideDataset(items, encoder, config, data.max_patches, data.stretch_positions, data.mix_positions, seed)
+    return SlideDataset(items, renderer, config, data.max_patches, data.stretch_positions, data.mix_positions, seed)
 
 
 def start_model(
@@ -271,7 +274,7 @@ def name_end_of_turn(model: SparseWSIForConditionalGeneration, tokenizer: PreTra
     """Where `generate` ends is where vLLM ends: at what the checkpoint names, and at the tokenizer's own token."""
     config = model.generation_config
     named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = sorted({*named, *ChatEncoder(tokenizer).end_of_turn()} - {None})
+    ends = sorted({*named, *ChatRenderer(tokenizer).end_of_turn()} - {None})
     config.eos_token_id = ends[0] if len(ends) == 1 else ends
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

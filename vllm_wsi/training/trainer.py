@@ -15,7 +15,17 @@ from transformers import Trainer, TrainerCallback
 from .model import SparseLearnModel, trainable_state
 
 WEIGHTS = "trainable.safetensors"
-LOG_COLUMNS = ("stage", "step", "loss", "learning_rate", "tau", "num_kept", "alpha_of_top", "alpha_max", "tokens")
+LOG_COLUMNS = (
+    "stage",
+    "step",
+    "loss",
+    "learning_rate",
+    "tau",
+    "num_slide_tokens",
+    "alpha_of_top",
+    "alpha_max",
+    "tokens",
+)
 
 
 class SparseLearnTrainer(Trainer):
@@ -146,12 +156,12 @@ class CsvLogCallback(TrainerCallback):
         sparselearn, alpha = self._model.sparselearn, self._model.last_alpha
         if sparselearn is None or alpha is None:
             return {}
-        num_kept = int(sparselearn.num_kept)
-        best = alpha.topk(min(num_kept, alpha.shape[-1])).values
+        num_slide_tokens = int(sparselearn.num_slide_tokens)
+        best = alpha.topk(min(num_slide_tokens, alpha.shape[-1])).values
         effective = alpha.sum(dim=-1).square() / alpha.square().sum(dim=-1)
         return {
             "tau": f"{float(sparselearn.tau):.4g}",
-            "num_kept": num_kept,
+            "num_slide_tokens": num_slide_tokens,
             "alpha_of_top": f"{float(best.mean()):.4g}",
             "alpha_max": f"{float(best[:, 0].mean()):.4g}",
             "tokens": f"{float(effective.mean()):.4g}",

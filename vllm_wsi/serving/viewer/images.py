@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.serving.connector import naming_the_file_alone, stalls_as_503
 from vllm_wsi.serving.stalling_pool import StallingPool
-from vllm_wsi.slides import SlideError, SlideIdentity
+from vllm_wsi.slides import SlideIdentity
 
 if TYPE_CHECKING:
     from openslide import AbstractSlide

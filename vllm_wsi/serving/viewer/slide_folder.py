@@ -7,8 +7,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from vllm_wsi.slides import SlideError
-from vllm_wsi.slides.formats.dispatch import IMAGE_SUFFIXES, QC_SUFFIX
+from vllm_wsi.errors import SlideError
+from vllm_wsi.files import IMAGE_SUFFIXES, QC_SUFFIX
 from vllm_wsi.slides.slide_names import image_names, is_feature_file, is_feature_store, slide_name
 
 MAX_ENTRIES = 10_000  # files and folders that one listing looks at

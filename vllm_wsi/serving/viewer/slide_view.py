@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cachetools import LRUCache
 
+from vllm_wsi.errors import SlideError
+from vllm_wsi.rendering.geojson import geojson
 from vllm_wsi.selection.selector import NOTHING_SAID
 from vllm_wsi.serving.connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
 from vllm_wsi.serving.service import SelectedSlide
-from vllm_wsi.slides import SlideError, SlideIdentity, open_features
+from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.places import Said, guesses, origin, patch_size, refuse_guesses, settle
-from vllm_wsi.slides.regions import extent, geojson, level0_rects, said_size
+from vllm_wsi.slides.regions import extent, level0_rects, said_size
 from vllm_wsi.slides.units import positive_number
 
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
@@ -50,7 +52,7 @@ class Found(NamedTuple):
     missing: str | None = None  # one sentence
 
 
-class Evidence:
+class SlideView:
     """Answers the endpoints; reading headers and drawing pixels are each done on threads of their own.
 
     Args:
@@ -105,7 +107,7 @@ class Evidence:
 
     async def heat_map(self, url: str, overlay: bool, said: Said) -> tuple[bytes, str]:
         """(PNG, ETag) of all scores by rank, upon the slide or, as `overlay`, upon nothing."""
-        selected = await self._connector.fetch_image_async(url, keep_every=True)
+        selected = await self._connector.fetch_image_async(url, keep_all_scores=True)
         image = (await self._headers.run(self._find_image, url)).image
         etag = _digest(selected.digest, overlay, said, None if image is None else image.digest)
         with self._lock:
@@ -124,15 +126,17 @@ class Evidence:
         """(PNG, ETag) of what `encode` took for tissue and for patches, where it lies beside the feature file."""
         return await self._headers.run(self._read_qc, url)
 
-    async def tile(self, url: str, level: int, x: int, y: int, known: str | None) -> tuple[bytes | None, str, str]:
+    async def tile(
+        self, url: str, level: int, x: int, y: int, if_none_match: str | None
+    ) -> tuple[bytes | None, str, str]:
         """(JPEG, ETag, version of the image); no JPEG where the client knows this ETag already."""
-        return await self._pixels.run(self._read, url, tile, (level, x, y), known)
+        return await self._pixels.run(self._read, url, tile, (level, x, y), if_none_match)
 
     async def region(
-        self, url: str, rect: tuple[float, float, float, float], side: int, known: str | None
+        self, url: str, rect: tuple[float, float, float, float], side: int, if_none_match: str | None
     ) -> tuple[bytes | None, str, str]:
         """As `tile`, of any part of the slide."""
-        return await self._pixels.run(self._read, url, region, (rect, side), known)
+        return await self._pixels.run(self._read, url, region, (rect, side), if_none_match)
 
     def _image_path(self, url: str) -> Path:
         path = self._connector.local_path(url)
@@ -234,27 +238,28 @@ class Evidence:
         return data, _digest(identity)
 
     def _read(
-        self, url: str, read: Callable[..., bytes], what: tuple[Any, ...], known: str | None
+        self, url: str, read: Callable[..., bytes], what: tuple[Any, ...], if_none_match: str | None
     ) -> tuple[bytes | None, str, str]:
         path = self._image_path(url)
         version = _digest(SlideIdentity.of_file(path))
         etag = _digest(version, read.__name__, what)
-        if known is not None and etag in known:
+        if if_none_match is not None and etag in if_none_match:
             return None, etag, version
         with self._images.image(path) as image:
             return read(image, path.name, *what), etag, version
 
     def _draw(self, selected: SelectedSlide, image: ImageFacts | None, overlay: bool, said: Said) -> bytes:
-        from vllm_wsi.rendering.pictures import HEAT_SIDE, heat_map, heat_overlay, png
+        from vllm_wsi.encoding.png import png
+        from vllm_wsi.rendering.pictures import HEAT_SIDE, heat_map, heat_overlay
 
         chosen, name = selected.selection, _name(selected)
-        assert chosen.every is not None
+        assert chosen.all_scores is not None
         if image is not None:
             refuse_guesses(name, chosen.guesses(name, said))
         said = _with_mpp(said, chosen.metadata, image)
-        every, kept = chosen.every_rect(name, said), chosen.rects(name, said)
-        size_px = image.size_px if image is not None else _finite(name, extent(every, chosen.metadata))
-        heat = heat_overlay(every, chosen.every.scores.numpy(), size_px)
+        rects, kept = chosen.all_rects(name, said), chosen.rects(name, said)
+        size_px = image.size_px if image is not None else _finite(name, extent(rects, chosen.metadata))
+        heat = heat_overlay(rects, chosen.all_scores.numpy(), size_px)
         if overlay:
             return png(heat)
         return png(heat_map(heat, self._thumbnail(image, HEAT_SIDE), kept, size_px))

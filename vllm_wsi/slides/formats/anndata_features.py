@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import SlideError, check_matrix, shown
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import check_matrix, shown
 
 from .named_arrays import AXES, Array, Coords, find_coords
 

@@ -8,7 +8,9 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import FeatureFile, SlideError, SlideIdentity
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import FeatureFile
+from vllm_wsi.slides.identity import SlideIdentity
 
 SCAN_BYTES = 1 << 22
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import FeatureFile, SlideError, SlideIdentity, check_matrix
+from vllm_wsi.errors import SlideError
+from vllm_wsi.files import NON_TIFF_SUFFIXES
+from vllm_wsi.slides.feature_file import FeatureFile, check_matrix
+from vllm_wsi.slides.identity import SlideIdentity
 
 from .csv_features import open_csv
 from .hdf5_features import open_hdf5
@@ -30,10 +33,6 @@ PICKLE_PROTOCOLS = tuple(bytes([0x80, n]) for n in range(2, 6))
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # most slide images: svs, ndpi, scn, OME-TIFF ...
 PICTURE_MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
-NON_TIFF_SUFFIXES = frozenset((".mrxs", ".czi", ".dcm", ".vms", ".vmu"))  # of slide images whose first bytes say little
-# Of the slide images that a folder is searched for or a benchmark names; what a file is, its content says.
-IMAGE_SUFFIXES = NON_TIFF_SUFFIXES | {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".qptiff", ".btf"}
-QC_SUFFIX = ".qc.png"  # of the pictures that `encode --qc` draws of tissue and patches
 SEVERAL_SETS = ("AtlasPatch h5", "SpatialData zarr")  # formats that hold features of several encoders
 WANTED = "safetensors, h5, h5ad, npy, npz, pt, parquet, zarr or csv"
 CONVERT_PICKLE = CONVERT.format('pickle.load(open(FILE, "rb"))')

@@ -9,15 +9,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import (
-    FeatureFile,
-    SlideError,
-    SlideIdentity,
-    check_matrix,
-    listed,
-    metadata_strings,
-    shown,
-)
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import FeatureFile, check_matrix, listed, metadata_strings, shown
+from vllm_wsi.slides.identity import SlideIdentity
 from vllm_wsi.slides.units import (
     GRID_SAMPLE,
     LEVEL0_KEYS,

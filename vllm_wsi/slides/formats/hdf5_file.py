@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import RowSource, SlideError
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import RowSource
 
 from .rows import RawRows
 

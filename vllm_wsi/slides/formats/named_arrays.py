@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import SlideError, listed, metadata_strings
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import listed, metadata_strings
 from vllm_wsi.slides.units import GRID_SAMPLE, Unit, coord_unit, unit_fields, unit_remarks
 
 FEATURE_KEYS = (

@@ -8,7 +8,9 @@ from typing import IO
 
 import numpy as np
 
-from vllm_wsi.slides.feature_file import FeatureFile, SlideError, SlideIdentity, check_matrix
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import FeatureFile, check_matrix
+from vllm_wsi.slides.identity import SlideIdentity
 
 from .rows import RawRows
 

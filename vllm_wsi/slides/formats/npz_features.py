@@ -11,14 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import (
-    FeatureFile,
-    RowSource,
-    SlideError,
-    SlideIdentity,
-    check_matrix,
-    metadata_strings,
-)
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import FeatureFile, RowSource, check_matrix, metadata_strings
+from vllm_wsi.slides.identity import SlideIdentity
 
 from .named_arrays import Array, features_key, find_coords
 from .npy_features import CONVERT, check_order, read_npy_header

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import FeatureFile, SlideError, SlideIdentity, check_matrix, listed, metadata_strings
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import FeatureFile, check_matrix, listed, metadata_strings
+from vllm_wsi.slides.identity import SlideIdentity
 
 from .named_arrays import AXES, COORD_KEYS, FEATURE_KEYS, Array, find_coords
 from .parquet_table import ParquetTable

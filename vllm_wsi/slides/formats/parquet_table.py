@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import SlideError
+from vllm_wsi.errors import SlideError
 
 from .zarr_codecs import EXTRA
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import FLOAT_DTYPES, SlideError
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import FLOAT_DTYPES
 
 FLOAT8_STEP = 1 << 20  # numbers that are widened at once
 

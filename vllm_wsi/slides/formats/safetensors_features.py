@@ -10,14 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import (
-    FLOAT_DTYPES,
-    FeatureFile,
-    SlideError,
-    SlideIdentity,
-    check_matrix,
-    metadata_strings,
-)
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import FLOAT_DTYPES, FeatureFile, check_matrix, metadata_strings
+from vllm_wsi.slides.identity import SlideIdentity
 from vllm_wsi.slides.units import GRID_SAMPLE, coord_unit, unit_fields, unit_remarks
 
 from .named_arrays import features_key

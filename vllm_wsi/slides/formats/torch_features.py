@@ -14,7 +14,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import FeatureFile, SlideError, SlideIdentity, check_matrix, listed, metadata_strings
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import FeatureFile, check_matrix, listed, metadata_strings
+from vllm_wsi.slides.identity import SlideIdentity
 
 from .named_arrays import Array, Coords, features_key, find_coords
 from .npy_features import CONVERT

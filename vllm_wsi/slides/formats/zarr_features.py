@@ -9,15 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import (
-    FeatureFile,
-    SlideError,
-    SlideIdentity,
-    check_matrix,
-    listed,
-    metadata_strings,
-    shown,
-)
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import FeatureFile, check_matrix, listed, metadata_strings, shown
+from vllm_wsi.slides.identity import SlideIdentity
 
 from . import anndata_features as tables
 from .named_arrays import NO_COORDS, Array, Coords, features_key, find_coords, placed

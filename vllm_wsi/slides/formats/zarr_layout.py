@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_wsi.slides.feature_file import SlideError, listed, shown
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import listed, shown
 
 from .zarr_codecs import UNPACKERS
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.slides.feature_file import SlideError
+from vllm_wsi.errors import SlideError
 from vllm_wsi.slides.identity import MAX_STORE_FILES
 
 from .zarr_codecs import EXTRA, BadChunk, unpack
