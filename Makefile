@@ -23,7 +23,7 @@ lint: setup
 	@$(BIN)/lint-imports
 
 bench: setup
-	@$(BIN)/python bench/selector.py --quick
-	@$(BIN)/python bench/first_token.py --quick
-	@$(BIN)/python bench/serving.py
-	@$(BIN)/python bench/serving_report.py
+	@$(BIN)/python -m bench.selection.cpu_selection --quick
+	@$(BIN)/python -m bench.serving.first_token --quick
+	@$(BIN)/python -m bench.serving.throughput
+	@$(BIN)/python -m bench.serving.throughput_report

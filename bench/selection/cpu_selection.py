@@ -1,4 +1,6 @@
-"""Seconds and memory of one selection on the CPU, and of naive torch: `python bench/selector.py [--quick] [--million]`.
+"""Seconds and memory of one selection on the CPU, and of naive torch.
+
+    python -m bench.selection.cpu_selection [--quick] [--million]
 
 Every shape is measured in fresh processes. Each imports torch, builds the selector and selects from a tiny slide, so
 that lazy set-up is neither timed nor counted; what follows is
@@ -29,8 +31,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from record import RESULTS, append_row, check_header
-
+from bench.common.record import RESULTS, ROOT, append_row, check_header
 from vllm_wsi.slides import open_features
 from vllm_wsi.slides.synthetic import write_synthetic_slide
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from vllm_wsi.kernels import ScorerWeights
 
+MODULE = "bench.selection.cpu_selection"  # the children run it
 CSV = RESULTS / "selector.csv"
 COLUMNS = (
     "num_patches", "feature_dim", "dtype", "k", "scorer_hidden_size", "cores_used", "selections",
@@ -55,19 +57,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Seconds and memory of one selection on the CPU.")
     parser.add_argument("--quick", action="store_true", help="small shapes, one process each")
     parser.add_argument("--million", action="store_true", help="also a slide of 1,000,000 x 512 (a file of 1 GB)")
+    parser.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
     parser.add_argument("--child", nargs=3, metavar=("TINY", "SLIDE", "THREADS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         tiny, slide, cores = args.child
         print(json.dumps(measure(Path(tiny), Path(slide), int(cores))))
         return
-    check_header(CSV, COLUMNS)
+    check_header(args.csv, COLUMNS)
     shapes = [shape for shape in SHAPES if shape[0] <= 10_000] if args.quick else SHAPES
     heads = ("ms", "read ms", "score ms", "CPU ms", "rows/s", "peak MiB", "naive ms", "CPU ms", "peak MiB", "CPU ratio")
     print(f"{'N':>9}{'d':>6}{'cores':>6}" + "".join(f"{head:>11}" for head in heads))
     for num_patches, feature_dim in shapes + [MILLION] * args.million:
         for row in bench_shape(num_patches, feature_dim, processes=1 if args.quick else PROCESSES):
-            append_row(CSV, row)
+            append_row(args.csv, row)
             times = "".join(f"{row[f'{name}seconds'] * 1e3:11.1f}" for name in ("", "read_", "score_", "cpu_"))
             shape = f"{num_patches:9,}{feature_dim:6}{row['cores_used']:6}"
             naive = "".join(f"{row[f'naive_{name}seconds'] * 1e3:11.1f}" for name in ("", "cpu_"))
@@ -84,8 +87,8 @@ def bench_shape(num_patches: int, feature_dim: int, processes: int) -> list[dict
         write_synthetic_slide(tiny, TINY, feature_dim, dtype=DTYPE)
         write_synthetic_slide(slide, num_patches, feature_dim, dtype=DTYPE)
         for count in cores * processes:
-            command = [sys.executable, __file__, "--child", str(tiny), str(slide), str(count)]
-            runs[count].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+            command = [sys.executable, "-m", MODULE, "--child", str(tiny), str(slide), str(count)]
+            runs[count].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT).stdout))
     return [row_of(num_patches, feature_dim, count, runs[count]) for count in cores]
 
 

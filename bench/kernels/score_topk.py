@@ -1,4 +1,4 @@
-"""Scoring and Top-K against what people run today: `python bench/kernels.py` on a CUDA machine.
+"""Scoring and Top-K against what people run today: `python -m bench.kernels.score_topk` on a CUDA machine.
 
 Three parts, all in one CSV: `select` (Top-K of given fp32 scores), `ragged` (8 slides of lognormal length) and
 `score_topk` (features to kept rows of one slide). One process, rounds that interleave all calls in random order,
@@ -11,8 +11,8 @@ is the slower of the two. Every time is reported as a ratio to the floor and to 
 a ceiling nor ours); absolute times stand beside. A provider that cannot run here is left out, with one line that says
 why. Nothing is timed before our answer was checked.
 
-`--device cpu --quick` tries the harness without a GPU. `pytest bench/test_providers.py --benchmark-enable` compares
-the same providers on a few shapes.
+`--device cpu --quick` tries the harness without a GPU. `pytest bench/kernels/test_providers.py
+--benchmark-enable` compares the same providers on a few shapes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from pathlib import Path
 
 import torch
 import triton
-from kernel_providers import (
+
+from bench.common.record import RESULTS, append_row, check_header
+from bench.kernels.providers import (
     CEILINGS,
     OURS,
     PROVIDERS,
@@ -44,7 +46,6 @@ from kernel_providers import (
     selector,
     tried,
 )
-from record import RESULTS, append_row, check_header
 
 CSV = RESULTS / "kernels.csv"
 COLUMNS = [
@@ -246,9 +247,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small shape for each part, few rounds")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("kernels: found no CUDA device, wanted one; --device cpu --quick tries the harness alone")
+        raise SystemExit("score_topk: found no CUDA device, wanted one; --device cpu --quick tries the harness alone")
     if unknown := set(args.without) - {*PROVIDERS, *SELECTORS} | set(args.without) & {OURS, *CEILINGS}:
-        raise SystemExit(f"kernels: --without: cannot leave out {', '.join(sorted(unknown))}")
+        raise SystemExit(f"score_topk: --without: cannot leave out {', '.join(sorted(unknown))}")
     check_header(args.csv, COLUMNS)
     random.seed(0)
     torch.manual_seed(0)

@@ -1,23 +1,19 @@
-"""One entry for each provider of `kernel_providers.py`, grouped by shape, through pytest-benchmark:
+"""One entry for each provider of `providers.py`, grouped by shape, through pytest-benchmark:
 
-    pytest bench/test_providers.py --benchmark-enable --benchmark-columns=median,iqr,rounds
+    pytest bench/kernels/test_providers.py --benchmark-enable --benchmark-columns=median,iqr,rounds
 
-Wall time of one eager call with the GPU's answer awaited, so the launches are in it; `bench/kernels.py` is the one that
-separates them. On a machine without CUDA it runs the smallest shape. Our answer is checked before anything is timed.
+Wall time of one eager call with the GPU's answer awaited, so the launches are in it; `score_topk.py` separates
+them. On a machine without CUDA it runs the smallest shape. Our answer is checked before anything is timed.
 """
 
 from __future__ import annotations
 
-import sys
 from functools import lru_cache, partial
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))  # pytest's importlib mode does not
-
-from kernel_providers import PROVIDERS, Missing, Problem, check, make_problem, tried
+from bench.kernels.providers import PROVIDERS, Missing, Problem, check, make_problem, tried
 
 CUDA = torch.cuda.is_available()
 SHAPES = [(4_000, 512, 128, 32)]  # N, d, h, k

@@ -1,4 +1,6 @@
-"""Patches a second of the built-in encoder, and where the time goes: `python bench/encode.py [SLIDE ...] [--rounds N]`.
+"""Patches a second of the built-in encoder, and where the time goes.
+
+    python -m bench.encoding.encoder_speed [SLIDE ...] [--rounds N]
 
 Without a slide it takes ../shared/data/slides/CMU-1-Small-Region.svs where that is there, and the photograph of the
 demo (scikit-image, 512 x 512 in patches of 32 px) always. Each slide is encoded once unmeasured, so that imports and
@@ -14,8 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import RESULTS, append_row, check_header
-
+from bench.common.record import RESULTS, ROOT, append_row, check_header
 from vllm_wsi.cli.demo import write_photograph
 from vllm_wsi.encoding.encode_slide import EncodeSettings, encode_slide
 from vllm_wsi.encoding.encoders import BUILT_IN, load_encoder
@@ -26,15 +27,16 @@ COLUMNS = (
     "slide", "encoder", "patch_px", "num_patches", "rounds", "seconds", "patches_per_second",
     *(f"{stage}_share" for stage in STAGES),
 )  # fmt: skip
-REAL_SLIDE = Path(__file__).resolve().parents[2] / "shared/data/slides/CMU-1-Small-Region.svs"
+REAL_SLIDE = ROOT.parent / "shared/data/slides/CMU-1-Small-Region.svs"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Patches a second of the built-in encoder.")
     parser.add_argument("slides", nargs="*", type=Path, metavar="SLIDE")
     parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
+    parser.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
     args = parser.parse_args()
-    check_header(CSV, COLUMNS)
+    check_header(args.csv, COLUMNS)
     print(f"{'slide':34}{'patches':>9}{'s':>8}{'patches/s':>11}" + "".join(f"{stage:>10}" for stage in STAGES))
     with tempfile.TemporaryDirectory(prefix="vllm-wsi-bench-") as folder:
         work = Path(folder)
@@ -43,7 +45,7 @@ def main() -> None:
             slides.append((write_photograph(work), EncodeSettings(patch_px=32, tissue="none")))
         for path, settings in slides:
             row = bench_slide(path, settings, work / "out.safetensors", args.rounds)
-            append_row(CSV, row)
+            append_row(args.csv, row)
             numbers = f"{row['num_patches']:9,}{row['seconds']:8.2f}{row['patches_per_second']:11.1f}"
             print(
                 f"{path.name:34}{numbers}" + "".join(f"{row[f'{stage}_share']:10.1%}" for stage in STAGES), flush=True

@@ -1,4 +1,6 @@
-"""Mixed requests to a real `vllm serve`, and what its processes hold before and after: `python bench/soak.py`.
+"""Mixed requests to a real `vllm serve`, and what its processes hold before and after.
+
+    python -m bench.reliability.soak
 
 A server with a small random checkpoint (d = 64, K = 32) answers 1,000 requests over HTTP, 16 in flight, of the mixture
 in `soak_requests.py`: new, repeated and rewritten slides of every format, several in a prompt, other K, by value, from
@@ -37,11 +39,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from processes import Holdings, Meter
-from record import RESULTS, append_row, check_header
-from soak_requests import MAX_SLIDES, K, Requests
-from soak_slides import D, Slides, web_server
-
+from bench.common.record import RESULTS, append_row, check_header
+from bench.common.server_usage import Holdings, Meter
+from bench.reliability.random_slides import D, Slides, web_server
+from bench.reliability.soak_requests import MAX_SLIDES, K, Requests
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.serving.service import LOOK_UP_THREADS, THREADS

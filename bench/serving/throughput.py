@@ -1,11 +1,11 @@
-"""What 32 slide tokens buy, by vLLM's own client: `python bench/serving.py [--quick] [--decoder NAME]`.
+"""What 32 slide tokens buy, by vLLM's own client: `python -m bench.serving.throughput [--quick] [--decoder NAME]`.
 
 Starts `vllm serve --plugin vllm_wsi` three times (as it is; without prefix caching; with two API servers; on a card a
 fourth time, selecting on the GPU) and runs `vllm bench serve` with `custom_image` data sets against them. Slides are
 virtual: N log-normal around 20,000 patches, one of 1,000,000; which slide a request asks about is Zipf's law. Every
-data set's slides are new to the server (hard links), their pages are warm. What is asked: `bench/serving_cases.py`.
+data set's slides are new to the server (hard links), their pages are warm. What is asked: `throughput_cases.py`.
 
-Rows go to `bench/results/serving.csv`; `bench/serving_report.py` makes the tables and the figure.
+Rows go to `bench/results/serving.csv`; `throughput_report.py` makes the tables and the figure.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from measure import COLUMNS, Bench
-from record import RESULTS, ROOT, check_header
-from serving_cases import FULL, LARGE_K, ON_THE_GPU, QUICK, compare, crowd, growth, warm_up
-from workload import Workload
 
+from bench.common.record import RESULTS, ROOT, check_header
+from bench.serving.measure import COLUMNS, Bench
+from bench.serving.throughput_cases import FULL, LARGE_K, ON_THE_GPU, QUICK, compare, crowd, growth, warm_up
+from bench.serving.workload import Workload
 from vllm_wsi.model.init_checkpoint import init_checkpoint, init_shape
 from vllm_wsi.serving.server_process import VllmServer
 
 CSV = RESULTS / "serving.csv"
-PROBE = ROOT / "bench" / "probe"  # counts the bytes that an API server sends to the engine
+PROBE = ROOT / "bench" / "serving" / "probe"  # counts the bytes that an API server sends to the engine
 ROOM = ("--max-model-len", "8192", "--max-num-seqs", "64")
 CPU = ("--dtype", "float32", "--enforce-eager")
 QWEN2_5_7B = {

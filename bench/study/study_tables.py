@@ -1,4 +1,6 @@
-"""Writes the study's tables into its page, between the `<!-- study:NAME -->` marks: `python bench/study_tables.py`.
+"""Writes the study's tables into its page, between the `<!-- study:NAME -->` marks.
+
+    python -m bench.study.study_tables
 
 All numbers come from the CSV files in `bench/results/study/`.
 """
@@ -8,8 +10,8 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 
-from record import RESULTS
-from tables import table, write_tables
+from bench.common.record import RESULTS
+from bench.common.tables import table, write_tables
 
 PAGE = RESULTS / "study" / "README.md"
 RULES = {

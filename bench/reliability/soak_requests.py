@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 import openai
-from soak_slides import MAX_PATCHES, Slides, write
+
+from bench.reliability.random_slides import MAX_PATCHES, Slides, write
 
 K, MAX_K, MAX_SLIDES, MAX_TOKENS, GONE_TOKENS = 32, 256, 3, 8, 64
 TIMEOUT_SECONDS = 120

@@ -1,4 +1,6 @@
-"""Seconds from a feature file to its kept patches on a CUDA machine, against two floors: `python bench/cold_slide.py`.
+"""Seconds from a feature file to its kept patches on a CUDA machine, against two floors.
+
+    python -m bench.selection.cold_slide
 
 Three times of the same file, in interleaved rounds, medians: reading it alone, uploading as many bytes from pinned
 memory alone, and the whole selection by `SlideSelector`. The aim is a selection that takes about max(read, upload).
@@ -17,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from record import RESULTS, append_row, check_header
 
+from bench.common.record import RESULTS, append_row, check_header
 from vllm_wsi.selection.chunk_reader import ChunkStager
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector

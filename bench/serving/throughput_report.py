@@ -1,6 +1,6 @@
 """Tables of README.md, and figures, from the newest run of each decoder in `bench/results/serving.csv`.
 
-`python bench/serving_report.py`; the figures are `bench/results/serving-DECODER.png`.
+`python -m bench.serving.throughput_report`; the figures are `bench/results/serving-DECODER.png`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from record import RESULTS, ROOT
-from tables import table, write_tables
+
+from bench.common.record import RESULTS, ROOT
+from bench.common.tables import table, write_tables
 
 Row = dict[str, str]
 FLOOR = "text"

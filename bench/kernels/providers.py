@@ -67,13 +67,13 @@ def check(problem: Problem) -> None:
     found = score_topk(problem.x, problem.weights, problem.k, cu_seqlens=problem.cu_seqlens)
     exact = select_topk(found.all_scores, problem.k, cu_seqlens=problem.cu_seqlens)
     if not torch.equal(found.indices, exact.indices):
-        raise SystemExit("kernels: our kept rows are not the best by our own scores; not timing that")
+        raise SystemExit("score_topk: our kept rows are not the best by our own scores; not timing that")
     scores = score_patches(problem.x, problem.weights)
     for kept, (begin, end) in zip(found.indices, itertools.pairwise(problem.bounds), strict=True):
         slide = scores[begin:end]
         gap = float(slide.topk(problem.k).values[-1] - slide[kept].min())
         if not gap <= 2e-2 * float(scores.std()):
-            raise SystemExit(f"kernels: kept a patch {gap:.3g} below the k-th best; not timing that")
+            raise SystemExit(f"score_topk: kept a patch {gap:.3g} below the k-th best; not timing that")
 
 
 def tried(name: str, build: Callable[[], Provider]) -> Provider:

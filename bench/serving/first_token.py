@@ -1,4 +1,4 @@
-"""Time to the first token of a real `vllm serve`, over HTTP: `python bench/first_token.py [--quick]`.
+"""Time to the first token of a real `vllm serve`, over HTTP: `python -m bench.serving.first_token [--quick]`.
 
 One server for each d, with a small decoder (2 layers, random weights): what is measured is what slides add to a
 request, not the decoder. The cases of one N alternate within every round, so that all meet the same noise:
@@ -36,9 +36,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from openai import OpenAI
-from record import RESULTS, append_row, check_header
-from workload import sync_and_read
 
+from bench.common.record import RESULTS, append_row, check_header
+from bench.serving.workload import sync_and_read
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.slides import open_features
@@ -103,8 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time to the first token of a real vllm serve.")
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds")
     parser.add_argument("--feature-dims", type=int, nargs="+", default=FEATURE_DIMS, metavar="D")
+    parser.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
     args = parser.parse_args()
-    check_header(CSV, COLUMNS)
+    check_header(args.csv, COLUMNS)
     sizes, dims = (NUM_PATCHES[:2], args.feature_dims[:1]) if args.quick else (NUM_PATCHES, args.feature_dims)
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
     print(f"median / p90 in ms over {rounds} rounds; aims: rep/text at most 1.1, new/parts 1.3")
@@ -113,7 +114,7 @@ def main() -> None:
     print(f"{'N':>9}{'d':>6}" + "".join(f"{head:>18}" for head in heads) + ratios)
     for feature_dim in dims:
         for row in bench_server(feature_dim, sizes, rounds):
-            append_row(CSV, row)
+            append_row(args.csv, row)
             times = "".join(f"{row[f'{case}_median_ms']:10.1f} / {row[f'{case}_p90_ms']:5.0f}" for case in CASES)
             ratios = (
                 f"{row['repeated_over_text']:10.2f}{row['new_over_parts']:11.2f}{row['embeds_over_repeated']:12.2f}"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-from soak_slides import QuietHandler
+from bench.reliability.random_slides import QuietHandler
 
 TRICKLE_BYTES, TRICKLE_SECONDS = 4096, 0.05  # 80 KB/s
 LEASE_SECONDS = int(Path("/proc/sys/fs/lease-break-time").read_text())  # the kernel ends a stall after these

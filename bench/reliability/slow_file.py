@@ -1,4 +1,4 @@
-"""What slow slides cost the other requests: `python bench/slow_file.py [--quick]`.
+"""What slow slides cost the other requests: `python -m bench.reliability.slow_file [--quick]`.
 
 A real `vllm serve` with a small random checkpoint (d = 64, K = 32) answers ordinary requests, four in flight without a
 pause: questions about slides that it knows, and text alone, each with a text of its own. Measured is the time to the
@@ -29,10 +29,10 @@ from pathlib import Path
 import numpy as np
 import openai
 from numpy.typing import NDArray
-from record import RESULTS, append_row, check_header
-from slow_slides import LEASE_SECONDS, StalledFiles, TrickleServer
-from soak_slides import MAX_PATCHES, D, Slides
 
+from bench.common.record import RESULTS, append_row, check_header
+from bench.reliability.random_slides import MAX_PATCHES, D, Slides
+from bench.reliability.slow_slides import LEASE_SECONDS, StalledFiles, TrickleServer
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.serving.service import THREADS

@@ -1,4 +1,4 @@
-"""What the serving benchmark compares, and what it lets grow.
+"""What `throughput.py` compares, and what it lets grow.
 
 Every K is asked of the same servers (`#k=32` of one whose own K is 4,096), so that the decoder is one and the same.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from load import run_load
-from measure import Bench, Case, Sizes
-from workload import MEDIAN_PATCHES, log_normal_sizes, zipf_picks
+from bench.serving.measure import Bench, Case, Sizes
+from bench.serving.vllm_client import run_load
+from bench.serving.workload import MEDIAN_PATCHES, log_normal_sizes, zipf_picks
 
 K, LARGE_K = 32, 4096
 AS_IT_IS, NO_PREFIX, TWO_SERVERS, ON_THE_GPU = "as it is", "no prefix cache", "2 API servers", "selection on the GPU"

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from load import Measured, run_load
-from record import append_row
-from watch import COUNTERS, ServerWatch, kv_block_tokens
-from workload import MOST_PATCHES, Asked, Workload
-
+from bench.common.record import append_row
+from bench.common.server_usage import COUNTERS, ServerWatch, kv_block_tokens
+from bench.serving.vllm_client import Measured, run_load
+from bench.serving.workload import MOST_PATCHES, Asked, Workload
 from vllm_wsi.serving.server_process import VllmServer
 
 COLUMNS = (

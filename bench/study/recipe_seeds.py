@@ -1,4 +1,6 @@
-"""The demo's whole recipe from several seeds: `python bench/recipe_seeds.py RUNS`, seven minutes a seed on two cores.
+"""The demo's whole recipe from several seeds: `python -m bench.study.recipe_seeds RUNS`.
+
+It takes seven minutes a seed on two cores.
 
 Trains `vllm-wsi train haystack --seed S` into RUNS/S, for S = 0 to 4, unless a finished run is there: a decoder, a
 projector and a scorer of their own, from first to last. Each is judged on haystack's test slides against its own oracle
@@ -10,9 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from record import RESULTS
 from transformers import AutoTokenizer
 
+from bench.common.record import RESULTS
 from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld, groups_of_length, recipe
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration

@@ -1,4 +1,4 @@
-"""The slides of the soak: good ones in every format, bad ones in every way. All from a seed."""
+"""Slides of random features: good ones in every format, bad ones in every way. All from a seed."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: object) -> str:
@@ -25,7 +25,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_the_kernel_benchmark_compares_every_provider_that_runs_here(tmp_path):
-    out = run("bench/kernels.py", "--device", "cpu", "--quick", "--csv", tmp_path / "rows.csv")
+    out = run("-m", "bench.kernels.score_topk", "--device", "cpu", "--quick", "--csv", tmp_path / "rows.csv")
     rows = rows_of(tmp_path / "rows.csv")
     by_part = {part: {row["provider"] for row in rows if row["part"] == part} for part in ("select", "ragged")}
     assert by_part == {
@@ -39,7 +39,7 @@ def test_the_kernel_benchmark_compares_every_provider_that_runs_here(tmp_path):
 
 
 def test_the_new_slide_benchmark_gives_a_row_for_each_state_of_the_page_cache(tmp_path):
-    run("bench/cold_slide.py", "--device", "cpu", "--quick", "--csv", tmp_path / "rows.csv")
+    run("-m", "bench.selection.cold_slide", "--device", "cpu", "--quick", "--csv", tmp_path / "rows.csv")
     rows = rows_of(tmp_path / "rows.csv")
     assert [row["page_cache"] for row in rows] == ["warm", "dropped"]
     assert all(float(row["total_over_floor"]) > 0 for row in rows)
@@ -47,13 +47,13 @@ def test_the_new_slide_benchmark_gives_a_row_for_each_state_of_the_page_cache(tm
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_the_selector_benchmark_measures_itself_and_naive_torch():
-    code = "import sys; sys.path.append('bench'); import selector; print(len(selector.bench_shape(300, 64, 1)))"
+    code = "from bench.selection.cpu_selection import bench_shape; print(len(bench_shape(300, 64, 1)))"
     assert int(run("-c", code)) >= 1
 
 
 @pytest.mark.server
 def test_the_serving_benchmark_compares_every_case_with_vllms_own_client(tmp_path):
-    run("bench/serving.py", "--quick", "--csv", tmp_path / "rows.csv")
+    run("-m", "bench.serving.throughput", "--quick", "--csv", tmp_path / "rows.csv")
     rows = rows_of(tmp_path / "rows.csv")
     compared = {(row["case"], row["server"]) for row in rows if row["part"] == "compare"}
     assert compared == {
@@ -81,8 +81,7 @@ def test_the_serving_benchmark_compares_every_case_with_vllms_own_client(tmp_pat
 
 def test_the_slides_that_are_asked_about_are_many_small_ones_and_one_of_the_largest_size():
     code = """
-import sys; sys.path.append("bench")
-from workload import log_normal_sizes, zipf_picks
+from bench.serving.workload import log_normal_sizes, zipf_picks
 sizes = log_normal_sizes(33)
 picks = zipf_picks(10, 10_000)
 print(max(sizes), sorted(sizes)[16], sorted(sizes)[-2] < 200_000, [picks.count(i) for i in (0, 1, 9)])

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 MEASURED_CODE = ("vllm_wsi", "triton_kernels")
 ORIGIN = ("time_utc", "commit", "cpu", "cores", "gpu", "python", "torch", "vllm", "transformers")

@@ -1,4 +1,6 @@
-"""Time over floor against the number of patches, of the newest run in the CSV: `python bench/plot_kernels.py`.
+"""Time over floor against the number of patches, of the newest run in the CSV.
+
+    python -m bench.kernels.plot_score_topk [CSV]
 
 One panel for each (d, h) that was measured at two or more N, one line for each provider; 1 is the floor. Shows CUDA
 graphs behind a flushed L2 where the run has them. The picture lies beside the CSV.
@@ -10,7 +12,7 @@ import argparse
 import csv
 from pathlib import Path
 
-from record import RESULTS
+from bench.common.record import RESULTS
 
 CEILINGS = ("copy", "gemm")
 PREFERRED = ("graph", "flushed")
@@ -21,11 +23,11 @@ COLUMNS_OF_PANELS = 3
 def newest_run(path: Path) -> list[dict[str, str]]:
     """The rows of `score_topk` that the newest run with any of them measured, of one mode and one state of L2."""
     if not path.exists():
-        raise SystemExit(f"plot_kernels: found no {path.name}; bench/kernels.py writes it")
+        raise SystemExit(f"plot_score_topk: found no {path.name}; bench/kernels/score_topk.py writes it")
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("part") == "score_topk" and row["k"] == K]
     if not rows:
-        raise SystemExit(f"plot_kernels: {path.name} holds no rows of score_topk with k={K}")
+        raise SystemExit(f"plot_score_topk: {path.name} holds no rows of score_topk with k={K}")
     newest = max(row["run"] for row in rows)
     rows = [row for row in rows if row["run"] == newest]
     views = [(row["mode"], row["l2"]) for row in rows]
@@ -52,7 +54,7 @@ def draw(rows: list[dict[str, str]], target: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("plot_kernels: matplotlib is not installed; `pip install matplotlib` brings it") from None
+        raise SystemExit("plot_score_topk: matplotlib is not installed; `pip install matplotlib` brings it") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import LogFormatter, NullFormatter

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from vllm.benchmarks.serve import add_cli_args, main_async
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from workload import Asked
 
+from bench.serving.workload import Asked
 from vllm_wsi.serving.server_process import VllmServer
 
 
