@@ -22,7 +22,8 @@ def write_tables(page: Path, tables: Mapping[str, str]) -> None:
     text = page.read_text()
     for name, new in tables.items():
         mark, end = f"<!-- {name} -->\n", f"<!-- {name} end -->\n"
-        text, count = re.subn(f"{mark}.*?{end}", lambda _, new=mark + new + end: new, text, flags=re.DOTALL)
+        written = (mark + new + end).replace("\\", r"\\")  # re.sub would take a backslash for an escape
+        text, count = re.subn(f"{mark}.*?{end}", written, text, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"{page.name}: found {count} parts {mark.strip()}, wanted one")
     page.write_text(text)

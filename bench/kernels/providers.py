@@ -129,7 +129,8 @@ def _gemm(problem: Problem) -> Provider:
 
 
 def _in_dtype(problem: Problem) -> ScorerWeights:
-    return ScorerWeights(*(p.to(problem.x.dtype) if isinstance(p, Tensor) else p for p in problem.weights))
+    named = problem.weights._asdict()
+    return problem.weights._replace(**{n: p.to(problem.x.dtype) for n, p in named.items() if isinstance(p, Tensor)})
 
 
 def _eager(problem: Problem) -> Provider:

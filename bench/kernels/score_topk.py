@@ -69,7 +69,8 @@ class Benchmark:
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.csv, self.quick, self.without = args.csv, args.quick, args.without
-        self.rounds, self.warm_up = (3, 1) if args.quick else (args.rounds, WARM_UP_ROUNDS)
+        self.rounds: int = 3 if args.quick else args.rounds
+        self.warm_up = 1 if args.quick else WARM_UP_ROUNDS
         self.run = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.uint8, device=self.device)
         self.told: set[str] = set()
@@ -79,7 +80,7 @@ class Benchmark:
         for n in [4_096] if self.quick else SELECT_LENGTHS:
             scores = torch.randn(n, device=self.device)
             for k in [32] if self.quick else [32, 256]:
-                builders = {"copy": partial(copy_of, scores)}
+                builders: dict[str, Callable[[], Provider]] = {"copy": partial(copy_of, scores)}
                 builders |= {name: partial(_selection, name, scores, k) for name in SELECTORS}
                 self.compare(
                     {"part": "select", "num_slides": 1, "num_patches": n, "k": k, "dtype": "float32"}, builders

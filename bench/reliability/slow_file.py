@@ -189,7 +189,8 @@ def p99_ratio(over: list[NDArray], under: list[NDArray]) -> tuple[float, float, 
         return float(above / below)
 
     drawn = [ratio(rng.integers(len(over), size=len(over))) for _ in range(BOOTSTRAPS)]
-    return ratio(range(len(over))), *(float(x) for x in np.percentile(drawn, (2.5, 97.5)))
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return ratio(range(len(over))), float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ Every K is asked of the same servers (`#k=32` of one whose own K is 4,096), so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.serving.measure import Bench, Case, Sizes
 from bench.serving.vllm_client import run_load
-from bench.serving.workload import MEDIAN_PATCHES, log_normal_sizes, zipf_picks
+from bench.serving.workload import MEDIAN_PATCHES, Asked, log_normal_sizes, zipf_picks
 
 K, LARGE_K = 32, 4096
 AS_IT_IS, NO_PREFIX, TWO_SERVERS, ON_THE_GPU = "as it is", "no prefix cache", "2 API servers", "selection on the GPU"
@@ -91,28 +91,32 @@ def growth(bench: Bench) -> None:
     sizes, work = bench.sizes, bench.work
     few, many, c = sizes.slow_requests, sizes.requests, sizes.concurrency
 
+    def fixed(slides: Sequence[Path], picks: Sequence[int], k: int = K) -> Callable[[int], Asked]:
+        """The same picks in every round."""
+        return lambda _: work.ask(slides, picks, k)
+
     cases = []
     for path, n in zip(work.slides(sizes.patches, "growing"), sizes.patches, strict=True):
-        asked = lambda _, path=path: work.ask([path] * REPEATS, range(REPEATS), K)  # noqa: E731
-        cases.append(Case("new slide", AS_IT_IS, K, 1, asked, n))
+        cases.append(Case("new slide", AS_IT_IS, K, 1, fixed([path] * REPEATS, range(REPEATS)), n))
     bench.measure("patches", cases, 1)
 
     slides = work.slides([min(MEDIAN_PATCHES, sizes.most_patches)] * max(sizes.distinct), "median")
+
+    def drawn(number: int) -> Asked:
+        return work.ask(slides, zipf_picks(len(slides), many, number), K)
+
     cases = []
     for n in sizes.at_once:
-        asked = lambda number: work.ask(slides, zipf_picks(len(slides), many, number), K)  # noqa: E731
-        cases += [Case("text", AS_IT_IS, 0, n, lambda _: work.text(many), n), Case("K = 32", AS_IT_IS, K, n, asked, n)]
+        cases += [Case("text", AS_IT_IS, 0, n, lambda _: work.text(many), n), Case("K = 32", AS_IT_IS, K, n, drawn, n)]
     bench.measure("at once", cases, 1)
 
     cases = []
     for n in sizes.distinct:
-        asked = lambda _, n=n: work.ask(slides, [i % n for i in range(many)], K)  # noqa: E731
-        cases.append(Case("K = 32", AS_IT_IS, K, c, asked, n))
+        cases.append(Case("K = 32", AS_IT_IS, K, c, fixed(slides, [i % n for i in range(many)]), n))
     bench.measure("slides", cases, 1)
 
     cases = []
     for k in sizes.tokens:
         picks = [i % 4 % len(slides) for i in range(few if k > 512 else many)]
-        asked = lambda _, k=k, picks=picks: work.ask(slides, picks, k)  # noqa: E731
-        cases.append(Case("K", NO_PREFIX, k, c, asked, k))
+        cases.append(Case("K", NO_PREFIX, k, c, fixed(slides, picks, k), k))
     bench.measure("tokens", cases, 1)

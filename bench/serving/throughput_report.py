@@ -26,7 +26,8 @@ PARTS = {
 
 
 def main() -> None:
-    page, tables = ROOT / "README.md", {}
+    page = ROOT / "README.md"
+    tables: dict[str, str] = {}
     for decoder, rows in newest_runs().items():
         draw(decoder, rows)
         found = {f"serving:{decoder}:compare": compared(rows), f"serving:{decoder}:growth": grown(rows)}
