@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -35,23 +36,18 @@ def asks_for_key(path: str) -> bool:
     return path not in OPEN_ROUTES and not path.startswith(OPEN_FOLDERS)
 
 
-def install_key_guard() -> None:
-    """Wraps vLLM's own check, which exists where a key is set: what a key is, and which are valid, stays its matter.
+def asking_for_the_key(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """Wraps `AuthenticationMiddleware.__call__`, which exists where a key is set.
 
-    The check is wrapped where a slide model is set up, so that a server of another model stays as it is.
+    vLLM decides what a key is and which keys are valid. A server of another model stays as it is, because the check is
+    wrapped where a slide model is set up.
     """
-    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-    original = AuthenticationMiddleware.__call__
-    if getattr(original, "guards_slides", False):
-        return
-
-    def call(self: AuthenticationMiddleware, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+    def call(self: Any, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] in ("http", "websocket") and scope.get("method") != "OPTIONS":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if asks_for_key(path) and not self.verify_token(Headers(scope=scope)):
                 return JSONResponse({"error": "Unauthorized"}, status_code=401)(scope, receive, send)
         return original(self, scope, receive, send)
 
-    call.guards_slides = True  # type: ignore[attr-defined]
-    AuthenticationMiddleware.__call__ = call  # type: ignore[method-assign]
+    return call

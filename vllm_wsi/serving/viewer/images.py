@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.serving.connector import naming_the_file_alone, stalls_as_503
+from vllm_wsi.serving.client_errors import naming_the_file_alone, stalls_as_503
 from vllm_wsi.serving.stalling_pool import StallingPool
 from vllm_wsi.slides import SlideIdentity
 

@@ -14,7 +14,8 @@ from cachetools import LRUCache
 from vllm_wsi.errors import SlideError
 from vllm_wsi.rendering.geojson import geojson
 from vllm_wsi.selection.selector import NOTHING_SAID
-from vllm_wsi.serving.connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
+from vllm_wsi.serving.client_errors import naming_the_file_alone
+from vllm_wsi.serving.connector import BY_VALUE, SlideConnector, parse_fragment
 from vllm_wsi.serving.service import SelectedSlide
 from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.places import Said, guesses, origin, patch_size, refuse_guesses, settle
