@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -144,6 +144,18 @@ def _numbers(said: str | None) -> list[float] | None:
         return None
     numbers = [number for one in held if isinstance(one, (int, float)) and (number := positive_number(one)) is not None]
     return numbers if len(numbers) == len(held) else None
+
+
+def with_image_mpp(said: Said, metadata: Mapping[str, str], image_mpp: Callable[[], float | None]) -> Said:
+    """Adds microns per pixel to what the user says, where neither the user nor the feature file says it.
+
+    Args:
+        metadata: the feature file's own.
+        image_mpp: what the slide's image says; called only where it is needed. None: nothing that can be used.
+    """
+    if said.mpp is not None or positive_number(metadata.get("mpp")) is not None:
+        return said
+    return said._replace(mpp=image_mpp())
 
 
 def settle(

@@ -111,7 +111,7 @@ async def tile(
 
 
 @router.get("/region")
-async def region(
+async def region(  # nine parameters, because FastAPI reads the query from them
     request: Request,
     shown: Shown,
     url: SlideUrl,
