@@ -1,7 +1,6 @@
-"""LoRA adapters: their names are the decoder's or the whole model's, and one that would change nothing is an error.
-
-vLLM leaves out what it finds no module for, without a word. Here every weight of an adapter is checked before it is
-loaded, in the process that holds the model; the API server turns the refusal into an HTTP 400.
+"""LoRA adapters. Their weights may be named as in the decoder or as in the whole model. An adapter that would change
+nothing is an error: vLLM itself skips weights that fit no module, and does not say so. Here every weight of an adapter
+is checked before it is loaded, in the process that holds the model; the API server turns the refusal into an HTTP 400.
 """
 
 from __future__ import annotations
@@ -131,7 +130,8 @@ def _is_left_out(module: str, manager: LoRAModelManager) -> bool:
 
 
 def _check_shape(file: str, name: str, tensor: Tensor, is_a: bool, layer: BaseLayerWithLoRA, place: int) -> None:
-    """vLLM copies a smaller matrix into the corner of its buffer; sizes that are shared among processes stay its."""
+    """Compares a matrix with vLLM's buffer, because vLLM copies a smaller matrix into the buffer's corner without an
+    error. Under tensor parallelism the sizes differ, and nothing is checked."""
     if not isinstance(layer, BaseLinearLayerWithLoRA) or layer.tp_size > 1:
         return
     buffers = layer.lora_a_stacked if is_a else layer.lora_b_stacked

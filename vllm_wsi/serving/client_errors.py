@@ -31,7 +31,7 @@ def naming_the_file_alone(path: Path | None) -> Iterator[None]:
 
 @contextmanager
 def stalls_as_503() -> Iterator[None]:
-    """The status for which clients ask again by themselves, and load balancers elsewhere."""
+    """HTTP 503: clients retry on it by themselves, and load balancers try another server."""
     try:
         yield
     except SlidesStalled as error:

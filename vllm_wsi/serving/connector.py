@@ -52,7 +52,7 @@ class SlideMediaIO(MediaIO[SlideRequest]):
         if not data:
             raise SlideError(f"{BY_VALUE}: found no bytes, wanted a feature file")
         digest = hashlib.blake2b(data, digest_size=20).hexdigest()
-        head = data[:64]  # of a table or of something binary that holds a comma too
+        head = data[:64]  # a CSV table begins with text; binary formats may hold a comma too
         suffix = ".csv" if b"," in head and head.isascii() and min(head) >= ord("\t") else ""
         with tempfile.NamedTemporaryFile(prefix="vllm-wsi-", suffix=suffix) as spool:
             spool.write(data)
@@ -73,7 +73,7 @@ class SlideMediaIO(MediaIO[SlideRequest]):
 
 
 class PathIO(MediaIO[Path]):
-    """The path that a file URL leads to, after vLLM's own check that it lies below the allowed one."""
+    """The path of a file URL, after vLLM has checked that it lies below the allowed path."""
 
     def load_file(self, filepath: Path) -> Path:
         return filepath
@@ -87,7 +87,7 @@ class PathIO(MediaIO[Path]):
 
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
 class SlideConnector(MediaConnector):
-    """vLLM's connector, which keeps its rules for paths and domains; what it fetches are slides."""
+    """vLLM's connector, with its rules for paths and domains, but it fetches slides instead of pictures."""
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> SelectedSlide:  # type: ignore[override]
         service, url, media_io = self._prepare(image_url)

@@ -1,4 +1,5 @@
-"""Where an API key is set, vLLM asks for it below `/v1` and its like alone; here every route that reads slides asks.
+"""With an API key, vLLM guards only routes below `/v1` and a few others. This module guards every route that reads
+slides.
 
 `/tokenize`, `/invocations` and others outside those prefixes parse messages too, and so fetch and select slides.
 """
@@ -32,7 +33,8 @@ OPEN_FOLDERS = ("/metrics/", "/wsi/", "/static/")  # `/wsi/`: the viewer's page,
 
 
 def asks_for_key(path: str) -> bool:
-    """Whether a route needs the key of a server that has one: all but the open ones, so that a new route does too."""
+    """Whether a route needs the key of a server that has one: all routes but the open ones, so that a new route of vLLM
+    is guarded too."""
     return path not in OPEN_ROUTES and not path.startswith(OPEN_FOLDERS)
 
 

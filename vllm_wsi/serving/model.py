@@ -43,8 +43,8 @@ class SparseWSIForConditionalGeneration(
 ):  # fmt: skip
     """Serves the checkpoints of `vllm_wsi.model.modeling.SparseWSIForConditionalGeneration`.
 
-    Nothing here can fail for one request: an exception inside the engine's step would stop every request, so all
-    that can be wrong with a slide is refused in the API server.
+    An exception inside the engine's step would stop every request. So everything that can be wrong with a slide is
+    refused in the API server, and nothing here can fail for a single request.
     """
 
     hf_to_vllm_mapper = DECODER_NAMES

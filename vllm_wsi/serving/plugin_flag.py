@@ -20,7 +20,7 @@ def installed_plugins() -> dict[str, set[str]]:
 class AllowPlugins(argparse.Action):
     """Checks the names and adds them to VLLM_PLUGINS, which vLLM's other processes inherit.
 
-    Platform plugins stay allowed: naming a model plugin must not take the device away.
+    Platform plugins stay allowed; without its platform plugin, vLLM would not find the device.
     """
 
     def __call__(

@@ -45,7 +45,8 @@ SERVER_OPTIONS = ("num_slide_tokens", "selection_device", "device", "encoder_mis
 a processor's memory is not in its budget. A selection's is small and bounded (`selection/chunk_reader.py`)."""
 
 
-_checked_tokenizers: WeakSet = WeakSet()  # encoding the slide token costs a quarter of a ms, at each chat request
+# Checked once: encoding the slide token takes 0.25 ms, and each chat request would pay it.
+_checked_tokenizers: WeakSet = WeakSet()
 
 
 class SparseWSIProcessingInfo(BaseProcessingInfo):
@@ -79,7 +80,7 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         scorer, digest = _scorer(model.model, model.revision)
         encoder = EncoderCheck(config.encoder, options.get("encoder_mismatch", "refuse"))
         selector = SlideSelector(scorer, k, device, config.max_patches, encoder=encoder)
-        # What was selected under another encoder's name, or allowed elsewhere, is selected again.
+        # The rule for encoders is part of the key: a selection under another rule is not used.
         self.service = vllm_hooks.service_for(selector, f"{digest}:{encoder}", self.max_slide_tokens)
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
@@ -177,7 +178,8 @@ class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingIn
         return [PromptReplacement(modality=MODALITY, target=[slide_token], replacement=slide_tokens)]
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
-        """A slide's own identity, to which a client's uuid is added: it never takes the identity's place."""
+        """The hash of a slide's own identity and of the client's uuid, where there is one. A uuid never replaces the
+        identity."""
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         hashes = {}
         for modality, items in inputs.mm_data_items.items():

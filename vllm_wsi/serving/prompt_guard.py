@@ -1,7 +1,8 @@
 """Refuses prompts that vLLM's own checks let through.
 
-A slide token that a user types is a real token: without a check it would take a slide's place, or reach the
-decoder as an untrained embedding. And of an `image_embeds` part vLLM merges whatever JSON it holds, and trips over it.
+A slide token that a user types is a real token: without a check it would take a slide's place, or reach the decoder as
+an untrained embedding. And vLLM merges the `image_embeds` parts of a prompt whatever JSON they hold, and fails on most
+of it.
 """
 
 from __future__ import annotations

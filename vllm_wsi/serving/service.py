@@ -1,4 +1,5 @@
-"""The selection service of an API server: one pool, one flight for each slide, one bounded cache."""
+"""The selection service of an API server: a pool of readers, a bounded cache, and one selection for all requests that
+ask for the same slide at the same time."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Patch size and origin of a slide's patches, and their unit (`units.py`): what the file says, else what the user said,
 else an error.
 
-Everything here that is not written in the file or given by the user is a guess, and carries that name ("source") to
-`doctor`, to records and to GeoJSON; a drawing upon a slide's image refuses it.
+What is neither written in the file nor given by the user is a guess. Its `source` says so in `doctor`, in records and
+in GeoJSON, and nothing is drawn upon a slide's image by a guess.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .feature_file import CoordUnit, Source
 from .units import GRID_SAMPLE, LEVEL0_KEYS, Unit, positive_number, said_unit
 
 MICRON_KEYS = ("tile_size_um", "patch_size_um", "tile_um")
-AGREE = 0.02  # two numbers of one thing may differ by so much: sizes are rounded to pixels
+AGREE = 0.02  # two statements of one size may differ by so much, because sizes are rounded to pixels
 
 
 class PatchSize(NamedTuple):

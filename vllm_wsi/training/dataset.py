@@ -51,7 +51,7 @@ class SlideDataset(Dataset):
         config: of the checkpoint.
         max_patches: longer slides are thinned to this many evenly spaced patches.
         stretch_positions: 0, or the length of slides that positions should be learned for: each slide's patches are
-            put at random places, in order, of a slide of up to that many.
+            placed, in their order, at random places of a longer slide of up to that many.
         mix_positions: half of the items get packed positions, whatever the checkpoint's mode.
         seed: of what is random above, together with the item's number.
     """
@@ -83,7 +83,7 @@ class SlideDataset(Dataset):
             read: each slide is also read once through, which finds the truncated ones and those without a finite patch.
 
         Raises:
-            QuestionError: names each item that training would trip over.
+            QuestionError: names each item that training could not use.
         """
         problems = []
         self._encoder_check = EncoderCheck(self.config.encoder, encoder_mismatch)
@@ -124,7 +124,7 @@ class SlideDataset(Dataset):
         return None
 
     def encoder_remarks(self) -> list[str]:
-        """What `check` could not tell of the slides' encoders, or was told to allow; one sentence each."""
+        """Slides whose encoder `check` could not compare, or was told to allow; one sentence each."""
         return [f"{count:,} slides: {remark}" for remark, count in self._encoder_remarks.items()]
 
     def thinning(self) -> str | None:

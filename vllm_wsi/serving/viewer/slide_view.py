@@ -71,7 +71,7 @@ class SlideView:
         if image is not None:
             size_px: tuple[float, float] | None = image.size_px
         else:
-            # Without either, only all patches together would tell: the kept ones span less.
+            # Only all patches together would tell the slide's size; the kept ones span less.
             size_px = None if said_size(chosen.metadata) is None else extent(rects, chosen.metadata)
         return record | {"rects": rects.tolist(), "extent_px": size_px}
 
@@ -150,7 +150,7 @@ class SlideView:
                         },
                     )
                 )
-        except ValueError as error:  # of vLLM too: what is wrong with the image takes no selection away
+        except ValueError as error:  # vLLM raises ValueError too; without an image the selection is shown all the same
             return Found(missing=str(error))
 
     def _describe(self, url: str) -> dict[str, Any]:
