@@ -85,7 +85,7 @@ class Bench:
 
     def selection_seconds(self) -> float:
         metrics = self._server.metrics()
-        return sum(metrics.get(f"vllm_wsi:{name}_seconds_total", 0.0) for name in ("read", "score"))
+        return sum(metrics.get(f"vllm_wsi:{name}_seconds_sum", 0.0) for name in ("read", "score"))
 
     def _question(self) -> str:
         return f"{next(self._numbers):06d}{QUESTION}"

@@ -25,6 +25,7 @@ from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.sparselearn import SparseLearn, SparseLearnSettings
 
+pytestmark = pytest.mark.slow
 PNG = b"\x89PNG"
 
 

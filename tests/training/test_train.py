@@ -31,6 +31,7 @@ from vllm_wsi.training.sparselearn import SparseLearn
 from vllm_wsi.training.train import train
 from vllm_wsi.training.trainer import LOG_COLUMNS, WEIGHTS, ScheduleCallback
 
+pytestmark = pytest.mark.slow
 D = 16
 GATE = {"num_slide_tokens": 4, "k_start": 8}
 

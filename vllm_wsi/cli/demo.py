@@ -261,8 +261,8 @@ def _ask(server: VllmServer, url: str, question: str, slide: DemoSlide) -> dict[
         print(f"           that is {finding}: {verdict}")
     after = server.metrics()
     names = {
-        "read": "vllm_wsi:read_seconds_total",
-        "score + Top-K": "vllm_wsi:score_seconds_total",
+        "read": "vllm_wsi:read_seconds_sum",
+        "score + Top-K": "vllm_wsi:score_seconds_sum",
         "prefill": "vllm:request_prefill_time_seconds_sum",
         "decode": "vllm:request_decode_time_seconds_sum",
     }

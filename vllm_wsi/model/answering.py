@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.selector import Selection
 
 from .chat_renderer import ChatRenderer
 from .modeling import SparseWSIForConditionalGeneration
+from .prompt_layout import pad_left
 
 BATCH = 32
 
@@ -44,26 +44,15 @@ def choose(
             model.prepare(torch.tensor(renderer.question(item), device=model.device), chosen)
             for item, chosen in zip(part, selections[start : start + BATCH], strict=True)
         ]
-        embeddings, positions, mask = pad_left(prompts)
         logits = model.language_model(
-            inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, logits_to_keep=1, use_cache=False
+            inputs_embeds=pad_left([embeddings[0] for embeddings, _ in prompts]),
+            position_ids=pad_left([positions[0] for _, positions in prompts]),
+            attention_mask=pad_left([torch.ones_like(positions[0]) for _, positions in prompts]),
+            logits_to_keep=1,
+            use_cache=False,
         ).logits[:, -1]
         for row, item in enumerate(part):
             letters = "".join(item.options)
             found = logits[row, renderer.letter_ids(letters)].float().log_softmax(dim=0)
             choices.append(Choice(letters[int(found.argmax())], dict(zip(letters, found.tolist(), strict=True))))
     return choices
-
-
-def pad_left(prompts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """(embeddings [B, T, hidden], positions [B, T], attention mask [B, T]) of prompts as `prepare` gives them."""
-    length = max(positions.shape[1] for _, positions in prompts)
-    first = prompts[0][0]
-    embeddings = first.new_zeros((len(prompts), length, first.shape[2]))
-    positions = torch.zeros(embeddings.shape[:2], dtype=torch.long, device=first.device)
-    mask = torch.zeros_like(positions)
-    for row, (one, places) in enumerate(prompts):
-        embeddings[row, length - one.shape[1] :] = one[0]
-        positions[row, length - one.shape[1] :] = places[0]
-        mask[row, length - one.shape[1] :] = 1
-    return embeddings, positions, mask

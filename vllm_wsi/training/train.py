@@ -62,7 +62,9 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     while number < len(settings.stages):
         stage = settings.stages[number]
         trained = run_stage(model, stage, datasets[number], tokenizer, output, number, settings, previous)
-        if trained.is_sharded:  # but a share of the weights is in memory: built again from what the stages saved
+        if (
+            trained.is_sharded
+        ):  # only a shard of the weights is in memory: the model is built again from what the stages saved
             model, _ = start_model(settings.model, settings.seed)
             previous, number = None, 0
         else:
@@ -81,7 +83,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
 class TrainedStage(NamedTuple):
     """What a stage leaves in memory beside the model."""
 
-    sparselearn: SparseLearn | None  # the gate and its trained denoiser, of which a checkpoint holds nothing
+    sparselearn: SparseLearn | None  # the gate and its trained denoiser; a checkpoint does not hold them
     is_sharded: bool  # by FSDP or DeepSpeed: neither the model nor the gate is whole
 
 

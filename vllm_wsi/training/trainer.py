@@ -38,7 +38,7 @@ class SparseLearnTrainer(Trainer):
     def __init__(self, *args: Any, learning_rates: dict[str, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._learning_rates = learning_rates
-        # As they are called before anything shards or flattens them.
+        # The parameters' names before FSDP or DeepSpeed changes them.
         self._names = tuple(trainable_state(self.model))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -117,7 +117,7 @@ class ScheduleCallback(TrainerCallback):
 class CsvLogCallback(TrainerCallback):
     """Appends what is logged to a CSV file, with how sharp the selection has become.
 
-    A stage that goes on from a saved step first takes back the rows after it: they are made again.
+    A stage that resumes from a saved step first removes the rows of later steps, because these steps run again.
     """
 
     def __init__(self, model: SparseLearnModel, path: Path, stage: str) -> None:
