@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from vllm_wsi.benchmark.report import compare, length_bin, measure
+from vllm_wsi.benchmark.report import compare, measure
 from vllm_wsi.benchmark.results import ResultsFile, Row, read_results
 from vllm_wsi.cli.app import main
 from vllm_wsi.slides import open_features, write_features
@@ -294,11 +294,6 @@ def test_always_b_on_the_published_gold_counts(tmp_path):
     assert round(100 * found["slide"]["accuracy"], 1) == 41.4
     assert found["constant B"]["correct"] == found["slide"]["correct"] == 618
     assert found["slide"]["asked"] == 1494
-
-
-def test_the_papers_bins():
-    assert [length_bin(n) for n in (1, 63, 64, 127, 4095, 4096, 10**6)] == [
-        "<64", "<64", "64-128", "64-128", "2048-4096", ">=4096", ">=4096"]  # fmt: skip
 
 
 def test_a_results_file_is_for_one_process(tmp_path):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.model.answering import choose
+from vllm_wsi.study.answering import choose
 from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN
 from vllm_wsi.model.init_checkpoint import TURN_END, byte_tokenizer, new_model

@@ -26,9 +26,10 @@ from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.sparselearn import SparseLearn
 from vllm_wsi.training.train import Generators, make_dataset, run_stage, train
 
+from .groups import Groups, longest_slide
 from .judge import judge, select_all
 from .soft import judge_soft
-from .study import LEARNED, Groups, rounded, source_length
+from .study import LEARNED, mean_recall, rounded
 
 ARMS: dict[str, dict[str, str]] = {
     "noise gate, diagonal denoiser": {},
@@ -148,18 +149,17 @@ def _judge_arm(
     for length, items in groups.items():
         chosen = select_all(items, {LEARNED: model.selector(encoder_mismatch)}, k)
         found = {name: judge(model, renderer, items, selections, k) for name, selections in chosen.items()}
-        recall = found[LEARNED].recall
         row = {
             "length": length,
             "questions": len(items),
             "accuracy": rounded(found[LEARNED].correct.mean()),
             "oracle_accuracy": rounded(found["oracle"].correct.mean()) if "oracle" in found else "",
-            "key_patch_recall": "" if recall is None else rounded(recall.mean()),
+            "key_patch_recall": mean_recall(found[LEARNED]),
             "soft_questions": "",
             "soft_accuracy": "",
             "hard_accuracy_of_the_same": "",
         }
-        if max(source_length(item) for item in items) <= SOFT_LENGTH:
+        if max(longest_slide(item) for item in items) <= SOFT_LENGTH:
             soft = judge_soft(model, renderer, items[:SOFT_QUESTIONS], gate).correct
             hard = found[LEARNED].correct[:SOFT_QUESTIONS]
             row |= {"soft_questions": len(soft), "soft_accuracy": rounded(soft.mean())}
