@@ -306,7 +306,9 @@ def test_a_results_file_is_for_one_process(tmp_path):
 
 def test_measures_by_hand():
     def row(key, status="answered", label="A", gold="A", slide="s"):
-        return Row(key, slide, status, gold, label, "label", label == gold and status == "answered", options=4)
+        correct = label == gold and status == "answered"
+        return Row(key=key, slide=slide, status=status, gold=gold, label=label, rule="label", correct=correct,
+                   options=4)  # fmt: skip
 
     rows = [row("1"), row("2", label="B"), row("3", label=None), row("4", "error", None), row("5", "missing", None)]
     rows += [row("6", gold="B", label="B", slide="t")]

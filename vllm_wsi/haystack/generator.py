@@ -1,10 +1,10 @@
 """Haystack: virtual slides with known answers, from a seed. A few key patches decide a multiple-choice question.
 
 A slide is a grid of patches. Its regions hold common patch types. Small foci hold the key patches of one of four
-findings, and only the key patches tell which answer is right. Distractors mislead a selection policy that does not know
-the question: loud distractors have a large norm, dense distractors are nearly equal to one another. Every patch type has
-a centre of unit variance. The centre of each rare type resembles that of a common type (cosine 0.5), so that no single
-feature tells them apart.
+findings, and only the key patches tell which answer is right. Distractors mislead a selection policy that does not
+know the question: loud distractors have a large norm, dense distractors are nearly equal to one another. Every patch
+type has a centre of unit variance. The centre of each rare type resembles that of a common type (cosine 0.5), so that
+no single feature tells them apart.
 """
 
 from __future__ import annotations

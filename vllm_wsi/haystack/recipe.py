@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.questions.items import SlideItem
 
 from .generator import HaystackWorld, haystack_items
@@ -29,12 +30,12 @@ def groups_of_length(slides: str, world: HaystackWorld, split: str = "test") -> 
             patches.
 
     Raises:
-        ValueError: `slides` is no such list.
+        SettingsError: `slides` is no such list.
     """
     groups = {}
     for part in slides.split(","):
         length, _, count = part.partition(":")
         if not (length.isdigit() and count.isdigit() and int(length) and int(count)):
-            raise ValueError(f"slides: found {part!r}, wanted N:COUNT")
+            raise SettingsError(f"slides: found {part!r}, wanted N:COUNT")
         groups[f"{int(length)}"] = world.items(split, int(count), int(length))
     return groups

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllm_wsi.errors import SetupError
+
 
 def save_figure(path: Path, draw: Callable[[Any], None]) -> Path:
     """Writes a PNG file of one pair of axes; returns its path.
@@ -14,12 +16,12 @@ def save_figure(path: Path, draw: Callable[[Any], None]) -> Path:
         draw: draws on the axes that it is given.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        SetupError: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError:
-        raise ImportError('matplotlib: found no such package, wanted it: pip install "vllm-wsi[study]"') from None
+        raise SetupError('matplotlib: found no such package, wanted it: pip install "vllm-wsi[study]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
@@ -53,11 +54,12 @@ def check_recipe(settings: TrainSettings, groups: Groups) -> None:
     """Whether `run_ablations` can train by this recipe and judge on these questions.
 
     Raises:
-        ValueError: it cannot.
+        SettingsError: it cannot.
+        SlideError: the features of the first question's slide are of another encoder than the recipe's.
     """
     if settings.stages[-1].sparselearn is None:
         name = settings.stages[-1].name
-        raise ValueError(f"stage {name}: found no sparselearn, wanted it in the last stage of an ablation")
+        raise SettingsError(f"stage {name}: found no sparselearn, wanted it in the last stage of an ablation")
     start = settings.model
     if start.checkpoint is not None:
         config = SparseWSIConfig.from_pretrained(start.checkpoint, revision=start.revision)
@@ -69,7 +71,7 @@ def check_recipe(settings: TrainSettings, groups: Groups) -> None:
         wanted, encoder = start.feature_dim, start.encoder
     with next(iter(groups.values()))[0].slides[0].open() as slide:
         if slide.feature_dim != wanted:
-            raise ValueError(f"{slide.name}: found d = {slide.feature_dim}, wanted {wanted}, as the recipe trains")
+            raise SettingsError(f"{slide.name}: found d = {slide.feature_dim}, wanted {wanted}, as the recipe trains")
         EncoderCheck(encoder, settings.encoder_mismatch)(slide.name, slide.metadata)
 
 

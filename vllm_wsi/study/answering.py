@@ -13,7 +13,6 @@ from vllm_wsi.model.prompt_layout import pad_left
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.selector import Selection
 
-
 BATCH = 32
 """Questions that the model answers at once."""
 

@@ -18,8 +18,8 @@ from vllm_wsi.slides.encoder_names import Mismatch
 
 from .groups import Groups, by_length
 from .judge import key_patches_of
-from .plots import draw_tables, draw_umap
 from .origin import write_origin
+from .plots import draw_tables, draw_umap
 from .study import LEARNED, Study
 
 UMAP_PATCHES = 8192
