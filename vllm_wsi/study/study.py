@@ -27,9 +27,15 @@ from .judge import Judged, best_constant, judge, judge_blind, kept_and_dropped_m
 from .soft import judge_soft
 
 LEARNED = "learned"
+"""The policy that keeps the K patches with the highest scores of the checkpoint's scorer."""
+
 POLICY_NAMES = ("random", "uniform", "k-means", "farthest-point", "top-norm", "mmr")
+"""Policies without training that are compared with the learned one; "oracle" joins them where key patches are known."""
+
 K_SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SOFT_PATCHES = 4096
+"""The longest slides that are judged through the soft path, as it sends every patch through the decoder."""
+
 INFORMATION_COMPONENTS = 4
 
 
@@ -141,7 +147,7 @@ class Study:
         for length, items in self.groups.items():
             longest = max(longest_slide(item) for item in items)
             if longest > SOFT_PATCHES:
-                continue  # the soft path sends every patch through the decoder
+                continue
             slides = [item.slides[0].name for item in items]
             settings = SparseLearnSettings(num_slide_tokens=self.k, denoiser="none")
             gate = SparseLearn(self.model.config.feature_dim, settings)
