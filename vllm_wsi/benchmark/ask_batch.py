@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_wsi.errors import SettingsError
+
 from .prepared import PreparedQuestion
-from .results import ResultsError, Row
+from .results import Row
 from .runner import Arm, Evaluation
 from .tasks import Question
 
@@ -53,7 +55,7 @@ def import_batch(evaluation: Evaluation, path: Path, model: str) -> None:
         model: as it was exported.
 
     Raises:
-        ResultsError: a line is no answer to one of this run's questions.
+        SettingsError: a line is no answer to one of this run's questions.
     """
     answers = _read_answers(evaluation, path)
     for arm in evaluation.arms:
@@ -75,11 +77,11 @@ def _read_answers(evaluation: Evaluation, path: Path) -> dict[str, dict[str, Any
                 value = json.loads(line)
                 custom_id = value["custom_id"]
             except (ValueError, KeyError, TypeError):
-                raise ResultsError(
+                raise SettingsError(
                     f"{path}, line {number}: found no batch answer, wanted custom_id and response"
                 ) from None
             if custom_id not in known:
-                raise ResultsError(f"{path}, line {number}: custom_id: found {custom_id!r}, wanted one of this run's")
+                raise SettingsError(f"{path}, line {number}: custom_id: found {custom_id!r}, wanted one of this run's")
             answers[custom_id] = value
     return answers
 

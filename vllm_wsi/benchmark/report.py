@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vllm_wsi.errors import SetupError
+from vllm_wsi.errors import SettingsError, SetupError
 from vllm_wsi.files import write_atomically, write_csv
 from vllm_wsi.stats import LENGTH_BINS, bootstrap_mean, length_bin, mcnemar, paired_bootstrap
 
 from .report_figure import draw_lengths
 from .report_page import page
-from .results import ResultsError, Row, read_results
+from .results import Row, read_results
 from .runner import MAIN, Arm, Evaluation
 
 Runs = dict[tuple[str, str], Sequence[Row]]
@@ -39,7 +39,7 @@ def report(evaluation: Evaluation, others: Sequence[Path] = ()) -> Report:
         others: as in `summarise`.
 
     Raises:
-        ResultsError: as in `summarise`.
+        SettingsError: as in `summarise`.
     """
     summary = summarise(evaluation, others)
     files = write_summary(evaluation.settings.out, summary)
@@ -70,7 +70,7 @@ def summarise(evaluation: Evaluation, others: Sequence[Path] = ()) -> dict[str, 
         others: folders of earlier evaluations of the same question file, with which ours is compared.
 
     Raises:
-        ResultsError: there are no results, or another folder has none of the same question file.
+        SettingsError: there are no results, or another folder has none of the same question file.
     """
     settings = evaluation.settings
     runs, header = _read_runs(evaluation)
@@ -212,7 +212,7 @@ def _read_runs(evaluation: Evaluation) -> tuple[Runs, Mapping[str, Any]]:
         if chosen:
             runs[arm.mode, arm.arm] = chosen
     if header is None or not runs:
-        raise ResultsError(f"{out}: found no results, wanted those of a run")
+        raise SettingsError(f"{out}: found no results, wanted those of a run")
     return runs, header
 
 
@@ -220,10 +220,10 @@ def _main_rows(folder: Path, mode: str, header: Mapping[str, Any]) -> Sequence[R
     """The main arm of another evaluation."""
     path = folder / Arm("choice" if mode == "choice" else "generate", MAIN).file_name
     if not path.is_file():
-        raise ResultsError(f"{path}: found no such results, wanted a run to compare with")
+        raise SettingsError(f"{path}: found no such results, wanted a run to compare with")
     run, rows = read_results(path)
     if run.get("data_sha256") != header["data_sha256"]:
-        raise ResultsError(f"{path}: found results of another question file, wanted {header['data']}")
+        raise SettingsError(f"{path}: found results of another question file, wanted {header['data']}")
     return list(rows.values())
 
 

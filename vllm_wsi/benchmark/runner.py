@@ -118,7 +118,7 @@ class Evaluation:
             versions: of what answers, beside those that are recorded anyway.
 
         Raises:
-            ResultsError: the file belongs to other settings, or another process writes it.
+            SettingsError: the file belongs to other settings, or another process writes it.
         """
         settings = self.settings
         run = {
