@@ -15,11 +15,13 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from bench.common.record import RESULTS
-from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld, groups_of_length, recipe
+from vllm_wsi.files import write_csv
+from vllm_wsi.haystack.generator import HaystackWorld
+from vllm_wsi.haystack.recipe import GENERATORS, groups_of_length, recipe
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.study.judge import judge, select_all, with_positions
-from vllm_wsi.study.study import LEARNED, rounded, write_table
+from vllm_wsi.study.study import LEARNED, rounded
 from vllm_wsi.training.settings import load_settings
 from vllm_wsi.training.train import train
 
@@ -46,15 +48,15 @@ def main() -> None:
             chosen = select_all(items, {LEARNED: model.selector()}, k)
             for mode in ("original", "packed"):
                 placed = with_positions(model, mode)
-                found = {rule: judge(placed, renderer, items, chosen[rule], k) for rule in (LEARNED, "oracle")}
-                recall = found[LEARNED].recall
+                found = {name: judge(placed, renderer, items, chosen[name], k) for name in (LEARNED, "oracle")}
+                recall = found[LEARNED].key_patch_recall
                 assert recall is not None
                 row = {"seed": seed, "length": length, "positions": mode, "questions": len(items)}
                 row |= {"accuracy": rounded(found[LEARNED].correct.mean())}
                 row |= {"oracle_accuracy": rounded(found["oracle"].correct.mean())}
                 rows.append(row | {"key_patch_recall": rounded(recall.mean())})
                 print(rows[-1], flush=True)
-    write_table(RESULTS / "study" / "recipe_seeds.csv", rows)
+    write_csv(RESULTS / "study" / "recipe_seeds.csv", rows)
 
 
 if __name__ == "__main__":

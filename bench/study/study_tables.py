@@ -14,7 +14,7 @@ from bench.common.record import RESULTS
 from bench.common.tables import table, write_tables
 
 PAGE = RESULTS / "study" / "README.md"
-RULES = {
+POLICIES = {
     "learned": "learned",
     "mmr of learned": "learned, made diverse (MMR)",
     "oracle": "oracle: the key patches alone",
@@ -44,12 +44,11 @@ def policies() -> str:
         if row["positions"] == "original":
             kept = f" ({float(row['key_patch_recall']):.2f})" if row["key_patch_recall"] else ""
             interval = f"{float(row['accuracy']):.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
-            cells[row["rule"].partition(" ")[0] if row["rule"].startswith("always") else row["rule"], row["length"]] = (
-                interval + kept
-            )
+            policy = "always" if row["policy"].startswith("always") else row["policy"]  # "always A"
+            cells[policy, row["length"]] = interval + kept
     return table(
         ["selection", *(f"{int(n):,}" for n in lengths)],
-        ([shown, *(cells[rule, n] for n in lengths)] for rule, shown in RULES.items()),
+        ([shown, *(cells[policy, n] for n in lengths)] for policy, shown in POLICIES.items()),
     )
 
 

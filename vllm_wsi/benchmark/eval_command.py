@@ -10,9 +10,9 @@ from typing import Any
 from vllm_wsi.slides.encoder_names import Mismatch
 
 from .ask_batch import export_batch, import_batch
-from .ask_endpoint import Endpoint
-from .runner import EvalSettings, Evaluation, ask_endpoint
-from .summarise import report
+from .ask_endpoint import Endpoint, ask_endpoint
+from .report import report
+from .runner import EvalSettings, Evaluation
 
 
 def run_eval_command(
@@ -74,7 +74,10 @@ def run_eval_command(
         ask_offline(evaluation, offline, _with_mismatch(engine_args, encoder_mismatch))
     elif endpoint is not None:
         asyncio.run(_ask(evaluation, endpoint, model, retries, timeout))
-    return report(evaluation, compare)
+    lines, num_errors = report(evaluation, compare)
+    for line in lines:
+        print(line)
+    return 1 if num_errors else 0
 
 
 async def _ask(evaluation: Evaluation, url: str, model: str | None, retries: int, timeout: float) -> None:

@@ -323,7 +323,7 @@ def _init_checkpoint(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     _hide_transformers_progress()
-    from vllm_wsi.haystack.generator import GENERATORS, recipe
+    from vllm_wsi.haystack.recipe import GENERATORS, recipe
     from vllm_wsi.training.settings import load_settings
     from vllm_wsi.training.train import train
 

@@ -20,6 +20,7 @@ from vllm_wsi.kernels.keys import pack_keys, unpack_keys
 from vllm_wsi.slides import FeatureFile
 
 from .chunk_reader import ChunkStager, read_tensor_rows
+from .evenly_spaced import evenly_spaced
 from .selector import Selection
 
 BLOCK_ROWS = 4096
@@ -116,7 +117,7 @@ class UniformPolicy(Policy):
     """Evenly spaced rows: the i-th is floor((i + 0.5) * m / K) of the m finite ones. Scores are 0."""
 
     def _pick(self, patches: Patches, k: int) -> tuple[Tensor, Tensor]:
-        return (2 * torch.arange(k) + 1) * len(patches.rows) // (2 * k), torch.zeros(k)
+        return evenly_spaced(k, len(patches.rows)), torch.zeros(k)
 
 
 class TopNormPolicy(Policy):

@@ -1,4 +1,4 @@
-"""The switches of the training path, each trained from the same start over several seeds."""
+"""Ablations of the training path: each arm changes one of its switches and is trained from the same start."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
@@ -26,9 +27,10 @@ from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.sparselearn import SparseLearn
 from vllm_wsi.training.train import Generators, make_dataset, run_stage, train
 
+from .groups import Groups, longest_slide
 from .judge import judge, select_all
 from .soft import judge_soft
-from .study import LEARNED, Groups, rounded, source_length
+from .study import LEARNED, mean_recall, rounded
 
 ARMS: dict[str, dict[str, str]] = {
     "noise gate, diagonal denoiser": {},
@@ -38,25 +40,28 @@ ARMS: dict[str, dict[str, str]] = {
     "no gate": {"gate": "none", "denoiser": "none"},
     "Gumbel straight-through": {"relaxation": "gumbel"},
 }
-"""What each arm changes of `SWITCHES`; all else (the schedules of tau and K among it) is the recipe's."""
+"""What each arm changes in `SWITCHES`. Everything else, such as the schedules of tau and K, is the recipe's."""
 
 SWITCHES = {"gate": "noise", "denoiser": "diagonal", "relaxation": "lapsum"}
-"""The paper's."""
+"""As the paper has them."""
 
 SOFT_LENGTH = 1024
+"""The longest slides, in patches, that the soft path is judged on, as it sends every patch through the decoder."""
+
 SOFT_QUESTIONS = 64
-"""The soft path is judged on slides of up to this length, and on as many questions: all patches pass the decoder."""
+"""Questions that are judged through the soft path, at most."""
 
 
 def check_recipe(settings: TrainSettings, groups: Groups) -> None:
     """Whether `run_ablations` can train by this recipe and judge on these questions.
 
     Raises:
-        ValueError: it cannot.
+        SettingsError: it cannot.
+        SlideError: the features of the first question's slide are of another encoder than the recipe's.
     """
     if settings.stages[-1].sparselearn is None:
         name = settings.stages[-1].name
-        raise ValueError(f"stage {name}: found no sparselearn, wanted it in the last stage of an ablation")
+        raise SettingsError(f"stage {name}: found no sparselearn, wanted it in the last stage of an ablation")
     start = settings.model
     if start.checkpoint is not None:
         config = SparseWSIConfig.from_pretrained(start.checkpoint, revision=start.revision)
@@ -68,7 +73,7 @@ def check_recipe(settings: TrainSettings, groups: Groups) -> None:
         wanted, encoder = start.feature_dim, start.encoder
     with next(iter(groups.values()))[0].slides[0].open() as slide:
         if slide.feature_dim != wanted:
-            raise ValueError(f"{slide.name}: found d = {slide.feature_dim}, wanted {wanted}, as the recipe trains")
+            raise SettingsError(f"{slide.name}: found d = {slide.feature_dim}, wanted {wanted}, as the recipe trains")
         EncoderCheck(encoder, settings.encoder_mismatch)(slide.name, slide.metadata)
 
 
@@ -80,10 +85,12 @@ def run_ablations(
     On CPUs, seeds are trained side by side, each on its share of the cores: small models gain little from many.
 
     Args:
-        settings: as `check_recipe` accepts; the stages before the last are run once, with the recipe's own seed, and
-            every arm starts from what they give, with a scorer (and a denoiser, noise and order of slides) of its seed.
+        settings: as `check_recipe` accepts. The stages before the last are run once, with the recipe's own seed; every
+            arm starts from their checkpoint, with a new scorer. The scorer, the denoiser, the noise and the order of
+            slides follow from the arm's seed.
         groups: questions that no stage was trained on.
-        work: directory for the common start; a finished one is used again.
+        generators: of the questions that the recipe is trained on, by name.
+        work: directory for the checkpoint that all arms start from; one that is there is used again.
     """
     base = work / "checkpoint"
     if not base.is_dir():
@@ -148,18 +155,17 @@ def _judge_arm(
     for length, items in groups.items():
         chosen = select_all(items, {LEARNED: model.selector(encoder_mismatch)}, k)
         found = {name: judge(model, renderer, items, selections, k) for name, selections in chosen.items()}
-        recall = found[LEARNED].recall
         row = {
             "length": length,
             "questions": len(items),
             "accuracy": rounded(found[LEARNED].correct.mean()),
             "oracle_accuracy": rounded(found["oracle"].correct.mean()) if "oracle" in found else "",
-            "key_patch_recall": "" if recall is None else rounded(recall.mean()),
+            "key_patch_recall": mean_recall(found[LEARNED]),
             "soft_questions": "",
             "soft_accuracy": "",
             "hard_accuracy_of_the_same": "",
         }
-        if max(source_length(item) for item in items) <= SOFT_LENGTH:
+        if max(longest_slide(item) for item in items) <= SOFT_LENGTH:
             soft = judge_soft(model, renderer, items[:SOFT_QUESTIONS], gate).correct
             hard = found[LEARNED].correct[:SOFT_QUESTIONS]
             row |= {"soft_questions": len(soft), "soft_accuracy": rounded(soft.mean())}

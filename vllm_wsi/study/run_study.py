@@ -8,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
+from vllm_wsi.files import write_csv
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
-from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld, groups_of_length, recipe
+from vllm_wsi.haystack.generator import HaystackWorld
+from vllm_wsi.haystack.recipe import GENERATORS, groups_of_length, recipe
 from vllm_wsi.questions.reader import read_questions
 from vllm_wsi.selection.baselines import finite_patches
 from vllm_wsi.slides.encoder_names import Mismatch
 
+from .groups import Groups, by_length
 from .judge import key_patches_of
+from .origin import write_origin
 from .plots import draw_tables, draw_umap
-from .study import LEARNED, Groups, Study, by_length, write_origin, write_table
+from .study import LEARNED, Study
 
 UMAP_PATCHES = 8192
 
@@ -64,7 +68,7 @@ def run_study(
         with tempfile.TemporaryDirectory(prefix="vllm-wsi-study-") as work:
             for row in run_ablations(settings, asked, GENERATORS, range(1, seeds + 1), Path(work) / "start"):
                 rows.append(row)
-                write_table(out / "ablations.csv", rows)
+                write_csv(out / "ablations.csv", rows)
                 print(", ".join(f"{name} {value}" for name, value in row.items() if value != ""), flush=True)
     for path in draw_tables(out):
         print(path)

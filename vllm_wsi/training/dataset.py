@@ -22,6 +22,7 @@ from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.prompt_layout import PatchRows, lay_out, pad_left
 from vllm_wsi.questions.items import QuestionError, SlideItem, SlideSource
 from vllm_wsi.selection.chunk_reader import ChunkStager
+from vllm_wsi.selection.evenly_spaced import evenly_spaced
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 
 CPU = torch.device("cpu")
@@ -154,7 +155,7 @@ class SlideDataset(Dataset):
     def _slide(self, source: SlideSource, rng: np.random.Generator) -> TrainingSlide:
         with source.open() as slide:
             n = slide.num_patches
-            chosen = spread(n, self.max_patches)
+            chosen = evenly_spaced(self.max_patches, n)
             features = torch.empty((len(chosen), slide.feature_dim), dtype=getattr(torch, slide.dtype))
             for start, chunk in ChunkStager(slide, CPU).chunks():
                 inside = (chosen >= start) & (chosen < start + len(chunk))
@@ -176,11 +177,6 @@ def _no_finite_patch(source: SlideSource) -> str:
 def finite_rows(features: Tensor) -> Tensor:
     """bool [n] of [n, d]: the patches without NaN and infinities."""
     return torch.isfinite(features).all(dim=1)
-
-
-def spread(n: int, most: int) -> Tensor:
-    """int64: all of n rows, or `most` of them evenly spaced."""
-    return torch.arange(n) if n <= most else torch.arange(most) * n // most
 
 
 def collate(items: Sequence[TrainingItem], slide_token_id: int, pad_token_id: int) -> dict[str, Tensor]:

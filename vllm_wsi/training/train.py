@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from vllm_wsi.files import new_folder
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.model.init_checkpoint import new_model
@@ -70,12 +70,10 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
         else:
             previous, number = trained.sparselearn or previous, number + 1
     if processes.is_main_process:
-        partial_path = output / "checkpoint.partial"
-        shutil.rmtree(partial_path, ignore_errors=True)
         name_end_of_turn(model, tokenizer)
-        model.save_pretrained(partial_path)
-        tokenizer.save_pretrained(partial_path)
-        os.rename(partial_path, finished)
+        with new_folder(finished) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     processes.wait_for_everyone()
     return finished
 
@@ -116,12 +114,11 @@ def run_stage(
         trainer = make_trainer(wrapped, stage, dataset, tokenizer, directory, output / "log.csv", settings)
         last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
-        partial_path = directory / "final.partial"
-        trainer.save_model(str(partial_path))  # gathers in all processes, writes in the main one
-        if trainer.is_world_process_zero():
-            if not (partial_path / WEIGHTS).exists():
-                raise ValueError(f"{partial_path}: found no whole weights, wanted FSDP to use FULL_STATE_DICT")
-            os.rename(partial_path, final)
+        is_main = trainer.is_world_process_zero()
+        with new_folder(final, is_main) as folder:
+            trainer.save_model(str(folder))  # gathers in all processes, writes in the main one
+            if is_main and not (folder / WEIGHTS).exists():
+                raise ValueError(f"{folder}: found no whole weights, wanted FSDP to use FULL_STATE_DICT")
         trainer.accelerator.wait_for_everyone()
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not is_sharded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
+
+from vllm_wsi.files import write_csv
 
 from .model import SparseLearnModel, trainable_state
 
@@ -131,12 +132,7 @@ class CsvLogCallback(TrainerCallback):
         kept = [row for row in rows if row["stage"] != self._stage or int(row["step"]) <= state.global_step]
         if len(kept) == len(rows):
             return
-        partial = self._path.with_name(f"{self._path.name}.partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(partial, self._path)
+        write_csv(self._path, kept, LOG_COLUMNS)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs or not state.is_world_process_zero:

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_wsi.model.chat_renderer import ChatRenderer
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.prompt_layout import pad_left
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.selector import Selection
 
-from .chat_renderer import ChatRenderer
-from .modeling import SparseWSIForConditionalGeneration
-from .prompt_layout import pad_left
-
 BATCH = 32
+"""Questions that the model answers at once."""
 
 
 class Choice(NamedTuple):
@@ -34,8 +34,8 @@ def choose(
     """The option letter that the model finds most likely at the first place of its answer.
 
     Args:
-        items: of multiple choice.
-        selections: for each item, one for each of its slides, as the decoder shall see them.
+        items: multiple-choice questions.
+        selections: for each item, one for each of its slides.
     """
     choices: list[Choice] = []
     for start in range(0, len(items), BATCH):
