@@ -23,6 +23,7 @@ from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN
 from vllm_wsi.model.init_checkpoint import init_checkpoint, new_model
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.questions.items import QuestionError
 from vllm_wsi.slides import write_features
 from vllm_wsi.training.model import SparseLearnModel
@@ -66,7 +67,7 @@ def whole_run(tmp_path_factory):
 
 
 def test_a_stage_changes_what_it_trains_and_nothing_else(whole_run):
-    before, _ = new_model(D, hidden_size=64, num_layers=1, num_slide_tokens=4, seed=0)
+    before, _ = new_model(TinySettings(feature_dim=D, hidden_size=64, num_layers=1, num_slide_tokens=4, seed=0))
     after = weights(whole_run)
     for name, tensor in before.state_dict().items():
         changed = not torch.equal(tensor, after[name])
@@ -270,7 +271,7 @@ def test_two_stages_as_in_the_paper_end_with_adapters_merged_into_the_decoder(wh
 @pytest.fixture
 def text_decoder(tmp_path):
     """A causal language model that has never heard of slides, with a chat template of strings."""
-    model, tokenizer = new_model(D, hidden_size=64, num_layers=1)
+    model, tokenizer = new_model(TinySettings(feature_dim=D, hidden_size=64, num_layers=1))
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -410,7 +411,7 @@ def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_
 
 
 def test_the_command_trains_from_a_checkpoint_and_says_how_to_serve(tmp_path, capsys):
-    init_checkpoint(tmp_path / "start", D, hidden_size=64, num_layers=1, num_slide_tokens=4)
+    init_checkpoint(tmp_path / "start", TinySettings(feature_dim=D, hidden_size=64, num_layers=1, num_slide_tokens=4))
     config = {"model": {"checkpoint": str(tmp_path / "start")}, "stages": [haystack_stage(steps=2)]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["train", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), "--seed", "3"]) == 0

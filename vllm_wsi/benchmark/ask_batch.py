@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SettingsError, SlideError
 
 from .ask_endpoint import needs_structure, read_answer, request_body
 from .runner import Arm, Evaluation, answer_row, error_row, missing_row
@@ -42,7 +42,7 @@ def import_batch(evaluation: Evaluation, path: Path, model: str) -> None:
     """Scores a batch's output into the results files; a question without a line, or with an error, is an error row.
 
     Raises:
-        ValueError: a line that is no answer to one of our questions.
+        SettingsError: a line that is no answer to one of our questions.
     """
     answers: dict[str, dict[str, Any]] = {}
     known = {f"{arm.mode}/{arm.arm}/{one.key}" for arm in evaluation.arms for one in evaluation.asked(arm.mode)}
@@ -52,11 +52,11 @@ def import_batch(evaluation: Evaluation, path: Path, model: str) -> None:
                 value = json.loads(line)
                 custom_id = value["custom_id"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(
+                raise SettingsError(
                     f"{path}, line {number}: found no batch answer, wanted custom_id and response"
                 ) from None
             if custom_id not in known:
-                raise ValueError(f"{path}, line {number}: custom_id: found {custom_id!r}, wanted one of this run's")
+                raise SettingsError(f"{path}, line {number}: custom_id: found {custom_id!r}, wanted one of this run's")
             answers[custom_id] = value
     for arm in evaluation.arms:
         with evaluation.open(arm, model, f"batch {path.name}", {}) as results:

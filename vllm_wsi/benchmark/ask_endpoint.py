@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import openai
 
+from vllm_wsi.errors import SetupError
+
 from .parsing import parse_label
 from .tasks import Question, Score, score, to_messages
 
@@ -104,14 +106,14 @@ class Endpoint:
         self._structured = False  # once a server has refused log-probabilities
 
     async def model(self) -> str:
-        """The model that is asked. Raises RuntimeError where the server does not answer."""
+        """The model that is asked. Raises SetupError where the server does not answer."""
         if self._model is None:
             try:
                 models = (await self._client.models.list()).data
             except openai.OpenAIError as error:
-                raise RuntimeError(f"{self.url}/models: {error}, wanted a list of models; is the server up?") from None
+                raise SetupError(f"{self.url}/models: {error}, wanted a list of models; is the server up?") from None
             if not models:
-                raise RuntimeError(f"{self.url}/models: found none, wanted a model")
+                raise SetupError(f"{self.url}/models: found none, wanted a model")
             self._model = models[0].id
         return self._model
 

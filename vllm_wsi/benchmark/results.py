@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from vllm_wsi.errors import SettingsError
+
 Status = Literal["answered", "missing", "error"]
 NOT_IDENTITY = ("endpoint", "versions", "encoders", "started")
 """What may change between a run and its continuation."""
@@ -49,7 +51,7 @@ class ResultsFile:
         run: settings, as JSON; a file of other settings is refused, except for `NOT_IDENTITY`.
 
     Raises:
-        ValueError: the file belongs to other settings, or is no results file, or another process writes it.
+        SettingsError: the file belongs to other settings, or is no results file, or another process writes it.
     """
 
     def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
@@ -60,7 +62,7 @@ class ResultsFile:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"{self.path}: found another process writing it, wanted it alone") from None
+                raise SettingsError(f"{self.path}: found another process writing it, wanted it alone") from None
             self._file.seek(0)
             whole = self._file.read()
             kept = whole.rfind(b"\n") + 1
@@ -104,7 +106,7 @@ def read_results(path: str | Path) -> tuple[dict[str, Any], dict[str, Row]]:
     """(settings, last row of each key) of a results file.
 
     Raises:
-        ValueError: it is none.
+        SettingsError: it is none.
     """
     path = Path(path)
     whole = path.read_bytes()
@@ -124,16 +126,16 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], list[Row]]:
                 rows.append(Row(**value))
         except (ValueError, KeyError, TypeError) as error:
             wanted = "a row of results" if number > 1 else "the run's settings"
-            raise ValueError(f"{path}, line {number}: found no {wanted} ({error}), wanted one") from None
+            raise SettingsError(f"{path}, line {number}: found no {wanted} ({error}), wanted one") from None
     if not lines:
-        raise ValueError(f"{path}: found nothing, wanted results")
+        raise SettingsError(f"{path}: found nothing, wanted results")
     return run, rows
 
 
 def _compare(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for name in {*before, *now} - {*NOT_IDENTITY}:
         if before.get(name) != now.get(name):
-            raise ValueError(
+            raise SettingsError(
                 f"{path}: {name}: found results of {before.get(name)!r}, wanted {now.get(name)!r}; "
                 "take another --out, or delete the file"
             )

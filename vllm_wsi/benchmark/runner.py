@@ -8,15 +8,16 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
 
 import openai
+from pydantic import Field, field_validator
 
 from vllm_wsi import __version__
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SettingsError, SetupError, SlideError
+from vllm_wsi.settings import Settings
 
 from .ask_endpoint import FATAL, Answer, Endpoint, Mode
 from .results import ResultsFile, Row
@@ -30,8 +31,7 @@ UNREACHABLE = 3
 """Rounds of all workers without a single answer, after which a run ends instead of asking the rest in vain."""
 
 
-@dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(Settings, frozen=True):
     """What is asked and how. See `vllm-wsi eval --help`."""
 
     task: str
@@ -40,21 +40,21 @@ class EvalSettings:
     out: Path
     modes: tuple[Mode, ...] = ("generate",)
     baselines: tuple[str, ...] = BASELINES
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = Field(default_factory=dict)
     skip_slides: frozenset[str] = frozenset()
-    limit: int | None = None
+    limit: int | None = Field(None, ge=1)
     features_url: str | None = None
     work: Path | None = None
-    max_tokens: int = 500  # as SlideChat
+    max_tokens: int = Field(500, ge=1)  # as SlideChat
     seed: int = 0
-    concurrency: int = 8
+    concurrency: int = Field(8, ge=1)
 
-    def __post_init__(self) -> None:
-        for name, found, known in (("mode", self.modes, get_args(Mode)), ("baselines", self.baselines, BASELINES)):
-            if unknown := set(found) - set(known):
-                raise ValueError(f"{name}: found {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
-        if self.concurrency < 1 or self.max_tokens < 1:
-            raise ValueError(f"found {self.concurrency} requests at once of {self.max_tokens} tokens, wanted 1 or more")
+    @field_validator("baselines")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := set(names) - set(BASELINES):
+            raise ValueError(f"found {', '.join(sorted(unknown))}, wanted some of {', '.join(BASELINES)}")
+        return names
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Evaluation:
 
     Raises:
         QuestionError: the question file is bad, or nothing is left of it.
+        SettingsError: a slide to be skipped is not there, or no other is left.
         SlideError: there is no directory of features.
     """
 
@@ -84,11 +85,11 @@ class Evaluation:
         self._prompt_sha256 = hashlib.sha256(prompts.encode()).hexdigest()
         kept = [one for one in everything if one.slide not in settings.skip_slides]
         if unknown := settings.skip_slides - {one.slide for one in everything}:
-            raise ValueError(
+            raise SettingsError(
                 f"{settings.data}: found no slide {sorted(unknown)[0]!r}, wanted it, as it is to be skipped"
             )
         if not kept:
-            raise ValueError(f"{settings.data}: found no question about other slides than the skipped, wanted one")
+            raise SettingsError(f"{settings.data}: found no question about other slides than the skipped, wanted one")
         self.num_skipped = len(everything) - len(kept)
         self.questions = kept[: settings.limit]
         self.files = SlideFiles(settings.features, settings.features_url, settings.work, settings.seed)
@@ -129,7 +130,7 @@ class Evaluation:
 
         Raises:
             SlideError, OSError: there is no usable file.
-            RuntimeError: the 32 patches of a baseline cannot be written, which is no fault of the slide.
+            SetupError: the 32 patches of a baseline cannot be written, which is no fault of the slide.
         """
         slide = self.files.find(question.slide)
         if arm.arm == "blind":
@@ -139,7 +140,7 @@ class Evaluation:
         try:
             return slide, self.files.url(slide, arm.arm)
         except OSError as error:
-            raise RuntimeError(
+            raise SetupError(
                 f"{error}: found no way to write the patches of {arm.arm}, wanted a --work for them"
             ) from None
 
@@ -184,7 +185,7 @@ async def ask_endpoint(evaluation: Evaluation, endpoint: Endpoint) -> None:
     """Asks every arm's open questions, a bounded number at once; results are on disk as they come.
 
     Raises:
-        RuntimeError: the server is not there, refuses the key or the model, or has stopped answering.
+        SetupError: the server is not there, refuses the key or the model, or has stopped answering.
     """
     model, found = await endpoint.model(), await endpoint.version()
     for arm in evaluation.arms:
@@ -219,12 +220,12 @@ async def _ask_arm(
             try:
                 answer = await endpoint.ask(question, url, arm.mode, evaluation.settings.max_tokens)
             except FATAL as error:
-                raise RuntimeError(f"{endpoint.url}: {error}") from None
+                raise SetupError(f"{endpoint.url}: {error}") from None
             except (openai.OpenAIError, ValueError, KeyError, TypeError, IndexError) as error:
                 failures += isinstance(error, openai.APIConnectionError)
                 record(error_row(question, slide, f"{type(error).__name__}: {error}", time.monotonic() - began))
                 if failures >= UNREACHABLE * evaluation.settings.concurrency:
-                    raise RuntimeError(
+                    raise SetupError(
                         f"{endpoint.url}: found no connection for {failures} questions on end, wanted answers; "
                         "what was answered is kept, the same command goes on"
                     ) from None

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_wsi.errors import SettingsError
+
 from .report import compare, constant_rows, table, write_report
 from .results import Row, read_results
 from .runner import MAIN, Arm, Evaluation
@@ -18,7 +20,7 @@ def summarise(evaluation: Evaluation, others: Sequence[Path] = ()) -> dict[str, 
         others: folders of earlier evaluations of the same task; their runs are compared with ours by McNemar's test.
 
     Raises:
-        ValueError: there are no results, or another folder has none that fit.
+        SettingsError: there are no results, or another folder has none that fit.
     """
     settings = evaluation.settings
     runs: dict[tuple[str, str], Sequence[Row]] = {}
@@ -33,7 +35,7 @@ def summarise(evaluation: Evaluation, others: Sequence[Path] = ()) -> dict[str, 
         if chosen:
             runs[arm.mode, arm.arm] = chosen
     if header is None or not runs:
-        raise ValueError(f"{settings.out}: found no results, wanted those of a run")
+        raise SettingsError(f"{settings.out}: found no results, wanted those of a run")
     comparisons: list[dict[str, Any]] = []
     constant_label = None
     for mode in settings.modes:
@@ -87,8 +89,8 @@ def report(evaluation: Evaluation, others: Sequence[Path] = ()) -> int:
 def _main_rows(folder: Path, mode: str, header: Mapping[str, Any]) -> Sequence[Row]:
     path = folder / Arm("choice" if mode == "choice" else "generate", MAIN).file_name
     if not path.is_file():
-        raise ValueError(f"{path}: found no such results, wanted a run to compare with")
+        raise SettingsError(f"{path}: found no such results, wanted a run to compare with")
     run, rows = read_results(path)
     if run.get("data_sha256") != header["data_sha256"]:
-        raise ValueError(f"{path}: found results of another question file, wanted {header['data']}")
+        raise SettingsError(f"{path}: found results of another question file, wanted {header['data']}")
     return list(rows.values())

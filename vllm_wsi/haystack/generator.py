@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem, multiple_choice
 from vllm_wsi.slides import FeatureFile, features_in_memory, write_features
 
@@ -249,6 +250,6 @@ def groups_of_length(slides: str, world: HaystackWorld, split: str = "test") -> 
     for part in slides.split(","):
         length, _, count = part.partition(":")
         if not (length.isdigit() and count.isdigit() and int(length) and int(count)):
-            raise ValueError(f"slides: found {part!r}, wanted N:COUNT")
+            raise SettingsError(f"slides: found {part!r}, wanted N:COUNT")
         groups[f"{int(length)}"] = world.items(split, int(count), int(length))
     return groups

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_wsi.errors import needs_extra
+
 Row = dict[str, str]
 CHANCE_STYLE: dict[str, Any] = {"color": "0.6", "linestyle": ":", "linewidth": 1}
 
@@ -41,10 +43,8 @@ def draw_umap(path: str | Path, features: NDArray, kept: NDArray, key_patches: N
         features: [N, d], finite.
         kept, key_patches: row numbers.
     """
-    try:
+    with needs_extra("study"):
         from umap import UMAP
-    except ImportError:
-        raise ImportError('umap-learn: found no such package, wanted it: pip install "vllm-wsi[study]"') from None
     place = UMAP(random_state=0, n_jobs=1).fit_transform(features)
 
     def draw(axes: Any) -> None:
@@ -59,10 +59,8 @@ def draw_umap(path: str | Path, features: NDArray, kept: NDArray, key_patches: N
 
 
 def save_figure(path: Path, draw: Callable[[Any], None]) -> Path:
-    try:
+    with needs_extra("study"):
         import matplotlib
-    except ImportError:
-        raise ImportError('matplotlib: found no such package, wanted it: pip install "vllm-wsi[study]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
