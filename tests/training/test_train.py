@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -375,8 +376,9 @@ def test_slides_are_read_through_before_training_unless_the_data_say_not(text_de
 
 
 def test_slides_of_another_encoder_are_named_before_the_first_step_unless_they_are_allowed(
-    text_decoder, files, tmp_path, capsys
+    text_decoder, files, tmp_path, caplog
 ):
+    caplog.set_level(logging.INFO, "vllm_wsi")
     rng = np.random.default_rng(0)
     for name, encoder in (("a", "MahmoodLab/UNI"), ("b", "uni_v2"), ("c", "uni_v1")):
         features = rng.standard_normal((9, D)).astype(np.float16)
@@ -394,16 +396,17 @@ def test_slides_of_another_encoder_are_named_before_the_first_step_unless_they_a
     asked = settings(haystack_stage(data=data, steps=1), **start, encoder="uni")
     asked.encoder_mismatch = "allow"
     train(asked, tmp_path / "allowed")
-    assert "stage scorer: 1 slides: features of another encoder, which encoder_mismatch" in capsys.readouterr().out
+    assert "stage scorer: 1 slides: features of another encoder, which encoder_mismatch" in caplog.text
 
 
-def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_path, capsys):
+def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vllm_wsi")
     data = {"questions": [str(files.json)], "features": str(files.folder), "max_patches": 40}
     wide = haystack_stage(name="wide", data=data | {"max_patches": 300}, steps=1)
     asked = settings(haystack_stage(data=data, steps=1), wide, decoder=str(text_decoder), feature_dim=D,
                      num_slide_tokens=4)  # fmt: skip
     train(asked, tmp_path / "run")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")]
+    said = [message for message in caplog.messages if message.startswith("stage ")]
     assert [line for line in said if "encoder" not in line] == [
         "stage scorer: 2 of 3 slides have more than 40 patches (the longest 300) and are thinned to as many, "
         "evenly spaced"

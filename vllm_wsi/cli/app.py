@@ -36,7 +36,7 @@ app = typer.Typer(
     name=PROGRAM,
     help="Slide language models on vLLM.",
     add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["--help", "-h"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
