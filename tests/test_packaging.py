@@ -60,7 +60,7 @@ def test_only_the_serving_room_needs_vllm():
     code = """
 import sys
 sys.modules["vllm"] = None  # an import of it fails
-import vllm_wsi.cli.app, vllm_wsi.cli.demo, vllm_wsi.model.modeling, vllm_wsi.model.init_checkpoint
+import vllm_wsi.cli.app, vllm_wsi.cli.demo_run, vllm_wsi.model.modeling, vllm_wsi.model.init_checkpoint
 import vllm_wsi.slides.doctor, vllm_wsi.slides.synthetic, vllm_wsi.selection.selector, vllm_wsi.kernels
 print("imported")
 """

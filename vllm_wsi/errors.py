@@ -5,6 +5,9 @@ The command prints the sentence of a `WsiError` alone. Any other error is a faul
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class WsiError(ValueError):
     """Something that the user can mend. A `ValueError`, because vLLM answers those with an HTTP 400."""
@@ -17,8 +20,11 @@ class SlideError(WsiError):
     """A slide, its features or its image cannot be used."""
 
 
-class EncoderError(WsiError):
-    """A patch encoder cannot be had, or is another one than the checkpoint's."""
+class EncoderError(SlideError):
+    """A patch encoder cannot be had, or a slide's features are of another one than the checkpoint's.
+
+    A `SlideError`, because one slide of another encoder stops no other, and a server answers it with an HTTP 400.
+    """
 
 
 class CheckpointError(WsiError):
@@ -31,6 +37,24 @@ class SettingsError(WsiError):
 
 class SetupError(WsiError):
     """The machine or the installation lacks something: a package, a device, a server."""
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Around the imports of packages that an extra of this package brings.
+
+    Raises:
+        SetupError: one of them is not there; names it, and the extra.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").startswith("vllm_wsi"):
+            raise  # a fault of ours
+        found = f"found a package that does not load ({error})"
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            found = f"{error.name}: found no such package"
+        raise SetupError(f'{found}, wanted it: pip install "vllm-wsi[{extra}]"') from error
 
 
 def encodable(text: str) -> str:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from bench.common.record import RESULTS, ROOT, append_row, check_header
-from vllm_wsi.cli.demo import write_photograph
+from vllm_wsi.cli.demo_slides import write_photograph
 from vllm_wsi.encoding.encode_slide import EncodeSettings, encode_slide
 from vllm_wsi.encoding.encoders import BUILT_IN, load_encoder
 

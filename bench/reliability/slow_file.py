@@ -34,6 +34,7 @@ from bench.common.record import RESULTS, append_row, check_header
 from bench.reliability.random_slides import MAX_PATCHES, D, Slides
 from bench.reliability.slow_slides import LEASE_SECONDS, StalledFiles, TrickleServer
 from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.serving.service import THREADS
 
@@ -152,7 +153,10 @@ async def run(work: Path, rounds: int, seconds: float) -> dict[str, list[NDArray
     """Times to the first token [ms] of each arm, by round."""
     media = work / "slides"
     media.mkdir()
-    init_checkpoint(work / "checkpoint", D, hidden_size=64, scorer_hidden_size=32, max_position_embeddings=131072)
+    init_checkpoint(
+        work / "checkpoint",
+        TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=32, max_position_embeddings=131072),
+    )
     slides = Slides(media, seed=0)
     times: dict[str, list[NDArray]] = {arm: [] for arm in ARMS}
     with (

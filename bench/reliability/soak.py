@@ -44,6 +44,7 @@ from bench.common.server_usage import Holdings, Meter
 from bench.reliability.random_slides import D, Slides, web_server
 from bench.reliability.soak_requests import MAX_SLIDES, K, Requests
 from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.serving.service import LOOK_UP_THREADS, THREADS
 
@@ -178,8 +179,12 @@ def measured_values(held: Holdings) -> dict[str, float]:
 async def run(work: Path, soak: Soak, seed: int) -> Soak:
     media = work / "slides"
     media.mkdir()
-    init_checkpoint(work / "checkpoint", D, hidden_size=64, scorer_hidden_size=32, num_slide_tokens=K,
-                    max_position_embeddings=131072)  # fmt: skip
+    init_checkpoint(
+        work / "checkpoint",
+        TinySettings(
+            feature_dim=D, hidden_size=64, scorer_hidden_size=32, num_slide_tokens=K, max_position_embeddings=131072
+        ),
+    )
     slides = Slides(media, seed)
     env = SMALL_CACHES | (RETURNING if soak.allocator == "returning" else {})
     with (

@@ -40,6 +40,7 @@ from openai import OpenAI
 from bench.common.record import RESULTS, append_row, check_header
 from bench.serving.workload import sync_and_read
 from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.slides import open_features
 from vllm_wsi.slides.synthetic import write_synthetic_slide
@@ -131,7 +132,10 @@ def bench_server(feature_dim: int, sizes: tuple[int, ...], rounds: int) -> list[
             write_synthetic_slide(path, n, feature_dim, dtype=DTYPE)
             sync_and_read(path)
         encoded = {n: as_embeds(path) for n, path in slides.items()}
-        init_checkpoint(work / "checkpoint", feature_dim, max_position_embeddings=131072, num_slide_tokens=K)
+        init_checkpoint(
+            work / "checkpoint",
+            TinySettings(feature_dim=feature_dim, max_position_embeddings=131072, num_slide_tokens=K),
+        )
         times: dict[int, dict[str, list[float]]] = {n: {case: [] for case in CASES} for n in sizes}
         tokens: set[int] = set()
         with VllmServer(work / "checkpoint", work, work / "server.log", SERVER_ARGS) as server:

@@ -30,6 +30,7 @@ from bench.serving.measure import COLUMNS, Bench
 from bench.serving.throughput_cases import FULL, LARGE_K, ON_THE_GPU, QUICK, compare, crowd, growth, warm_up
 from bench.serving.workload import Workload
 from vllm_wsi.model.init_checkpoint import init_checkpoint, init_shape
+from vllm_wsi.model.tiny_settings import SlideSettings, TinySettings
 from vllm_wsi.serving.server_process import VllmServer
 
 CSV = RESULTS / "serving.csv"
@@ -66,12 +67,12 @@ def _demo(folder: Path) -> Path:
 
 
 def _small(folder: Path) -> Path:
-    init_checkpoint(folder, 512, hidden_size=512, num_layers=8, max_position_embeddings=32768)
+    init_checkpoint(folder, TinySettings(feature_dim=512, hidden_size=512, num_layers=8, max_position_embeddings=32768))
     return folder
 
 
 def _qwen(folder: Path) -> Path:
-    init_shape(folder, 512, QWEN2_5_7B)
+    init_shape(folder, SlideSettings(feature_dim=512), QWEN2_5_7B)
     return folder
 
 

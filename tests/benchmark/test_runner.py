@@ -268,6 +268,8 @@ def test_a_run_of_other_settings_is_not_mixed_in(bench, capsys):
         (["--baselines", "mean"], "baselines: found mean, wanted some of blind, constant"),
         (["--columns", "x"], "found 'x', wanted NAME=COLUMN"),
         (["--export-batch", "x"], "--model: found none"),
+        (["--max-tokens", "0"], "max_tokens: found 0, wanted at least 1"),
+        (["--limit", "-1"], "limit: found -1, wanted at least 1"),
         ([], "found no results"),
     ],
 )

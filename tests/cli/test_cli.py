@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_wsi.cli import demo
+from vllm_wsi import __version__
+from vllm_wsi.cli import demo_answers
 from vllm_wsi.cli.app import main
+from vllm_wsi.cli.demo_slides import QUESTION, SECOND_QUESTION, DemoSlide
+from vllm_wsi.errors import SlideError
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
 from vllm_wsi.model.checkpoint import load_selector
 from vllm_wsi.slides import open_features, write_features
+
+EVAL = ["eval", "--task", "csv", "--data", "q.csv", "--features", ".", "--out", "new"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -76,30 +81,143 @@ def test_doctor_names_what_the_real_slide_holds(shared_data, capsys):
     ("arguments", "sentence"),
     [
         (["select", "nosuch.h5", "--checkpoint", "x"], "nosuch.h5: found no readable file"),
+        (["doctor", "x.h5", "--checkpoint", "nosuch/dir/x"], "nosuch/dir/x: found no checkpoint that loads"),
+        (["encode", "x.svs", "--encoder", ".", "--out", "."], "encoder .: found no readable config.json"),
+        (
+            ["encode", "x.svs", "--encoder", "colour-texture", "--out", ".", "--patch-px", "0"],
+            "patch_px: found 0, wanted at least 1",
+        ),
         (["init-checkpoint", ".", "--feature-dim", "8"], "wanted a new directory"),
+        (["init-checkpoint", "new", "--feature-dim", "0"], "feature_dim: found 0, wanted at least 1"),
         (["init-checkpoint", "new", "--feature-dim", "8", "--text-config", __file__], "found no JSON"),
         (["init-checkpoint", "new", "--feature-dim", "8", "--text-config", "nosuch.json"], "nosuch.json"),
         (["demo", "--slide", "nosuch.h5"], "nosuch.h5: found no readable file"),
+        (["train", "nosuch.yaml", "--out", "new"], "No such file or directory: 'nosuch.yaml'"),
+        (["study", "--out", "new", "--questions", "q.csv"], "--questions: found no --features beside it"),
+        (["study", "--out", "new", "--slides", "many"], "slides: found 'many', wanted N:COUNT"),
+        (["study", "--out", "new", "--seeds", "0"], "seeds: found 0, wanted at least 1"),
+        (["study", "--out", "new", "--checkpoint", "nosuch"], "nosuch: found no checkpoint that loads"),
     ],
 )
-def test_errors_are_one_sentence_and_exit_with_1(arguments, sentence, capsys):
+def test_errors_are_one_sentence_and_exit_with_1(arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
     assert main(arguments) == 1
     printed = capsys.readouterr()
-    assert sentence in printed.err
-    assert len(printed.err.strip().splitlines()) == 1
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"vllm-wsi {arguments[0]}: ")
+    assert sentence in line
 
 
-def test_help_imports_neither_torch_nor_vllm():
+def test_each_setting_that_does_not_fit_has_its_line(capsys, tmp_path):
+    options = ["--patch-px", "0", "--background", "nan", "--mpp", "-1"]
+    assert main(["encode", "x.svs", "--encoder", "colour-texture", "--out", str(tmp_path), *options]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "vllm-wsi encode: patch_px: found 0, wanted at least 1",
+        "mpp: found -1.0, wanted above 0",
+        "background: found nan, wanted a finite number",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nosuch"],
+        ["select", "a.h5"],  # without --checkpoint
+        ["doctor"],
+        ["doctor", "a.h5", "--nosuch"],
+        ["encode", "a.svs", "--encoder", "x", "--out", "x", "--tissue", "grey"],
+        ["encode", "a.svs", "--encoder", "x", "--out", "x", "--workers", "0"],
+        ["init-checkpoint", "new", "--feature-dim", "many"],
+        [*EVAL, "--endpoint", "http://x/v1", "--offline", "x"],
+        [*EVAL, "--engine-args", "{"],
+        [*EVAL, "--engine-args", "[]"],
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_shows_how_to_get_help(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "--help' for help." in said
+    assert "Traceback" not in said
+
+
+def test_a_fault_of_ours_is_not_swallowed(monkeypatch, capsys):
+    def broken(*arguments):
+        raise ValueError("a fault")
+
+    monkeypatch.setattr("vllm_wsi.slides.doctor.examine", broken)
+    with pytest.raises(ValueError, match="a fault"):
+        main(["doctor", "x.h5"])
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_of_the_system_is_one_line_where_it_names_a_file(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert main(["encode", "x.svs", "--encoder", "colour-texture", "--out", str(tmp_path / "file")]) == 1
+    assert f"File exists: '{tmp_path / 'file'}'" in capsys.readouterr().err
+
+    def broken(*arguments):
+        raise OSError("found no more memory")
+
+    monkeypatch.setattr("vllm_wsi.slides.doctor.examine", broken)
+    with pytest.raises(OSError, match="found no more memory"):
+        main(["doctor", "x.h5"])
+
+
+def test_debug_lets_every_error_through(capsys):
+    with pytest.raises(SlideError, match="found no readable file"):
+        main(["--debug", "select", "nosuch.h5", "--checkpoint", "x"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_user_sees_a_sentence_and_with_debug_or_after_a_fault_the_traceback():
+    asked = ["select", "nosuch.h5", "--checkpoint", "x"]
+    plain, debug = run(*asked), run("--debug", *asked)
+    assert plain.returncode == debug.returncode == 1
+    missing = Path("nosuch.h5").resolve()
+    sentence = f"{missing}: found no readable file (No such file or directory), wanted a feature file"
+    assert plain.stderr == f"vllm-wsi select: {sentence}\n"
+    assert debug.stderr.startswith("Traceback (most recent call last):")
+    assert debug.stderr.splitlines()[-1] == f"vllm_wsi.errors.SlideError: {sentence}"
+    code = """
+import sys, vllm_wsi.slides.doctor as doctor
+from vllm_wsi.cli.app import main
+doctor.examine = None
+sys.exit(main(["doctor", "x.h5"]))
+"""
+    fault = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert fault.returncode == 1
+    assert fault.stderr.startswith("Traceback (most recent call last):")
+    assert fault.stderr.splitlines()[-1] == "TypeError: 'NoneType' object is not callable"
+
+
+def test_a_package_that_is_not_there_is_named_with_its_extra(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main(["encode", "x.svs", "--encoder", "colour-texture", "--out", str(tmp_path)]) == 1
+    wanted = 'tqdm: found no such package, wanted it: pip install "vllm-wsi[slides]"'
+    assert capsys.readouterr().err == f"vllm-wsi encode: {wanted}\n"
+
+
+def test_help_and_version_import_nothing_heavy():
     code = """
 import sys
-from vllm_wsi.cli import main
-try:
-    main(["--help"])
-except SystemExit:
-    print([m for m in ("torch", "vllm", "numpy") if m in sys.modules])
+from vllm_wsi.cli.app import main
+commands = ("encode", "doctor", "select", "demo", "init-checkpoint", "train", "study", "eval")
+for arguments in ([], *([command] for command in commands)):
+    assert main([*arguments, "--help"]) == 0
+assert main(["--version"]) == 0
+print([m for m in ("torch", "vllm", "transformers", "numpy") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-2:] == [__version__, "[]"]
+    assert "--geojson-origin <bounds|slide>" in done.stdout
+
+
+def test_the_command_runs_as_a_module_as_torchrun_starts_it():
+    done = subprocess.run([sys.executable, "-m", "vllm_wsi.cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{__version__}\n")
 
 
 @pytest.mark.server
@@ -132,10 +250,10 @@ def test_demo_asks_on_where_the_file_does_not_say_where_its_patches_lie(
         np.save(path, slide.read_rows(0, slide.num_patches))
     with open_features(path) as slide:
         record = load_selector(str(checkpoint)).select(slide).record()
-    monkeypatch.setattr(demo, "_post", lambda url, body: record)
-    monkeypatch.setattr(demo, "_ask", lambda server, url, question, slide: asked.append(question) or {"read": 0.0})
-    demo._show(SimpleNamespace(api=""), demo.DemoSlide(path), checkpoint, tmp_path / "out")
-    assert asked == [demo.QUESTION, demo.SECOND_QUESTION]
+    monkeypatch.setattr(demo_answers, "_post", lambda url, body: record)
+    monkeypatch.setattr(demo_answers, "_ask", lambda _, url, question, slide: asked.append(question) or {"read": 0.0})
+    demo_answers.show(SimpleNamespace(api=""), DemoSlide(path), checkpoint, tmp_path / "out")
+    assert asked == [QUESTION, SECOND_QUESTION]
     printed = capsys.readouterr().out
     assert "32 of 777 patches were shown to the decoder; the best five (coordinates: none)" in printed
     assert re.search(r"^ +nothing written: \S*no-places\.npy: coords: found none, wanted .+$", printed, re.MULTILINE)

@@ -133,7 +133,6 @@ def test_without_a_search_for_tissue_the_whole_slide_is_taken(tmp_path):
         ("broken/unreadable.svs", [], "found damaged pixels (Bogus marker length)"),
         ("broken/unopenable.tiff", [], "openslide says: Unsupported TIFF compression"),
         ("CMU-1-Small-Region.svs", ["--mpp", "5"], "mpp: found 5, an overview"),
-        ("CMU-1-Small-Region.svs", ["--mpp", "nan"], "mpp: found nan given"),
         ("CMU-1-Small-Region.svs", ["--patch-px", "4000"], "wanted at least one patch of"),
     ],
 )

@@ -15,6 +15,7 @@ from vllm_wsi.model.checkpoint import load_scorer, load_selector
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.slides import features_in_memory
 
 D = 40
@@ -23,7 +24,7 @@ D = 40
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "small"
-    init_checkpoint(path, D, hidden_size=64, scorer_hidden_size=16)
+    init_checkpoint(path, TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=16))
     return path
 
 
@@ -67,7 +68,7 @@ def test_the_tokenizer_holds_the_slide_token_as_one_token(checkpoint, model):
 def test_the_same_seed_gives_the_same_checkpoint_and_leaves_torchs_random_state(checkpoint, tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    init_checkpoint(tmp_path / "again", D, hidden_size=64, scorer_hidden_size=16)
+    init_checkpoint(tmp_path / "again", TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=16))
     assert torch.equal(torch.get_rng_state(), before)
     assert (tmp_path / "again/model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
 
@@ -75,7 +76,7 @@ def test_the_same_seed_gives_the_same_checkpoint_and_leaves_torchs_random_state(
 def test_a_directory_with_content_is_not_written_to(tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(ValueError, match="wanted a new directory"):
-        init_checkpoint(tmp_path, D)
+        init_checkpoint(tmp_path, TinySettings(feature_dim=D))
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from vllm_wsi.cli.app import main
 from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.rendering.pictures import CELL, COLUMNS, LABEL
 from vllm_wsi.slides import open_features, write_features
 
@@ -24,7 +25,7 @@ NAMED_ROWS = (139, 375, 462)  # whose tiles lie beside the real features, under 
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     for d in (48, 512):
-        init_checkpoint(folder / str(d), d, hidden_size=64, scorer_hidden_size=32)
+        init_checkpoint(folder / str(d), TinySettings(feature_dim=d, hidden_size=64, scorer_hidden_size=32))
     return folder
 
 

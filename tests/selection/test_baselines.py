@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SetupError, SlideError
 from vllm_wsi.selection.baselines import POLICIES, make_policy
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
@@ -263,7 +263,8 @@ def test_k_means_of_fewer_distinct_patches_than_k_keeps_k_rows():
 
 def test_k_means_without_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(ImportError, match=r'found no such package, wanted it .*: pip install "vllm-wsi\[study\]"$'):
+    wanted = r'^sklearn\.cluster: found no such package, wanted it: pip install "vllm-wsi\[study\]"$'
+    with pytest.raises(SetupError, match=wanted):
         make_policy("k-means", 2).select(features_in_memory(matrix(9)))
 
 

@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.slides import write_features
 
@@ -40,7 +41,7 @@ def slide_message(*urls, question="What is it?"):
 def checkpoint(tmp_path_factory):
     """A small qwen2 checkpoint with original positions, for the features of `make_slide`."""
     path = tmp_path_factory.mktemp("checkpoint") / "qwen2"
-    init_checkpoint(path, D, hidden_size=64, scorer_hidden_size=32, encoder="test@1")
+    init_checkpoint(path, TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=32, encoder="test@1"))
     return path
 
 

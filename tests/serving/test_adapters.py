@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.training.settings import LoraSettings
-from vllm_wsi.training.train import with_lora
+from vllm_wsi.training.start_model import with_lora
 
 from .conftest import KEY, D, make_slide, slide_message
 from .test_parity import NEW_TOKENS, ask_transformers, start_engine
@@ -27,7 +28,7 @@ DECODER_KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 def made(tmp_path_factory):
     """A folder with a checkpoint, a slide, and adapters with one and the same weights under every naming."""
     folder = tmp_path_factory.mktemp("adapters")
-    init_checkpoint(folder / "checkpoint", D, hidden_size=64, scorer_hidden_size=32, seed=4)
+    init_checkpoint(folder / "checkpoint", TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=32, seed=4))
     make_slide(folder / "slide.safetensors", 300)
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(load(folder).language_model, config)

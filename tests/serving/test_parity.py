@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from vllm_wsi.model.checkpoint import load_selector
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.slides import open_features
 
 from .conftest import D, make_slide, slide_message
@@ -68,9 +69,17 @@ def ask_vllm(llm, paths, question):
 def test_greedy_tokens_and_first_logprobs_equal_transformers(decoder, position_ids, slides, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     init_checkpoint(
-        checkpoint, D, decoder=decoder, hidden_size=64, scorer_hidden_size=32,
-        max_position_embeddings=2048, position_ids=position_ids, seed=3,
-    )  # fmt: skip
+        checkpoint,
+        TinySettings(
+            feature_dim=D,
+            decoder=decoder,
+            hidden_size=64,
+            scorer_hidden_size=32,
+            max_position_embeddings=2048,
+            position_ids=position_ids,
+            seed=3,
+        ),
+    )
     model, tokenizer = reference(checkpoint)
     llm = start_engine(checkpoint, slides[0].parent)
     # The budget of 1024 positions scales the slides of 9000 patches; the last prompts hold several slides.
@@ -86,7 +95,7 @@ def test_greedy_tokens_and_first_logprobs_equal_transformers(decoder, position_i
 def test_vllm_and_transformers_end_an_answer_at_the_same_token(slides, tmp_path):
     from vllm import SamplingParams
 
-    init_checkpoint(tmp_path / "c", D, hidden_size=64, scorer_hidden_size=32, seed=3)
+    init_checkpoint(tmp_path / "c", TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=32, seed=3))
     free, _ = ask_transformers(*reference(tmp_path / "c"), [slides[3]], "Which tissue?")
     file = tmp_path / "c" / "generation_config.json"
     named = json.loads(file.read_text())
@@ -105,7 +114,10 @@ def test_vllm_and_transformers_end_an_answer_at_the_same_token(slides, tmp_path)
 
 
 def test_the_scorer_over_the_whole_slide_is_served_as_transformers_runs_it(slides, tmp_path):
-    init_checkpoint(tmp_path / "c", D, hidden_size=64, scorer_kind="context", scorer_hidden_size=64, seed=5)
+    init_checkpoint(
+        tmp_path / "c",
+        TinySettings(feature_dim=D, hidden_size=64, scorer_kind="context", scorer_hidden_size=64, seed=5),
+    )
     model, tokenizer = reference(tmp_path / "c")
     llm = start_engine(tmp_path / "c", slides[0].parent)
     for path in slides[:4]:
@@ -117,7 +129,9 @@ def test_the_scorer_over_the_whole_slide_is_served_as_transformers_runs_it(slide
 def test_the_position_mode_changes_the_answer(slides, tmp_path):
     answers = []
     for mode in ("original", "packed"):
-        init_checkpoint(tmp_path / mode, D, hidden_size=64, scorer_hidden_size=32, position_ids=mode)
+        init_checkpoint(
+            tmp_path / mode, TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=32, position_ids=mode)
+        )
         answers.append(ask_transformers(*reference(tmp_path / mode), [slides[3]], "Which tissue?")[0])
     assert answers[0] != answers[1]
 
@@ -130,7 +144,7 @@ def test_the_kept_patches_change_the_answer(slides, checkpoint):
 
 def test_the_real_slide_is_answered_as_by_transformers(shared_data, tmp_path):
     features = shared_data / "features/mopadi_TCGA-AD-6964/features.h5"
-    init_checkpoint(tmp_path / "checkpoint", 512, hidden_size=64)
+    init_checkpoint(tmp_path / "checkpoint", TinySettings(feature_dim=512, hidden_size=64))
     model, tokenizer = reference(tmp_path / "checkpoint")
     llm = start_engine(tmp_path / "checkpoint", features.parent)
     wanted, _ = ask_transformers(model, tokenizer, [features], "Which tissue?")
@@ -169,7 +183,9 @@ def test_generate_takes_files_selections_arrays_and_tensors_and_agrees_with_chat
 def test_two_models_in_one_process_each_use_their_own_scorer(slides, tmp_path):
     engines = []
     for seed in (1, 2):
-        init_checkpoint(tmp_path / str(seed), D, hidden_size=64, scorer_hidden_size=32, seed=seed)
+        init_checkpoint(
+            tmp_path / str(seed), TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=32, seed=seed)
+        )
         engines.append((start_engine(tmp_path / str(seed), slides[0].parent), reference(tmp_path / str(seed))))
     for llm, (model, tokenizer) in engines:
         wanted, _ = ask_transformers(model, tokenizer, [slides[4]], "Which tissue?")

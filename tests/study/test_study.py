@@ -2,7 +2,6 @@
 
 import csv
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.questions.items import SLIDE_MARK, multiple_choice
-from vllm_wsi.study import ablations, run_study, soft
+from vllm_wsi.study import ablations, soft, write_study
 from vllm_wsi.study.ablations import ARMS, SWITCHES, run_ablations
 from vllm_wsi.study.groups import by_length
 from vllm_wsi.study.study import LEARNED, POLICY_NAMES, Study
@@ -170,7 +169,8 @@ def test_an_arm_changes_its_switches_and_nothing_else_of_the_recipe(tmp_path, mo
     switches = [{"gate": gate.gate, "denoiser": gate.denoiser, "relaxation": gate.relaxation} for gate in seen]
     assert switches == [SWITCHES | changes for changes in ARMS.values()]
     own = settings.stages[-1].sparselearn
-    assert all(replace(gate, gate=own.gate, denoiser=own.denoiser, relaxation=own.relaxation) == own for gate in seen)
+    restored = [gate.changed(gate=own.gate, denoiser=own.denoiser, relaxation=own.relaxation) for gate in seen]
+    assert all(gate == own for gate in restored)
 
 
 def test_the_soft_path_is_judged_through_its_own_denoiser_at_the_k_that_is_served(monkeypatch):
@@ -234,8 +234,8 @@ def test_the_picture_shows_finite_patches_as_the_file_means_them(tmp_path, monke
     study = Study(str(DEMO_CHECKPOINT), {"all": [item]}, tmp_path / "out")
     study.policy_rows()
     drawn = []
-    monkeypatch.setattr(run_study, "draw_umap", lambda path, *arguments: drawn.append(arguments))
-    run_study._draw_kept(study, study.groups, tmp_path)
+    monkeypatch.setattr(write_study, "draw_umap", lambda path, *arguments: drawn.append(arguments))
+    write_study._draw_kept(study, study.groups, tmp_path)
     ((features, kept, key, _),) = drawn
     assert features.shape == (148, 64)
     assert np.isfinite(features).all()

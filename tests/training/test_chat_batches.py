@@ -11,6 +11,7 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN
 from vllm_wsi.model.init_checkpoint import TURN_END, byte_tokenizer, new_model
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.questions.items import QuestionError, SlideItem, multiple_choice
 from vllm_wsi.selection.evenly_spaced import evenly_spaced
@@ -64,7 +65,9 @@ def ids_of(chat: ChatRenderer, text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    model, tokenizer = new_model(D, hidden_size=64, scorer_hidden_size=16, max_position_embeddings=2048)
+    model, tokenizer = new_model(
+        TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=16, max_position_embeddings=2048)
+    )
     return model.eval(), ChatRenderer(tokenizer)
 
 
@@ -170,7 +173,7 @@ def test_a_training_slide_holds_its_rows_and_their_places(checkpoint, n):
 
 def test_a_slide_longer_than_a_chunk_is_read_whole(checkpoint):
     _, chat = checkpoint
-    wide = new_model(1024, hidden_size=32, num_layers=1, scorer_hidden_size=0)[0].config
+    wide = new_model(TinySettings(feature_dim=1024, hidden_size=32, num_layers=1, scorer_hidden_size=0))[0].config
     source = Slide(4999, d=1024)
     item = talk("<image>\nWhat?", "x", slides=(source,))
     (slide,) = SlideDataset([item], chat, wide, 333)[0].slides
@@ -323,7 +326,14 @@ def loss_by_hand(model, items: list[TrainingItem]) -> tuple[torch.Tensor, int]:
 @pytest.mark.parametrize("capped", [13, 1000])
 def test_the_loss_over_all_patches_is_that_of_the_served_prompts(mode, capped):
     model, tokenizer = new_model(
-        D, hidden_size=64, scorer_hidden_size=16, max_position_embeddings=512, max_slide_positions=60, position_ids=mode
+        TinySettings(
+            feature_dim=D,
+            hidden_size=64,
+            scorer_hidden_size=16,
+            max_position_embeddings=512,
+            max_slide_positions=60,
+            position_ids=mode,
+        )
     )
     chat = ChatRenderer(tokenizer)
     items = [

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN
 from vllm_wsi.model.init_checkpoint import init_checkpoint, new_model
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.questions.items import QuestionError
 from vllm_wsi.slides import write_features
 from vllm_wsi.study.answering import choose
@@ -67,7 +69,7 @@ def whole_run(tmp_path_factory):
 
 
 def test_a_stage_changes_what_it_trains_and_nothing_else(whole_run):
-    before, _ = new_model(D, hidden_size=64, num_layers=1, num_slide_tokens=4, seed=0)
+    before, _ = new_model(TinySettings(feature_dim=D, hidden_size=64, num_layers=1, num_slide_tokens=4, seed=0))
     after = weights(whole_run)
     for name, tensor in before.state_dict().items():
         changed = not torch.equal(tensor, after[name])
@@ -271,7 +273,7 @@ def test_two_stages_as_in_the_paper_end_with_adapters_merged_into_the_decoder(wh
 @pytest.fixture
 def text_decoder(tmp_path):
     """A causal language model that has never heard of slides, with a chat template of strings."""
-    model, tokenizer = new_model(D, hidden_size=64, num_layers=1)
+    model, tokenizer = new_model(TinySettings(feature_dim=D, hidden_size=64, num_layers=1))
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -375,8 +377,9 @@ def test_slides_are_read_through_before_training_unless_the_data_say_not(text_de
 
 
 def test_slides_of_another_encoder_are_named_before_the_first_step_unless_they_are_allowed(
-    text_decoder, files, tmp_path, capsys
+    text_decoder, files, tmp_path, caplog
 ):
+    caplog.set_level(logging.INFO, "vllm_wsi")
     rng = np.random.default_rng(0)
     for name, encoder in (("a", "MahmoodLab/UNI"), ("b", "uni_v2"), ("c", "uni_v1")):
         features = rng.standard_normal((9, D)).astype(np.float16)
@@ -394,16 +397,17 @@ def test_slides_of_another_encoder_are_named_before_the_first_step_unless_they_a
     asked = settings(haystack_stage(data=data, steps=1), **start, encoder="uni")
     asked.encoder_mismatch = "allow"
     train(asked, tmp_path / "allowed")
-    assert "stage scorer: 1 slides: features of another encoder, which encoder_mismatch" in capsys.readouterr().out
+    assert "stage scorer: 1 slides: features of another encoder, which encoder_mismatch" in caplog.text
 
 
-def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_path, capsys):
+def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vllm_wsi")
     data = {"questions": [str(files.json)], "features": str(files.folder), "max_patches": 40}
     wide = haystack_stage(name="wide", data=data | {"max_patches": 300}, steps=1)
     asked = settings(haystack_stage(data=data, steps=1), wide, decoder=str(text_decoder), feature_dim=D,
                      num_slide_tokens=4)  # fmt: skip
     train(asked, tmp_path / "run")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")]
+    said = [message for message in caplog.messages if message.startswith("stage ")]
     assert [line for line in said if "encoder" not in line] == [
         "stage scorer: 2 of 3 slides have more than 40 patches (the longest 300) and are thinned to as many, "
         "evenly spaced"
@@ -411,7 +415,7 @@ def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_
 
 
 def test_the_command_trains_from_a_checkpoint_and_says_how_to_serve(tmp_path, capsys):
-    init_checkpoint(tmp_path / "start", D, hidden_size=64, num_layers=1, num_slide_tokens=4)
+    init_checkpoint(tmp_path / "start", TinySettings(feature_dim=D, hidden_size=64, num_layers=1, num_slide_tokens=4))
     config = {"model": {"checkpoint": str(tmp_path / "start")}, "stages": [haystack_stage(steps=2)]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["train", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), "--seed", "3"]) == 0

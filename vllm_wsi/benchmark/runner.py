@@ -7,13 +7,15 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+
+from pydantic import Field, field_validator
 
 from vllm_wsi import __version__
 from vllm_wsi.errors import SettingsError, SetupError, SlideError
+from vllm_wsi.settings import Settings
 
 from .chat_request import Mode
 from .prepared import PreparedQuestion, missing_row
@@ -30,8 +32,7 @@ BASELINES = ("blind", "constant", *POLICIES)
 """All baselines; `constant` needs no asking."""
 
 
-@dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(Settings, frozen=True):
     """What is asked and how. See `vllm-wsi eval --help`."""
 
     task: str
@@ -40,21 +41,21 @@ class EvalSettings:
     out: Path
     modes: tuple[Mode, ...] = ("generate",)
     baselines: tuple[str, ...] = BASELINES
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = Field(default_factory=dict)
     skip_slides: frozenset[str] = frozenset()
-    limit: int | None = None
+    limit: int | None = Field(None, ge=1)
     features_url: str | None = None
     work: Path | None = None
-    max_tokens: int = 500  # as SlideChat
+    max_tokens: int = Field(500, ge=1)  # as SlideChat
     seed: int = 0
-    concurrency: int = 8
+    concurrency: int = Field(8, ge=1)
 
-    def __post_init__(self) -> None:
-        for name, found, known in (("mode", self.modes, get_args(Mode)), ("baselines", self.baselines, BASELINES)):
-            if unknown := set(found) - set(known):
-                raise ValueError(f"{name}: found {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
-        if self.concurrency < 1 or self.max_tokens < 1:
-            raise ValueError(f"found {self.concurrency} requests at once of {self.max_tokens} tokens, wanted 1 or more")
+    @field_validator("baselines")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := set(names) - set(BASELINES):
+            raise ValueError(f"found {', '.join(sorted(unknown))}, wanted some of {', '.join(BASELINES)}")
+        return names
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from openslide import AbstractSlide
+from pydantic import Field
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.settings import Settings
 from vllm_wsi.slides.feature_file import write_features
 from vllm_wsi.slides.places import bounds_metadata
 
@@ -25,18 +28,17 @@ from .tissue import MASK_VERSION
 MAX_UPSAMPLING = 1.1  # slides of 0.55 mpp serve as 0.5 mpp; coarser ones are overviews
 
 
-@dataclass(frozen=True)
-class EncodeSettings:
+class EncodeSettings(Settings, frozen=True):
     """What decides the patches of a slide, and how their features are kept."""
 
-    patch_px: int = 224  # edge of a patch as the encoder sees it
-    patch_mpp: float = 0.5  # microns per pixel of those pixels: 20x
-    mpp: float | None = None  # microns per level-0 pixel, instead of what the slide says
+    patch_px: int = Field(224, ge=1)  # edge of a patch as the encoder sees it
+    patch_mpp: float = Field(0.5, gt=0)  # microns per pixel of those pixels: 20x
+    mpp: float | None = Field(None, gt=0)  # microns per level-0 pixel, instead of what the slide says
     tissue: TissueMethod = "otsu"
-    background: float = 0.3  # largest share of a patch beside the tissue
+    background: float = Field(0.3, ge=0, le=1)  # largest share of a patch beside the tissue
     channels: tuple[str, ...] | None = None  # names or numbers from 0 of the three that are encoded; None: RGB alone
-    dtype: str = "float16"  # of the features
-    batch_size: int = 32
+    dtype: Literal["float16", "float32"] = "float16"  # of the features
+    batch_size: int = Field(32, ge=1)
 
     def record(self) -> dict[str, str]:
         """What of this a feature file's metadata says."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import EncoderError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ def load_encoder(name: str, device: str = "auto") -> PatchEncoder:
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     Raises:
-        SlideError: there is no such encoder, or it cannot be loaded here.
+        EncoderError: there is no such encoder, or it cannot be loaded here.
     """
     if name == BUILT_IN:
         from .colour_texture import ColourTexture
@@ -85,7 +85,7 @@ class TorchEncoder:
         with torch.inference_mode(), torch.autocast(self._device, torch.float16, enabled=self.on_gpu):
             found = self._encode(self._transform(patches).to(self._device))
         if found.ndim != 2:
-            raise SlideError(f"encoder {self.id}: found an output of shape {tuple(found.shape)}, wanted [n, d]")
+            raise EncoderError(f"encoder {self.id}: found an output of shape {tuple(found.shape)}, wanted [n, d]")
         return found.float().cpu().numpy()
 
 
@@ -93,7 +93,7 @@ def _from_zoo(name: str, device: str) -> TorchEncoder:
     models = _zoo()
     if name not in models.MODEL_REGISTRY:
         known = ", ".join(sorted({*models.list_models("vision"), *models.list_models("multimodal")}))
-        raise SlideError(
+        raise EncoderError(
             f"encoder: found {name!r}, wanted {BUILT_IN}, hf-hub:OWNER/REPO, a directory, or one of {known}"
         )
     card = models.MODEL_REGISTRY[name]
@@ -103,7 +103,9 @@ def _from_zoo(name: str, device: str) -> TorchEncoder:
     try:
         model = card().to(device)
     except Exception as error:  # each model of the zoo raises what its own libraries raise
-        raise SlideError(f"encoder {name}: found none that loads here ({_line(error)}), wanted its weights") from error
+        raise EncoderError(
+            f"encoder {name}: found none that loads here ({_line(error)}), wanted its weights"
+        ) from error
     transform = model.get_transform()
 
     def prepare(patches: NDArray[np.uint8]) -> Tensor:
@@ -130,10 +132,10 @@ def _from_directory(path: Path, device: str) -> TorchEncoder:
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise SlideError(f"encoder {path}: found no readable config.json ({error}), wanted a vision model") from error
+        raise EncoderError(f"encoder {path}: found no readable config.json ({error}), wanted a vision model") from error
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
-        raise SlideError(f"encoder {path}: found no .safetensors, wanted the model's weights")
+        raise EncoderError(f"encoder {path}: found no .safetensors, wanted the model's weights")
     digest = hashlib.sha256()
     for file in weights:
         with open(file, "rb") as opened:
@@ -143,7 +145,7 @@ def _from_directory(path: Path, device: str) -> TorchEncoder:
         return _timm(f"local-dir:{path}", identity, device)
     if "model_type" in config:
         return _transformers(path, identity, device)
-    raise SlideError(
+    raise EncoderError(
         f"encoder {path}: config.json: found neither 'architecture' nor 'model_type', "
         "wanted a timm or transformers model"
     )
@@ -155,7 +157,7 @@ def _timm(name: str, identity: str, device: str) -> TorchEncoder:
 
         model = timm.create_model(name, pretrained=True, num_classes=0).eval().to(device)
     except Exception as error:  # timm raises whatever a repository makes it trip over
-        raise SlideError(f"encoder {name}: found no timm model that loads here ({_line(error)})") from error
+        raise EncoderError(f"encoder {name}: found no timm model that loads here ({_line(error)})") from error
     settings = timm.data.resolve_model_data_config(model)
     edge = settings["input_size"][1]
     prepare = _Prepare(edge, settings["crop_pct"], settings["mean"], settings["std"], settings["interpolation"])
@@ -168,7 +170,7 @@ def _transformers(path: Path, identity: str, device: str) -> TorchEncoder:
     try:
         model = AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True).eval().to(device)
     except Exception as error:  # as above
-        raise SlideError(f"encoder {path}: found no transformers model that loads here ({_line(error)})") from error
+        raise EncoderError(f"encoder {path}: found no transformers model that loads here ({_line(error)})") from error
     model = getattr(model, "vision_model", model)
     settings_file = path / "preprocessor_config.json"
     settings = IMAGENET | (json.loads(settings_file.read_text()) if settings_file.exists() else {})
@@ -210,7 +212,7 @@ def _zoo() -> Any:
     try:
         import lazyslide_models
     except Exception as error:  # an unfit torchvision raises a RuntimeError
-        raise SlideError(
+        raise EncoderError(
             f"encoder: found no usable lazyslide-models and timm ({_line(error)}), wanted them for this encoder; "
             'pip install "vllm-wsi[slides]", and a torchvision that fits torch'
         ) from error
@@ -230,7 +232,7 @@ def _check_hub(repo: str, what: str) -> None:
             return
         except Exception as error:  # of the network, of the hub, of access
             reason = _line(error)
-    raise SlideError(f"{what}: found neither a copy in the cache nor access to {repo} ({reason}), wanted its weights")
+    raise EncoderError(f"{what}: found neither a copy in the cache nor access to {repo} ({reason}), wanted its weights")
 
 
 def _hub_revision(repo: str) -> str:

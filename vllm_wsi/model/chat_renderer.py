@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from vllm_wsi.errors import CheckpointError
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem
 
 from .config import SLIDE_TOKEN
@@ -25,16 +26,16 @@ class ChatRenderer:
     """Renders items by a checkpoint's chat template.
 
     Raises:
-        ValueError: the tokenizer has no chat template or no slide token.
+        CheckpointError: the tokenizer has no chat template or no slide token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         if not tokenizer.chat_template:
-            raise ValueError(f"{tokenizer.name_or_path}: found no chat template, wanted one beside the tokenizer")
+            raise CheckpointError(f"{tokenizer.name_or_path}: found no chat template, wanted one beside the tokenizer")
         ids = tokenizer.encode(SLIDE_TOKEN, add_special_tokens=False)
         if len(ids) != 1:
-            raise ValueError(f"{tokenizer.name_or_path}: found {SLIDE_TOKEN} as {ids}, wanted one special token")
+            raise CheckpointError(f"{tokenizer.name_or_path}: found {SLIDE_TOKEN} as {ids}, wanted one special token")
         self.slide_token_id: int = ids[0]
         probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
         try:
@@ -60,7 +61,7 @@ class ChatRenderer:
             messages.append({"role": "assistant", "content": content})
             whole = self._render(messages, False)
             if not (prompt.startswith(done) and whole.startswith(prompt)):
-                raise ValueError(f"{item.where}: the chat template changes earlier turns, wanted one that appends")
+                raise CheckpointError(f"{item.where}: the chat template changes earlier turns, wanted one that appends")
             asked, said = self._ids(prompt[len(done) :]), self._ids(whole[len(prompt) :])
             end = said.index(self.tokenizer.eos_token_id) + 1 if self.tokenizer.eos_token_id in said else len(said)
             ids += asked + said

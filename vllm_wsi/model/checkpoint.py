@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
+from vllm_wsi.errors import CheckpointError, WsiError
 from vllm_wsi.selection.scorer import build_scorer
 from vllm_wsi.selection.selector import FrozenScorer, SlideSelector, frozen_scorer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
@@ -19,13 +22,42 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCORER_PREFIX = "scorer."
 
 
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Around what transformers and safetensors read of a checkpoint, a decoder or a tokenizer.
+
+    Args:
+        model: directory or hub name, for the error.
+
+    Raises:
+        CheckpointError: it is not there, or its files are damaged or of another kind.
+    """
+    try:
+        yield
+    except WsiError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{model}: found no checkpoint that loads ({reason}), wanted one") from error
+
+
+def read_config(model: str, revision: str | None = None) -> SparseWSIConfig:
+    """The configuration of a checkpoint directory or hub repository.
+
+    Raises:
+        CheckpointError: there is none, or it is no slide model's.
+    """
+    with loading(model):
+        return SparseWSIConfig.from_pretrained(model, revision=revision)
+
+
 def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
     """Reads the scorer, and nothing else, from a checkpoint directory or a hub repository.
 
     Raises:
-        ValueError: the checkpoint has no scorer, or one that its config does not describe.
+        CheckpointError: the checkpoint has no scorer, or one that its config does not describe.
     """
-    config = SparseWSIConfig.from_pretrained(model, revision=revision)
+    config = read_config(model, revision)
     find = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     if (single := cached_file(model, SINGLE, **find)) is not None:
         files = {Path(single)}
@@ -34,10 +66,10 @@ def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
         shards = {file for key, file in names.items() if key.startswith(SCORER_PREFIX)}
         files = {Path(cached_file(model, shard, revision=revision)) for shard in shards}
     else:
-        raise ValueError(f"{model}: found neither {SINGLE} nor {INDEX}, wanted a checkpoint in safetensors")
+        raise CheckpointError(f"{model}: found neither {SINGLE} nor {INDEX}, wanted a checkpoint in safetensors")
     state: dict[str, Tensor] = {}
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        with loading(model), safe_open(file, "pt") as tensors:
             keys = [key for key in tensors.keys() if key.startswith(SCORER_PREFIX)]  # noqa: SIM118
             state |= {key.removeprefix(SCORER_PREFIX): tensors.get_tensor(key) for key in keys}
     scorer = build_scorer(feature_dim=config.feature_dim, **config.scorer)
@@ -45,7 +77,7 @@ def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
         scorer.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise CheckpointError(
             f"{model}: {SCORER_PREFIX}*: found other weights than config.json describes: {reason}"
         ) from error
     return frozen_scorer(scorer)
@@ -55,7 +87,7 @@ def load_selector(
     model: str, device: str = "cpu", revision: str | None = None, encoder_mismatch: Mismatch = "refuse"
 ) -> SlideSelector:
     """The selector of a checkpoint directory or hub repository, as serving builds it."""
-    config = SparseWSIConfig.from_pretrained(model, revision=revision)
+    config = read_config(model, revision)
     encoder = EncoderCheck(config.encoder, encoder_mismatch)
     scorer = load_scorer(model, revision)
     return SlideSelector(scorer, config.num_slide_tokens, device, config.max_patches, encoder=encoder)

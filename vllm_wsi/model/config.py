@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from vllm_wsi.errors import CheckpointError
+
 MODEL_TYPE = "sparse_wsi"
 ARCHITECTURE = "SparseWSIForConditionalGeneration"
 SLIDE_TOKEN = "<|slide|>"
@@ -35,6 +37,9 @@ class SparseWSIConfig(PreTrainedConfig):
             beyond it places are scaled down (`selection/positions.py`). None: what the decoder has, less 4096 for
             text (half of it in a decoder of fewer than 8192).
         slide_token_id: id of `SLIDE_TOKEN` in the tokenizer.
+
+    Raises:
+        CheckpointError: a value that no model can have.
     """
 
     model_type = MODEL_TYPE
@@ -57,17 +62,22 @@ class SparseWSIConfig(PreTrainedConfig):
         if text_config is None:
             text_config = CONFIG_MAPPING["qwen2"]()
         elif isinstance(text_config, dict):
-            text_config = CONFIG_MAPPING[text_config.get("model_type", "qwen2")](**text_config)
+            kind = text_config.get("model_type", "qwen2")
+            if kind not in CONFIG_MAPPING:
+                raise CheckpointError(
+                    f"text_config: model_type: found {kind!r}, wanted a decoder that transformers knows"
+                )
+            text_config = CONFIG_MAPPING[kind](**text_config)
         if position_ids not in POSITION_MODES:
-            raise ValueError(f"position_ids: found {position_ids!r}, wanted one of {', '.join(POSITION_MODES)}")
+            raise CheckpointError(f"position_ids: found {position_ids!r}, wanted one of {', '.join(POSITION_MODES)}")
         for name, value in (("feature_dim", feature_dim), ("num_slide_tokens", num_slide_tokens)):
             if value < 1:
-                raise ValueError(f"{name}: found {value}, wanted at least 1")
+                raise CheckpointError(f"{name}: found {value}, wanted at least 1")
         table = getattr(text_config, "max_position_embeddings", None) or 2 * TEXT_POSITIONS
         if max_slide_positions is None:
             max_slide_positions = table - TEXT_POSITIONS if table >= 2 * TEXT_POSITIONS else table // 2
         if not 0 < max_slide_positions < table:
-            raise ValueError(f"max_slide_positions: found {max_slide_positions}, wanted 1 .. {table - 1}")
+            raise CheckpointError(f"max_slide_positions: found {max_slide_positions}, wanted 1 .. {table - 1}")
         self.text_config = text_config
         self.feature_dim = feature_dim
         self.encoder = encoder

@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFast
 
-from vllm_wsi.selection.scorer import build_scorer
+from vllm_wsi.errors import CheckpointError, SettingsError
+from vllm_wsi.selection.scorer import seeded_scorer
 
 from .checkpoint import SCORER_PREFIX, SINGLE
 from .config import SLIDE_TOKEN, SparseWSIConfig
 from .modeling import SparseWSIForConditionalGeneration
+from .tiny_settings import SlideSettings, TinySettings
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [TURN_END, TURN_START, SLIDE_TOKEN]
@@ -70,108 +72,56 @@ def byte_tokenizer(texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(
-    feature_dim: int,
-    *,
-    decoder: str = "qwen2",
-    hidden_size: int = 128,
-    num_layers: int = 2,
-    max_position_embeddings: int = 8192,
-    rope_theta: float = 10000.0,
-    scorer_kind: str = "patch",
-    scorer_hidden_size: int = 256,
-    num_slide_tokens: int = 32,
-    position_ids: str = "original",
-    max_slide_positions: int | None = None,
-    encoder: str | None = None,
-    texts: Iterable[str] = (),
-    initializer_range: float = 0.15,
-    seed: int = 0,
-) -> tuple[SparseWSIForConditionalGeneration, PreTrainedTokenizerFast]:
+def new_model(settings: TinySettings) -> tuple[SparseWSIForConditionalGeneration, PreTrainedTokenizerFast]:
     """A small model with random weights that follow from the seed, and its tokenizer.
 
-    Args:
-        feature_dim: d of the features that it takes.
-        decoder: one of `DECODERS`.
-        hidden_size: of the decoder, a multiple of 32 (heads of 32).
-        rope_theta: long slides at their original positions want a large one (Qwen2.5 has 1e6).
-        scorer_kind: "patch" or "context" (`selection/scorer.py`).
-        encoder: id@revision of the features.
-        texts: see `byte_tokenizer`.
-        initializer_range: transformers' own 0.02 makes a model this small repeat one token.
-
     Raises:
-        ValueError: an unknown decoder.
+        CheckpointError: slides are to take more positions than the decoder has.
     """
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder: found {decoder!r}, wanted one of {', '.join(DECODERS)}")
-    if hidden_size % 32:
-        raise ValueError(f"hidden_size: found {hidden_size}, wanted a multiple of 32")
-    tokenizer = byte_tokenizer(texts)
+    tokenizer = byte_tokenizer(settings.texts)
     eos = tokenizer.convert_tokens_to_ids(TURN_END)
-    text_config = CONFIG_MAPPING[decoder](
+    size = settings.hidden_size
+    text_config = CONFIG_MAPPING[settings.decoder](
         vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=hidden_size // 64 if hidden_size % 64 == 0 else hidden_size // 32,
+        hidden_size=size,
+        intermediate_size=2 * size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=size // 32,
+        num_key_value_heads=size // 64 if size % 64 == 0 else size // 32,
         head_dim=32,
-        max_position_embeddings=max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-        initializer_range=initializer_range,
+        max_position_embeddings=settings.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
+        initializer_range=settings.initializer_range,
         tie_word_embeddings=False,
-        architectures=[DECODERS[decoder]],
+        architectures=[DECODERS[settings.decoder]],
         bos_token_id=None,
         eos_token_id=eos,
     )
-    config = SparseWSIConfig(
-        text_config=text_config,
-        feature_dim=feature_dim,
-        encoder=encoder,
-        num_slide_tokens=num_slide_tokens,
-        scorer={"kind": scorer_kind, "hidden_size": scorer_hidden_size},
-        position_ids=position_ids,
-        max_slide_positions=max_slide_positions,
-        slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),
-        initializer_range=initializer_range,
-    )
+    config = _config(settings, text_config, tokenizer, initializer_range=settings.initializer_range)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed or 0)
         model = SparseWSIForConditionalGeneration(config)
     model.language_model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos)
     model.generation_config = model.language_model.generation_config
     return model, tokenizer
 
 
-def init_checkpoint(out: str | Path, feature_dim: int, **options: Any) -> None:
+def init_checkpoint(out: str | Path, settings: TinySettings) -> None:
     """Writes a checkpoint directory with random weights that follow from the seed.
 
     Args:
         out: a directory that does not exist yet, or is empty.
-        feature_dim: d of the features that it takes.
-        options: of `new_model`.
 
     Raises:
-        ValueError: an unknown decoder, or a directory with content.
+        SettingsError: a directory with content.
     """
     out = _new_directory(out)
-    model, tokenizer = new_model(feature_dim, **options)
+    model, tokenizer = new_model(settings)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def init_shape(
-    out: str | Path,
-    feature_dim: int,
-    text_config: dict[str, Any],
-    *,
-    scorer_kind: str = "patch",
-    scorer_hidden_size: int = 256,
-    num_slide_tokens: int = 32,
-    position_ids: str = "original",
-    seed: int = 0,
-) -> None:
+def init_shape(out: str | Path, settings: SlideSettings, text_config: dict[str, Any]) -> None:
     """Writes a checkpoint directory whose decoder has a shape and no weights: for `vllm serve --load-format dummy`.
 
     What a decoder of real size costs can so be measured without its download. Only the scorer has (random) weights:
@@ -180,32 +130,24 @@ def init_shape(
 
     Args:
         out: a directory that does not exist yet, or is empty.
-        feature_dim: d of the features that it takes.
         text_config: the decoder's `config.json`, with `model_type` and `architectures`.
 
     Raises:
-        ValueError: a configuration that names no decoder or fewer tokens than bytes, or a directory with content.
+        CheckpointError: a configuration that names no decoder or fewer tokens than bytes.
+        SettingsError: a directory with content.
     """
     for key in ("model_type", "architectures", "vocab_size"):
         if not text_config.get(key):
-            raise ValueError(f"text_config: {key}: found none, wanted a decoder's config.json")
+            raise CheckpointError(f"text_config: {key}: found none, wanted a decoder's config.json")
     tokenizer = byte_tokenizer()
     if text_config["vocab_size"] < len(tokenizer):
-        raise ValueError(
+        raise CheckpointError(
             f"text_config: vocab_size: found {text_config['vocab_size']}, wanted at least {len(tokenizer)}"
         )
     eos = tokenizer.convert_tokens_to_ids(TURN_END)
-    config = SparseWSIConfig(
-        text_config=text_config | {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos},
-        feature_dim=feature_dim,
-        num_slide_tokens=num_slide_tokens,
-        scorer={"kind": scorer_kind, "hidden_size": scorer_hidden_size},
-        position_ids=position_ids,
-        slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        scorer = build_scorer(feature_dim=feature_dim, **config.scorer)
+    shape = text_config | {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos}
+    config = _config(settings, shape, tokenizer)
+    scorer = seeded_scorer(feature_dim=config.feature_dim, seed=settings.seed or 0, **config.scorer)
     out = _new_directory(out)
     config.save_pretrained(out)
     GenerationConfig(eos_token_id=eos, pad_token_id=eos).save_pretrained(out)
@@ -214,9 +156,25 @@ def init_shape(
     save_file(state, out / SINGLE, metadata={"format": "pt"})
 
 
+def _config(
+    settings: SlideSettings, text_config: Any, tokenizer: PreTrainedTokenizerFast, **more: Any
+) -> SparseWSIConfig:
+    return SparseWSIConfig(
+        text_config=text_config,
+        feature_dim=settings.feature_dim,
+        encoder=settings.encoder,
+        num_slide_tokens=settings.num_slide_tokens,
+        scorer={"kind": settings.scorer_kind, "hidden_size": settings.scorer_hidden_size},
+        position_ids=settings.position_ids,
+        max_slide_positions=settings.max_slide_positions,
+        slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),
+        **more,
+    )
+
+
 def _new_directory(out: str | Path) -> Path:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: found a file or a directory with content, wanted a new directory")
+        raise SettingsError(f"{out}: found a file or a directory with content, wanted a new directory")
     out.mkdir(parents=True, exist_ok=True)
     return out

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_wsi.errors import SetupError
+from vllm_wsi.errors import needs_extra
 
 
 def save_figure(path: Path, draw: Callable[[Any], None]) -> Path:
@@ -18,10 +18,8 @@ def save_figure(path: Path, draw: Callable[[Any], None]) -> Path:
     Raises:
         SetupError: matplotlib is not installed.
     """
-    try:
+    with needs_extra("study"):
         import matplotlib
-    except ImportError:
-        raise SetupError('matplotlib: found no such package, wanted it: pip install "vllm-wsi[study]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SlideError, needs_extra
 from vllm_wsi.kernels import ScorerWeights, score_patches
 from vllm_wsi.kernels.keys import pack_keys, unpack_keys
 from vllm_wsi.slides import FeatureFile
@@ -141,12 +141,9 @@ class KMeansPolicy(Policy):
     seed: int = 0
 
     def _pick(self, patches: Patches, k: int) -> tuple[Tensor, Tensor]:
-        try:
+        with needs_extra("study"):
             from sklearn.cluster import MiniBatchKMeans
             from threadpoolctl import threadpool_limits  # scikit-learn's own requirement
-        except ImportError:
-            wanted = 'wanted it for the policy k-means: pip install "vllm-wsi[study]"'
-            raise ImportError(f"scikit-learn: found no such package, {wanted}") from None
         x = patches.features
         if k == len(x):
             return torch.arange(k), torch.zeros(k)

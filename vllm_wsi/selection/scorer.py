@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_wsi.errors import CheckpointError
 from vllm_wsi.kernels import ScorerWeights
 from vllm_wsi.kernels.reference import apply_scorer
 
@@ -63,7 +64,9 @@ class ContextScorer(nn.Module):
         super().__init__()
         num_heads = num_heads or max(1, hidden_size // 64)
         if hidden_size < 1 or hidden_size % num_heads:
-            raise ValueError(f"scorer.hidden_size: found {hidden_size}, wanted a multiple of num_heads ({num_heads})")
+            raise CheckpointError(
+                f"scorer.hidden_size: found {hidden_size}, wanted a multiple of num_heads ({num_heads})"
+            )
         self.feature_dim, self.hidden_size = feature_dim, hidden_size
         self.input_norm = nn.LayerNorm(feature_dim)
         self.input = nn.Linear(feature_dim, hidden_size)
@@ -119,14 +122,14 @@ def build_scorer(kind: str, feature_dim: int, hidden_size: int, **options: int) 
     """The scorer that a checkpoint's `scorer` entry describes.
 
     Raises:
-        ValueError: an unknown kind, or options that it does not have.
+        CheckpointError: an unknown kind, or options that it does not have.
     """
     if kind not in SCORERS:
-        raise ValueError(f"scorer.kind: found {kind!r}, wanted one of {', '.join(SCORERS)}")
+        raise CheckpointError(f"scorer.kind: found {kind!r}, wanted one of {', '.join(SCORERS)}")
     known = {"context": {"num_layers", "num_heads"}}.get(kind, set())
     if unknown := options.keys() - known:
         found, wanted = ", ".join(sorted(unknown)), ", ".join(sorted(known)) or "none"
-        raise ValueError(f"scorer: found {found} beside kind {kind!r} and hidden_size, wanted {wanted}")
+        raise CheckpointError(f"scorer: found {found} beside kind {kind!r} and hidden_size, wanted {wanted}")
     return SCORERS[kind](feature_dim, hidden_size, **options)
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SettingsError, SetupError, SlideError
 from vllm_wsi.kernels import ScoredTopK, ScorerWeights, block_rows, map_blocks, score_topk, select_topk
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import EncoderCheck, EncoderMatch
@@ -153,7 +153,8 @@ class SlideSelector:
         encoder: whose features the scorer was trained on, and whether others are refused; None: not known.
 
     Raises:
-        ValueError: an unknown device, or "cuda" where there is none.
+        SettingsError: an unknown device.
+        SetupError: "cuda" where there is none.
     """
 
     def __init__(
@@ -166,9 +167,9 @@ class SlideSelector:
         encoder: EncoderCheck | None = None,
     ) -> None:
         if device not in ("cpu", "cuda", "auto"):
-            raise ValueError(f"device: found {device!r}, wanted 'cpu', 'cuda' or 'auto'")
+            raise SettingsError(f"device: found {device!r}, wanted 'cpu', 'cuda' or 'auto'")
         if device == "cuda" and not _has_cuda():
-            raise ValueError("device: found 'cuda', wanted 'cpu' or 'auto': PyTorch finds no CUDA device here")
+            raise SetupError("device: found 'cuda', wanted 'cpu' or 'auto': PyTorch finds no CUDA device here")
         self.num_slide_tokens = num_slide_tokens
         self.feature_dim = scorer.feature_dim
         self._scorer, self.device_name = scorer, device

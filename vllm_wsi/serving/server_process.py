@@ -16,11 +16,13 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_wsi.errors import SetupError
+
 START_SECONDS = 300
 STOP_SECONDS = 30
 
 
-class ServerError(RuntimeError):
+class ServerError(SetupError):
     """The server did not start; the message ends with the last lines of its log."""
 
 

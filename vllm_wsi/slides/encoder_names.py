@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import EncoderError, SettingsError
 
 Mismatch = Literal["refuse", "allow"]
 Verdict = Literal["same", "different", "unknown"]
@@ -101,7 +101,7 @@ class EncoderCheck:
         reason: why it is wanted, for the error.
 
     Raises:
-        ValueError: an unknown `mismatch`.
+        SettingsError: an unknown `mismatch`.
     """
 
     encoder: str | None = None
@@ -110,19 +110,19 @@ class EncoderCheck:
 
     def __post_init__(self) -> None:
         if self.mismatch not in get_args(Mismatch):
-            raise ValueError(f"encoder_mismatch: found {self.mismatch!r}, wanted {' or '.join(get_args(Mismatch))}")
+            raise SettingsError(f"encoder_mismatch: found {self.mismatch!r}, wanted {' or '.join(get_args(Mismatch))}")
 
     def __call__(self, name: str, metadata: Mapping[str, str]) -> EncoderMatch:
         """Compares a file's metadata with the checkpoint.
 
         Raises:
-            SlideError: they name different encoders, and that is not allowed.
+            EncoderError: they name different encoders, and that is not allowed.
         """
         found = compare_encoders(recorded_encoder(metadata), self.encoder)
         if found.match != "different":
             return found
         if self.mismatch == "refuse":
-            raise SlideError(
+            raise EncoderError(
                 f"{name}: encoder: found features of {_shown(found.features)}, wanted {_shown(found.checkpoint)}, "
                 f"{self.reason}; encoder_mismatch: allow takes them nevertheless"
             )

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.chat_renderer import ChatRenderer
-from vllm_wsi.model.config import SparseWSIConfig
+from vllm_wsi.model.checkpoint import read_config
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
@@ -56,18 +55,18 @@ def check_recipe(settings: TrainSettings, groups: Groups) -> None:
     """Whether `run_ablations` can train by this recipe and judge on these questions.
 
     Raises:
-        SettingsError: it cannot.
-        SlideError: the features of the first question's slide are of another encoder than the recipe's.
+        SettingsError: the recipe's last stage trains no scorer, or on features of another size.
+        EncoderError: the questions' slides are of another encoder.
     """
     if settings.stages[-1].sparselearn is None:
         name = settings.stages[-1].name
         raise SettingsError(f"stage {name}: found no sparselearn, wanted it in the last stage of an ablation")
     start = settings.model
     if start.checkpoint is not None:
-        config = SparseWSIConfig.from_pretrained(start.checkpoint, revision=start.revision)
+        config = read_config(start.checkpoint, start.revision)
         wanted, encoder = config.feature_dim, config.encoder
     elif start.new is not None:
-        wanted, encoder = start.new["feature_dim"], start.new.get("encoder")
+        wanted, encoder = start.new.feature_dim, start.new.encoder
     else:
         assert start.feature_dim is not None
         wanted, encoder = start.feature_dim, start.encoder
@@ -120,7 +119,7 @@ def _run_arm(
     assert stage.sparselearn is not None
     changed = stage.model_copy(
         update={
-            "sparselearn": replace(stage.sparselearn, **(SWITCHES | ARMS[arm])),  # type: ignore[arg-type]
+            "sparselearn": stage.sparselearn.changed(**(SWITCHES | ARMS[arm])),
             "learning_rate": {"denoiser": stage.learning_rate["scorer"]} | stage.learning_rate,
         }
     )

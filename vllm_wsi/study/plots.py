@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.errors import SetupError
+from vllm_wsi.errors import needs_extra
 from vllm_wsi.rendering.figure import save_figure
 
 Row = dict[str, str]
@@ -44,10 +44,8 @@ def draw_umap(path: str | Path, features: NDArray, kept: NDArray, key_patches: N
         features: [N, d], finite.
         kept, key_patches: row numbers.
     """
-    try:
+    with needs_extra("study"):
         from umap import UMAP
-    except ImportError:
-        raise SetupError('umap-learn: found no such package, wanted it: pip install "vllm-wsi[study]"') from None
     place = UMAP(random_state=0, n_jobs=1).fit_transform(features)
 
     def draw(axes: Any) -> None:

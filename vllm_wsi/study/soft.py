@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +42,7 @@ def judge_soft(
         gate: with its denoiser, where it has one; it is not changed.
         seed: of the gate's noise.
     """
-    settings = replace(gate.settings, num_slide_tokens=model.config.num_slide_tokens, k_end=None)
+    settings = gate.settings.changed(num_slide_tokens=model.config.num_slide_tokens, k_end=None)
     wrapped = SparseLearnModel(model, settings, gate)
     assert wrapped.sparselearn is not None
     wrapped.sparselearn.to(model.device).set_progress(1.0)

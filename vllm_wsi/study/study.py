@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from vllm_wsi.files import write_csv
 from vllm_wsi.model.chat_renderer import ChatRenderer
+from vllm_wsi.model.checkpoint import loading
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.baselines import Selector, make_policy
@@ -71,8 +72,10 @@ class Study:
         device: str = "cpu",
         encoder_mismatch: Mismatch = "refuse",
     ) -> None:
-        self.model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).to(device).eval()
-        self.renderer = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
+        with loading(checkpoint):
+            model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint)
+            self.renderer = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
+        self.model = model.to(device).eval()
         self.groups, self.out, self.seed, self.encoder_mismatch = groups, Path(out), seed, encoder_mismatch
         self.k = self.model.config.num_slide_tokens
         self.judged: dict[tuple[str, str], Judged] = {}  # by (group, policy)

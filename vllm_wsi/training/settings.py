@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from vllm_wsi.errors import SettingsError
+from vllm_wsi.model.tiny_settings import TinySettings
+from vllm_wsi.settings import Settings
 from vllm_wsi.slides.encoder_names import Mismatch
 
 from .sparselearn import SparseLearnSettings
@@ -15,24 +18,20 @@ from .sparselearn import SparseLearnSettings
 Part = Literal["scorer", "projector", "decoder"]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ModelSettings(_Settings):
+class ModelSettings(Settings):
     """Where training starts: exactly one of checkpoint, decoder and new."""
 
     checkpoint: str | None = None  # of this project: directory or hub name
     decoder: str | None = None  # a text decoder with chat template; scorer and projector are new
-    new: dict[str, Any] | None = None  # arguments of `init_checkpoint.new_model`: a small model from nothing
+    new: TinySettings | None = None  # a small model from nothing
     revision: str | None = None
-    feature_dim: int | None = None  # with `decoder`
+    feature_dim: int | None = Field(None, ge=1)  # with `decoder`
     encoder: str | None = None  # id@revision of the patch encoder, with `decoder`
     scorer: dict[str, Any] = Field(default_factory=dict)
     projector: dict[str, Any] = Field(default_factory=dict)
-    num_slide_tokens: int = 32
+    num_slide_tokens: int = Field(32, ge=1)
     position_ids: Literal["original", "packed"] = "original"
-    max_slide_positions: int | None = None
+    max_slide_positions: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of a frozen decoder
 
     @model_validator(mode="after")
@@ -45,7 +44,7 @@ class ModelSettings(_Settings):
         return self
 
 
-class DataSettings(_Settings):
+class DataSettings(Settings):
     """Questions about slides, and how slides are read."""
 
     questions: list[Path] = Field(default_factory=list)  # SlideInstruct .json or SlideBench .csv
@@ -65,16 +64,16 @@ class DataSettings(_Settings):
         return self
 
 
-class LoraSettings(_Settings):
+class LoraSettings(Settings):
     """Low-rank adapters on the decoder, merged into it at the end."""
 
-    r: int = 64
+    r: int = Field(64, ge=1)
     alpha: int = 128
-    dropout: float = 0.0
+    dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | str = "all-linear"
 
 
-class StageSettings(_Settings):
+class StageSettings(Settings):
     """One stage: what learns, from what, how long.
 
     `train` names the parts that learn; the gate's denoiser learns with the scorer. `learning_rate` holds a rate for
@@ -89,12 +88,12 @@ class StageSettings(_Settings):
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: dict[Literal["scorer", "denoiser", "projector", "decoder", "lora"], float]
-    warmup_steps: int = 20
+    warmup_steps: int = Field(20, ge=0)
     min_lr_rate: float = 0.05  # the cosine ends at this share of the rate
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    save_steps: int = 500
-    workers: int = 0  # processes that read slides
+    save_steps: int = Field(500, ge=1)
+    workers: int = Field(0, ge=0)  # processes that read slides
     trainer: dict[str, Any] = Field(default_factory=dict)  # further `transformers.TrainingArguments`
 
     @model_validator(mode="after")
@@ -113,7 +112,7 @@ class StageSettings(_Settings):
         return self
 
 
-class TrainSettings(_Settings):
+class TrainSettings(Settings):
     """A whole run."""
 
     model: ModelSettings
@@ -127,17 +126,14 @@ def load_settings(path: str | Path) -> TrainSettings:
     """Reads a YAML file; paths in it are relative to it.
 
     Raises:
-        ValueError: one sentence for each key that does not fit.
+        SettingsError: the file is no YAML, or one sentence for each key that does not fit.
     """
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text())
-        settings = TrainSettings.model_validate(raw)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: found no YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
-        raise ValueError("\n".join(lines)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: found no YAML: {' '.join(str(error).split())}") from error
+    settings = TrainSettings.of(raw, str(path))
     start = settings.model.checkpoint
     if start is not None and (path.parent / start).is_dir():
         settings.model.checkpoint = str(path.parent / start)

@@ -8,12 +8,14 @@ to keep. Inference uses none of this: the scorer chooses by Hard Top-K, and the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
+
+from vllm_wsi.settings import Settings
 
 from .soft_topk import soft_topk
 
@@ -21,8 +23,7 @@ ALPHA_FLOOR = 1e-6
 """A smaller share counts as 0, because the derivative of its square root grows without bound."""
 
 
-@dataclass(frozen=True)
-class SparseLearnSettings:
+class SparseLearnSettings(Settings, frozen=True):
     """The training path, its schedules and the switches of its ablations.
 
     Args:
@@ -39,27 +40,16 @@ class SparseLearnSettings:
             N: a smaller `k_end` prepares for slides that are longer than those of the training.
     """
 
-    num_slide_tokens: int = 32
+    num_slide_tokens: int = Field(32, ge=1)
     gate: Literal["noise", "scale", "none"] = "noise"
     denoiser: Literal["diagonal", "global", "none"] = "diagonal"
     relaxation: Literal["lapsum", "gumbel"] = "lapsum"
-    tau_start: float = 2.0
-    tau_end: float = 0.1
-    tau_fraction: float = 0.8
-    k_start: int = 256
-    k_end: int | None = None
-    k_fraction: float = 0.6
-
-    def __post_init__(self) -> None:
-        for name in ("num_slide_tokens", "k_start", "k_end"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}: found {value}, wanted at least 1")
-        for name in ("tau_start", "tau_end"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: found {getattr(self, name)}, wanted above 0")
-        for name in ("tau_fraction", "k_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, wanted 0 to 1")
+    tau_start: float = Field(2.0, gt=0)
+    tau_end: float = Field(0.1, gt=0)
+    tau_fraction: float = Field(0.8, ge=0, le=1)
+    k_start: int = Field(256, ge=1)
+    k_end: int | None = Field(None, ge=1)
+    k_fraction: float = Field(0.6, ge=0, le=1)
 
     def tau(self, progress: float) -> float:
         """Temperature after a share `progress` of the steps."""

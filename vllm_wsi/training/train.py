@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,22 +12,25 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.files import new_folder
 from vllm_wsi.model.chat_renderer import ChatRenderer
-from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
-from vllm_wsi.model.init_checkpoint import new_model
+from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import QuestionError, SlideItem
 from vllm_wsi.questions.reader import read_questions
 
 from .dataset import SlideDataset, collate
 from .model import SparseLearnModel, set_trainable
-from .settings import DataSettings, LoraSettings, ModelSettings, StageSettings, TrainSettings
+from .settings import DataSettings, StageSettings, TrainSettings
 from .sparselearn import SparseLearn
+from .start_model import name_end_of_turn, start_model, with_lora
 from .trainer import WEIGHTS, CsvLogCallback, ScheduleCallback, SparseLearnTrainer, load_trainable
+
+logger = logging.getLogger(__name__)
 
 Generators = Mapping[str, Callable[..., Sequence[SlideItem]]]
 """Makers of items by the `name` of a `generate` entry."""
@@ -42,7 +47,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
 
     Raises:
         QuestionError: bad items, all named, before the first step.
-        ValueError: the output holds a finished run, or one of other settings.
+        SettingsError: the output holds a finished run, or one of other settings.
     """
     output = Path(output)
     finished = output / "checkpoint"
@@ -54,9 +59,9 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     if processes.is_main_process:
         for stage, dataset in zip(settings.stages, datasets, strict=True):
             if (thinning := dataset.thinning()) is not None:
-                print(f"stage {stage.name}: {thinning}", flush=True)
+                logger.info("stage %s: %s", stage.name, thinning)
             for remark in dataset.encoder_remarks():
-                print(f"stage {stage.name}: {remark}", flush=True)
+                logger.warning("stage %s: %s", stage.name, remark)
     previous: SparseLearn | None = None
     number = 0
     while number < len(settings.stages):
@@ -118,7 +123,7 @@ def run_stage(
         with new_folder(final, is_main) as folder:
             trainer.save_model(str(folder))  # gathers in all processes, writes in the main one
             if is_main and not (folder / WEIGHTS).exists():
-                raise ValueError(f"{folder}: found no whole weights, wanted FSDP to use FULL_STATE_DICT")
+                raise SettingsError(f"{folder}: found no whole weights, wanted FSDP to use FULL_STATE_DICT")
         trainer.accelerator.wait_for_everyone()
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not is_sharded:
@@ -162,12 +167,19 @@ def make_trainer(
     collator = partial(collate, slide_token_id=wrapped.model.config.slide_token_id, pad_token_id=pad)
     return SparseLearnTrainer(
         model=wrapped,
-        args=TrainingArguments(**(arguments | stage.trainer)),
+        args=_arguments(arguments | stage.trainer, stage.name),
         train_dataset=dataset,
         data_collator=collator,
         callbacks=[ScheduleCallback(wrapped), CsvLogCallback(wrapped, log, stage.name)],
         learning_rates={str(part): rate for part, rate in stage.learning_rate.items()},
     )
+
+
+def _arguments(values: dict[str, Any], stage: str) -> TrainingArguments:
+    try:
+        return TrainingArguments(**values)
+    except (TypeError, ValueError, ImportError) as error:  # an unknown name, a bad value, a package that it wants
+        raise SettingsError(f"stages: {stage}: trainer: {error}") from error
 
 
 def _checked_datasets(
@@ -179,7 +191,7 @@ def _checked_datasets(
     for number, stage in enumerate(settings.stages):
         if stage.sparselearn is not None and stage.sparselearn.num_slide_tokens != config.num_slide_tokens:
             found, wanted = stage.sparselearn.num_slide_tokens, config.num_slide_tokens
-            raise ValueError(
+            raise SettingsError(
                 f"stages: {stage.name}: num_slide_tokens: found {found}, wanted {wanted}, as the model keeps"
             )
         try:
@@ -214,8 +226,13 @@ def make_dataset(
         options = dict(data.generate)
         name = options.pop("name", None)
         if name not in generators:
-            raise ValueError(f"generate: found name {name!r}, wanted one of {', '.join(generators) or 'none'}")
-        return _dataset(generators[name](**options), data, renderer, config, seed)
+            raise SettingsError(f"generate: found name {name!r}, wanted one of {', '.join(generators) or 'none'}")
+        make = generators[name]
+        try:
+            inspect.signature(make).bind(**options)
+        except TypeError as error:
+            raise SettingsError(f"generate: {name}: {error}") from error
+        return _dataset(make(**options), data, renderer, config, seed)
     assert data.features is not None
     items: list[SlideItem] = []
     problems: list[str] = []
@@ -236,72 +253,13 @@ def _dataset(
     return SlideDataset(items, renderer, config, data.max_patches, data.stretch_positions, data.mix_positions, seed)
 
 
-def start_model(
-    settings: ModelSettings, seed: int
-) -> tuple[SparseWSIForConditionalGeneration, PreTrainedTokenizerBase]:
-    """The model that training starts from, and its tokenizer."""
-    if settings.new is not None:
-        return new_model(**({"seed": seed} | settings.new))
-    if settings.checkpoint is not None:
-        model = SparseWSIForConditionalGeneration.from_pretrained(settings.checkpoint, revision=settings.revision)
-        return model, AutoTokenizer.from_pretrained(settings.checkpoint, revision=settings.revision)
-    assert settings.decoder is not None
-    assert settings.feature_dim is not None
-    dtype = getattr(torch, settings.dtype)
-    decoder = AutoModelForCausalLM.from_pretrained(settings.decoder, revision=settings.revision, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(settings.decoder, revision=settings.revision)
-    tokenizer.add_special_tokens({"additional_special_tokens": [SLIDE_TOKEN]}, replace_extra_special_tokens=False)
-    if len(tokenizer) > decoder.get_input_embeddings().num_embeddings:
-        decoder.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    config = SparseWSIConfig(
-        text_config=decoder.config,
-        feature_dim=settings.feature_dim,
-        encoder=settings.encoder,
-        num_slide_tokens=settings.num_slide_tokens,
-        scorer=settings.scorer,
-        projector=settings.projector,
-        position_ids=settings.position_ids,
-        max_slide_positions=settings.max_slide_positions,
-        slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),
-    )
-    model = SparseWSIForConditionalGeneration(config, language_model=decoder)
-    model.generation_config = decoder.generation_config
-    return model, tokenizer
-
-
-def name_end_of_turn(model: SparseWSIForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Where `generate` ends is where vLLM ends: at what the checkpoint names, and at the tokenizer's own token."""
-    config = model.generation_config
-    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = sorted({*named, *ChatRenderer(tokenizer).end_of_turn()} - {None})
-    config.eos_token_id = ends[0] if len(ends) == 1 else ends
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def with_lora(decoder: Any, settings: LoraSettings) -> Any:
-    """The decoder with new adapters, which alone would learn in it."""
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(
-        decoder,
-        LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=settings.target_modules,
-            task_type="CAUSAL_LM",
-        ),
-    )
-
-
 def _claim(output: Path, settings: TrainSettings, processes: PartialState) -> None:
     """Makes the output directory this run's own: all processes look, the main one writes."""
     if (output / "checkpoint").exists():
-        raise ValueError(f"{output}: found a finished run, wanted a new directory")
+        raise SettingsError(f"{output}: found a finished run, wanted a new directory")
     text, mine = settings.model_dump_json(indent=2), output / "settings.json"
     if mine.exists() and mine.read_text() != text:
-        raise ValueError(f"{output}: found a run of other settings (settings.json), wanted a new directory")
+        raise SettingsError(f"{output}: found a run of other settings (settings.json), wanted a new directory")
     processes.wait_for_everyone()
     if processes.is_main_process:
         output.mkdir(parents=True, exist_ok=True)

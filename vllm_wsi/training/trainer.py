@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.files import write_csv
 
 from .model import SparseLearnModel, trainable_state
@@ -69,7 +70,7 @@ class SparseLearnTrainer(Trainer):
         if state_dict is None:
             state_dict = self.accelerator.unwrap_model(self.model).state_dict()
         elif missing := [name for name in self._names if name not in state_dict]:
-            raise ValueError(
+            raise SettingsError(
                 f"{output_dir}: found no gathered {missing[0]}, wanted the whole state on the main process"
             )
         output = Path(output_dir or self.args.output_dir)
@@ -78,7 +79,7 @@ class SparseLearnTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
-            raise ValueError(
+            raise SettingsError(
                 f"{resume_from_checkpoint}: found a stage that was stopped under FSDP, wanted its directory removed, "
                 "so that the stage starts again"
             )
@@ -90,7 +91,7 @@ def load_trainable(model: nn.Module, directory: Path) -> None:
     state = load_file(directory / WEIGHTS)
     wanted = trainable_state(model)
     if state.keys() != wanted.keys():
-        raise ValueError(f"{directory}: found the parameters of another stage, wanted those of this one")
+        raise SettingsError(f"{directory}: found the parameters of another stage, wanted those of this one")
     model.load_state_dict(state, strict=False)
 
 

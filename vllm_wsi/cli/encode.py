@@ -1,0 +1,86 @@
+"""`vllm-wsi encode`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vllm_wsi.errors import needs_extra
+
+from .options import Device, argument, option
+
+ENCODER_HELP = (
+    "colour-texture (built in, for trying things out), a name such as uni2, conch, virchow2 or gigapath, "
+    "hf-hub:OWNER/REPO, or a model's directory"
+)
+TISSUE_HELP = "by its distance from the glass, or the whole slide (default otsu)"
+CHANNELS_HELP = (
+    "names or numbers from 0 of the three that are encoded as red, green and blue, of fluorescence and the like "
+    "(default: RGB alone)"
+)
+QC_HELP = "pictures of tissue and patches; where it is --out, the viewer links them"
+
+
+def encode(
+    slides: Annotated[list[Path], argument(metavar="SLIDE", help="slide image, or folder of them")],
+    encoder: Annotated[str, option("--encoder", help=ENCODER_HELP)],
+    out: Annotated[Path, option("--out", metavar="DIR", help="what is there already is skipped")],
+    mpp: Annotated[
+        float | None, option("--mpp", help="microns per pixel of the slides, instead of what they say")
+    ] = None,
+    patch_px: Annotated[int, option("--patch-px", help="edge of a patch in pixels (default 224)")] = 224,
+    patch_mpp: Annotated[float, option("--patch-mpp", help="microns of such a pixel (default 0.5: 20x)")] = 0.5,
+    tissue: Annotated[Literal["otsu", "none"], option("--tissue", help=TISSUE_HELP)] = "otsu",
+    channels: Annotated[str | None, option("--channels", metavar="A,B,C", help=CHANNELS_HELP)] = None,
+    qc: Annotated[Path | None, option("--qc", metavar="DIR", help=QC_HELP)] = None,
+    background: Annotated[float, option("--background", help="largest share beside the tissue (default 0.3)")] = 0.3,
+    dtype: Annotated[Literal["float16", "float32"], option("--dtype", help="(default float16)")] = "float16",
+    batch_size: Annotated[int, option("--batch-size", help="patches encoded at once (default 32)")] = 32,
+    workers: Annotated[
+        int | None, option("--workers", metavar="N", min=1, help="slides at once (default: by the encoder)")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    with needs_extra("slides"):
+        from tqdm import tqdm
+
+        from vllm_wsi.encoding.encode_many import Outcome, count_by_status, encode_many, find_jobs, write_summary
+        from vllm_wsi.encoding.encode_slide import EncodeSettings
+
+    settings = EncodeSettings(
+        patch_px=patch_px,
+        patch_mpp=patch_mpp,
+        mpp=mpp,
+        tissue=tissue,
+        background=background,
+        channels=None if channels is None else tuple(channels.split(",")),
+        dtype=dtype,
+        batch_size=batch_size,
+    )
+    jobs = find_jobs(slides, out, qc)
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(jobs), unit="slide", disable=None) as bar:
+
+        def ended(outcome: Outcome) -> None:
+            bar.update()
+            bar.set_postfix_str("")
+            if outcome.status == "failed":
+                bar.write(f"failed: {outcome.reason}", file=sys.stderr)
+            else:
+                patches = f"{outcome.patches:,} patches in {outcome.seconds:.1f} s"
+                bar.write(f"{outcome.status}: {outcome.slide}: {outcome.reason or patches}")
+            if outcome.warning:
+                bar.write(f"warning: {outcome.slide}: {outcome.warning}", file=sys.stderr)
+
+        def progress(done: int, total: int) -> None:
+            bar.set_postfix_str(f"{done:,} of {total:,} patches")
+
+        outcomes = encode_many(jobs, encoder, settings, device, workers, ended, progress)
+    counts = count_by_status(outcomes)
+    summary = write_summary(out, outcomes)
+    print(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed; see {summary}")
+    if counts["failed"]:
+        raise typer.Exit(1)

@@ -1,0 +1,66 @@
+"""`vllm-wsi select`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from vllm_wsi.errors import needs_extra
+
+from .options import Device, Encoder, EncoderMismatch, argument, option
+
+UNIT_HELP = "of the coordinates, where the file does not say it"
+GUESS_HELP = "draw upon --slide by a unit or patch size that is only guessed"
+ORIGIN_HELP = "what GeoJSON counts from: the slide's bounds, as QuPath does (default), or openslide's pixel 0, 0"
+
+
+def select(
+    file: Annotated[Path, argument(metavar="FILE")],
+    checkpoint: Annotated[str, option("--checkpoint", help="directory or hub name")],
+    k: Annotated[int | None, option("-k", metavar="K", help="patches to keep (default: the checkpoint's)")] = None,
+    encoder: Encoder = None,
+    device: Device = "auto",
+    encoder_mismatch: EncoderMismatch = "refuse",
+    geojson: Annotated[Path | None, option("--geojson", metavar="FILE", help="kept patches for QuPath")] = None,
+    heatmap: Annotated[
+        Path | None, option("--heatmap", metavar="FILE.png", help="all scores by their rank (extra: slides)")
+    ] = None,
+    montage: Annotated[
+        Path | None, option("--montage", metavar="FILE.png", help="the kept patches (extra: slides)")
+    ] = None,
+    slide: Annotated[
+        Path | None, option("--slide", metavar="IMAGE", help="slide image to draw upon (default: none)")
+    ] = None,
+    mpp: Annotated[
+        float | None, option("--mpp", help="microns per level-0 pixel, instead of what the file says")
+    ] = None,
+    patch_size_level0: Annotated[
+        float | None, option("--patch-size-level0", metavar="PX", help="where the file does not say it")
+    ] = None,
+    coord_unit: Annotated[Literal["px", "um"] | None, option("--coord-unit", help=UNIT_HELP)] = None,
+    accept_guess: Annotated[bool, option("--accept-guess", help=GUESS_HELP)] = False,
+    geojson_origin: Annotated[Literal["bounds", "slide"], option("--geojson-origin", help=ORIGIN_HELP)] = "bounds",
+) -> None:
+    from vllm_wsi.slides import open_features
+    from vllm_wsi.slides.places import Said
+
+    with open_features(file, encoder) as opened:
+        from vllm_wsi.model.checkpoint import load_selector  # after the file's own errors: it imports torch
+
+        selector = load_selector(checkpoint, device, encoder_mismatch=encoder_mismatch)
+        selection = selector.select(opened, k, keep_all_scores=heatmap is not None)
+    said = Said(mpp, patch_size_level0, coord_unit, accept_guess)
+    record = selection.record(str(file), said)
+    if geojson or heatmap or montage:
+        with needs_extra("slides"):
+            from vllm_wsi.rendering.overlay import SelectionOverlay
+
+        with SelectionOverlay(selection, str(file), slide, said) as overlay:
+            if geojson is not None:
+                overlay.write_geojson(geojson, geojson_origin == "bounds")
+            if heatmap is not None:
+                overlay.write_heatmap(heatmap)
+            if montage is not None:
+                overlay.write_montage(montage)
+    print(json.dumps({"file": str(file), "checkpoint": checkpoint, **record}))

@@ -1,0 +1,34 @@
+"""`vllm-wsi train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from vllm_wsi.errors import needs_extra
+
+from .options import EncoderMismatch, argument, hide_transformers_progress, option
+
+
+def train(
+    config: Annotated[
+        str, argument(metavar="CONFIG", help="YAML file, or `haystack`: how the demo checkpoint was made")
+    ],
+    out: Annotated[Path, option("--out", metavar="DIR", help="a run that was stopped there goes on")],
+    encoder_mismatch: EncoderMismatch = "refuse",
+    seed: Annotated[int | None, option("--seed", help="instead of the configuration's")] = None,
+) -> None:
+    hide_transformers_progress()
+    from vllm_wsi.haystack.recipe import GENERATORS, recipe
+
+    with needs_extra("train"):
+        from vllm_wsi.training import train as training
+        from vllm_wsi.training.settings import load_settings
+
+    settings = load_settings(recipe(config))
+    if seed is not None:
+        settings.seed = seed
+    if encoder_mismatch == "allow":
+        settings.encoder_mismatch = "allow"
+    checkpoint = training.train(settings, out, GENERATORS)
+    print(f"{checkpoint}: serve it with\n  vllm serve {checkpoint} --plugin vllm_wsi --allowed-local-media-path DIR")

@@ -1,0 +1,34 @@
+"""What a checkpoint from a seed is like: its slide part, and a decoder that is small enough for a demo or a test."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from vllm_wsi.settings import Settings
+
+
+class SlideSettings(Settings, frozen=True):
+    """The part of a model that knows slides, whatever its decoder is."""
+
+    feature_dim: int = Field(ge=1)  # d of the features that it takes
+    encoder: str | None = None  # id@revision of the features
+    scorer_kind: Literal["patch", "context"] = "patch"  # `selection/scorer.py`
+    scorer_hidden_size: int = Field(256, ge=0)  # 0: the plain linear scorer
+    num_slide_tokens: int = Field(32, ge=1)  # K
+    position_ids: Literal["original", "packed"] = "original"
+    max_slide_positions: int | None = Field(None, ge=1)
+    seed: int | None = None  # of the random weights; None: that of the run, else 0
+
+
+class TinySettings(SlideSettings, frozen=True):
+    """A whole small model with random weights."""
+
+    decoder: Literal["qwen2", "qwen3", "llama"] = "qwen2"
+    hidden_size: int = Field(128, ge=32, multiple_of=32)  # of the decoder, in heads of 32
+    num_layers: int = Field(2, ge=1)
+    max_position_embeddings: int = Field(8192, ge=2)
+    rope_theta: float = Field(10000.0, gt=0)  # long slides at their original positions want a large one (Qwen2.5: 1e6)
+    texts: tuple[str, ...] = ()  # their words become tokens of their own (`byte_tokenizer`)
+    initializer_range: float = Field(0.15, gt=0)  # transformers' own 0.02 makes a model this small repeat one token

@@ -1,0 +1,79 @@
+"""The model that a training run starts from, its adapters, and what its checkpoint says of the end of an answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from vllm_wsi.errors import needs_extra
+from vllm_wsi.model.chat_renderer import ChatRenderer
+from vllm_wsi.model.checkpoint import loading
+from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.model.init_checkpoint import new_model
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+
+from .settings import LoraSettings, ModelSettings
+
+
+def start_model(
+    settings: ModelSettings, seed: int
+) -> tuple[SparseWSIForConditionalGeneration, PreTrainedTokenizerBase]:
+    """The model that training starts from, and its tokenizer."""
+    if settings.new is not None:
+        return new_model(settings.new if settings.new.seed is not None else settings.new.changed(seed=seed))
+    if settings.checkpoint is not None:
+        with loading(settings.checkpoint):
+            model = SparseWSIForConditionalGeneration.from_pretrained(settings.checkpoint, revision=settings.revision)
+            return model, AutoTokenizer.from_pretrained(settings.checkpoint, revision=settings.revision)
+    assert settings.decoder is not None
+    assert settings.feature_dim is not None
+    dtype = getattr(torch, settings.dtype)
+    with loading(settings.decoder):
+        decoder = AutoModelForCausalLM.from_pretrained(settings.decoder, revision=settings.revision, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(settings.decoder, revision=settings.revision)
+    tokenizer.add_special_tokens({"additional_special_tokens": [SLIDE_TOKEN]}, replace_extra_special_tokens=False)
+    if len(tokenizer) > decoder.get_input_embeddings().num_embeddings:
+        decoder.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    config = SparseWSIConfig(
+        text_config=decoder.config,
+        feature_dim=settings.feature_dim,
+        encoder=settings.encoder,
+        num_slide_tokens=settings.num_slide_tokens,
+        scorer=settings.scorer,
+        projector=settings.projector,
+        position_ids=settings.position_ids,
+        max_slide_positions=settings.max_slide_positions,
+        slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),
+    )
+    model = SparseWSIForConditionalGeneration(config, language_model=decoder)
+    model.generation_config = decoder.generation_config
+    return model, tokenizer
+
+
+def with_lora(decoder: Any, settings: LoraSettings) -> Any:
+    """The decoder with new adapters, which alone would learn in it."""
+    with needs_extra("train"):
+        from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        decoder,
+        LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def name_end_of_turn(model: SparseWSIForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where `generate` ends is where vLLM ends: at what the checkpoint names, and at the tokenizer's own token."""
+    config = model.generation_config
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = sorted({*named, *ChatRenderer(tokenizer).end_of_turn()} - {None})
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
