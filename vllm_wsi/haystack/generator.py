@@ -8,7 +8,7 @@ and each rare one resembles a common one (cosine 0.5), so that no single feature
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -226,7 +226,13 @@ def haystack_items(
 
     Args:
         world: arguments of `HaystackWorld`.
+
+    Raises:
+        SettingsError: an argument that it does not have.
     """
+    known = [one.name for one in fields(HaystackWorld)]
+    if unknown := world.keys() - {*known}:
+        raise SettingsError(f"haystack: found {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
     if isinstance(num_patches, int):
         return HaystackWorld(**world).items(split, count, num_patches, first)
     made = HaystackWorld(**world)
