@@ -219,6 +219,7 @@ def _rstd(mean, variance, eps):
     return tl.where(valid, 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps), float("nan"))
 
 
+# Many parameters: a Triton kernel takes each pointer and each size by itself.
 @triton.jit
 def _score_kernel(
     x_ptr, x_stride, weight_ptr, column_sum_ptr, bias_ptr, out_weight_ptr, out_bias_ptr, scores_ptr,
@@ -250,6 +251,7 @@ def _score_kernel(
     tl.store(scores_ptr + row, score, mask=row < n)
 
 
+# Many parameters: a Triton kernel takes each pointer and each size by itself.
 @triton.jit
 def _score_linear_kernel(
     x_ptr, x_stride, weight_ptr, weight_sum_ptr, bias_ptr, scores_ptr,

@@ -50,6 +50,7 @@ def stream_workspace(device: torch.device, num_slides: int) -> Workspace:
     return found
 
 
+# Many parameters: those of the oracle `reference.select_topk`, and three for tests.
 def select_triton(
     scores: Tensor,
     k: int,
@@ -118,6 +119,7 @@ def _absorb(best, keys, K_PAD: tl.constexpr):
     return tl.maximum(tl.bitonic_merge(best), tl.topk(keys, K_PAD))
 
 
+# Many parameters, and many lines: a Triton kernel takes each pointer and size by itself, and is one launch.
 @triton.jit
 def _select_kernel(
     scores_ptr, cu_seqlens_ptr, n, first_row, running_keys_ptr, running_rows_ptr, running_indices_ptr,

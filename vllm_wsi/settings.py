@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import SettingsError
+from vllm_wsi.errors import SettingsError
 
 SHOWN_CHARS = 80
 

@@ -16,6 +16,7 @@ import pytest
 from vllm_wsi.benchmark.report import compare, measure
 from vllm_wsi.benchmark.results import ResultsFile, Row, read_results
 from vllm_wsi.cli.app import main
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.slides import open_features, write_features
 
 
@@ -299,10 +300,10 @@ def test_always_b_on_the_published_gold_counts(tmp_path):
 
 
 def test_a_results_file_is_for_one_process(tmp_path):
-    with ResultsFile(tmp_path / "r.jsonl", {"task": "x"}), pytest.raises(ValueError, match="another process"):
+    with ResultsFile(tmp_path / "r.jsonl", {"task": "x"}), pytest.raises(SettingsError, match="another process"):
         ResultsFile(tmp_path / "r.jsonl", {"task": "x"})
     (tmp_path / "bad.jsonl").write_text("nothing\n")
-    with pytest.raises(ValueError, match=r"bad.jsonl, line 1: found no the run's settings|line 1: found no"):
+    with pytest.raises(SettingsError, match=r"bad.jsonl, line 1: found no the run's settings|line 1: found no"):
         ResultsFile(tmp_path / "bad.jsonl", {"task": "x"})
 
 

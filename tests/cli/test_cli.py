@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from vllm_wsi.cli import demo_answers
 from vllm_wsi.cli.app import main
 from vllm_wsi.cli.demo_slides import QUESTION, SECOND_QUESTION, DemoSlide
 from vllm_wsi.errors import SlideError
-from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
+from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.model.checkpoint import load_selector
 from vllm_wsi.slides import open_features, write_features
 
@@ -108,6 +109,34 @@ def test_errors_are_one_sentence_and_exit_with_1(arguments, sentence, capsys, tm
     assert sentence in line
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("config.json", "{", "found no checkpoint that loads (It looks like the config file"),
+        ("config.json", '{"model_type": "sparse_wsi", "num_slide_tokens": 0}', "num_slide_tokens: found 0, wanted at"),
+        (
+            "config.json",
+            '{"model_type": "sparse_wsi", "scorer": {"kind": "x"}}',
+            "scorer.kind: found 'x', wanted",
+        ),
+        ("model.safetensors", "nonsense", "found no checkpoint that loads (Error while deserializing header"),
+        ("model.safetensors", None, "found neither model.safetensors nor model.safetensors.index.json"),
+    ],
+)
+def test_a_broken_checkpoint_is_named_with_what_is_wrong(tmp_path, capsys, file, content, sentence):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(DEMO_CHECKPOINT, folder)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    slide = tmp_path / "a.safetensors"
+    write_features(slide, np.ones((50, 64), np.float16))
+    assert main(["select", str(slide), "--checkpoint", str(folder)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vllm-wsi select: {folder}: {sentence}")
+
+
 def test_each_setting_that_does_not_fit_has_its_line(capsys, tmp_path):
     options = ["--patch-px", "0", "--background", "nan", "--mpp", "-1"]
     assert main(["encode", "x.svs", "--encoder", "colour-texture", "--out", str(tmp_path), *options]) == 1
@@ -124,6 +153,7 @@ def test_each_setting_that_does_not_fit_has_its_line(capsys, tmp_path):
         [],
         ["nosuch"],
         ["select", "a.h5"],  # without --checkpoint
+        ["select", "a.h5", "--checkpoint", "x", "-k", "0"],
         ["doctor"],
         ["doctor", "a.h5", "--nosuch"],
         ["encode", "a.svs", "--encoder", "x", "--out", "x", "--tissue", "grey"],

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, GemmaConfig, MistralConfig
 
+from vllm_wsi.errors import CheckpointError, SettingsError
 from vllm_wsi.model.checkpoint import load_scorer, load_selector
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.model.init_checkpoint import init_checkpoint
@@ -75,7 +76,7 @@ def test_the_same_seed_gives_the_same_checkpoint_and_leaves_torchs_random_state(
 
 def test_a_directory_with_content_is_not_written_to(tmp_path):
     (tmp_path / "mine").write_text("x")
-    with pytest.raises(ValueError, match="wanted a new directory"):
+    with pytest.raises(SettingsError, match="wanted a new directory"):
         init_checkpoint(tmp_path, TinySettings(feature_dim=D))
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
@@ -90,7 +91,7 @@ def test_a_directory_with_content_is_not_written_to(tmp_path):
     ],
 )
 def test_a_config_that_cannot_be_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         SparseWSIConfig(**options)
 
 
@@ -179,13 +180,13 @@ def test_a_scorer_that_the_config_does_not_describe_is_refused(checkpoint, tmp_p
     config = json.loads((tmp_path / "config.json").read_text())
     config["scorer"]["hidden_size"] = 17
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"scorer\.\*: found other weights than config\.json describes"):
+    with pytest.raises(CheckpointError, match=r"scorer\.\*: found other weights than config\.json describes"):
         load_scorer(str(tmp_path))
 
 
 def test_a_directory_without_weights_is_refused(checkpoint, tmp_path):
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
-    with pytest.raises(ValueError, match=r"found neither model\.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"found neither model\.safetensors nor"):
         load_scorer(str(tmp_path))
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import CheckpointError, SlideError
 from vllm_wsi.selection.scorer import ContextScorer, build_scorer, seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector, frozen_scorer
 from vllm_wsi.slides import features_in_memory
@@ -115,8 +115,8 @@ def test_gradients_reach_every_parameter_and_a_frozen_copy_has_none(scorer):
 
 
 def test_settings_that_no_scorer_has_are_refused():
-    with pytest.raises(ValueError, match=r"found 33, wanted a multiple of num_heads \(4\)"):
+    with pytest.raises(CheckpointError, match=r"found 33, wanted a multiple of num_heads \(4\)"):
         build_scorer("context", D, 33, num_heads=4)
-    with pytest.raises(ValueError, match="found num_layers beside kind 'patch'"):
+    with pytest.raises(CheckpointError, match="found num_layers beside kind 'patch'"):
         build_scorer("patch", D, 8, num_layers=2)
     assert len(build_scorer("context", D, 64, num_layers=3).blocks) == 3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SettingsError, SetupError, SlideError
 from vllm_wsi.kernels import score_topk
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
@@ -95,14 +95,14 @@ def test_a_slide_longer_than_max_patches_is_refused(weights):
 
 
 def test_an_unknown_device_is_refused(weights):
-    with pytest.raises(ValueError, match="found 'tpu', wanted 'cpu', 'cuda' or 'auto'"):
+    with pytest.raises(SettingsError, match="found 'tpu', wanted 'cpu', 'cuda' or 'auto'"):
         SlideSelector(weights, 32, "tpu")
 
 
 def test_cuda_is_refused_at_once_where_there_is_none_and_auto_takes_the_cpu(weights, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="found 'cuda', wanted 'cpu' or 'auto': PyTorch finds no CUDA device here"):
+    with pytest.raises(SetupError, match="found 'cuda', wanted 'cpu' or 'auto': PyTorch finds no CUDA device here"):
         SlideSelector(weights, 32, "cuda")
     assert len(SlideSelector(weights, 3, "auto").select(features_in_memory(matrix(9))).indices) == 3
     assert not torch.cuda.is_initialized()

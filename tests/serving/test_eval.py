@@ -16,8 +16,8 @@ import pytest
 
 from vllm_wsi.benchmark.results import read_results
 from vllm_wsi.cli.app import main
-from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
 from vllm_wsi.haystack.generator import LETTERS, HaystackWorld
+from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.serving.server_process import VllmServer
 
 pytestmark = pytest.mark.server

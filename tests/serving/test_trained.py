@@ -4,9 +4,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
 from vllm_wsi.haystack.generator import HaystackWorld
-from vllm_wsi.haystack.recipe import GENERATORS
+from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT, GENERATORS
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.scorer import seeded_scorer

@@ -5,7 +5,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SettingsError, SlideError
 from vllm_wsi.selection.scorer import PatchScorer
 from vllm_wsi.selection.selector import SlideSelector, frozen_scorer
 from vllm_wsi.slides import features_in_memory
@@ -163,5 +163,5 @@ def test_the_record_of_a_selection_says_how_the_encoders_compare(check, metadata
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="encoder_mismatch: found 'warn', wanted refuse or allow"):
+    with pytest.raises(SettingsError, match="encoder_mismatch: found 'warn', wanted refuse or allow"):
         EncoderCheck("uni", "warn")

@@ -16,7 +16,7 @@ import pytest
 import zarr
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
+from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.model.checkpoint import load_selector
 from vllm_wsi.slides import SlideIdentity, open_features
 

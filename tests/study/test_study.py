@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from vllm_wsi.cli.app import main
-from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.haystack.generator import HaystackWorld
-from vllm_wsi.haystack.recipe import GENERATORS, groups_of_length
+from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT, GENERATORS, groups_of_length
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.finder import FeaturePath
@@ -101,7 +101,7 @@ def test_lengths_fall_into_the_bins_of_the_papers_figure():
 
 @pytest.mark.parametrize("slides", ["", "100", "100:", "x:3", "0:3", "100:3,5:0"])
 def test_a_list_of_slides_that_says_nothing_is_refused(slides):
-    with pytest.raises(ValueError, match="wanted N:COUNT"):
+    with pytest.raises(SettingsError, match="wanted N:COUNT"):
         groups_of_length(slides, HaystackWorld())
 
 

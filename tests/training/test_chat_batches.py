@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import CheckpointError, SlideError
 from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN
 from vllm_wsi.model.init_checkpoint import TURN_END, byte_tokenizer, new_model
@@ -128,7 +128,7 @@ def test_pieces_of_a_conversation_have_the_ids_of_the_whole(template):
 @pytest.mark.parametrize(("template", "turns"), [(FORGETFUL, 2), (PRIMED, 1)])
 def test_a_template_that_changes_earlier_turns_is_refused(template, turns):
     item = talk(*["<image>\nWhat?", "A tumour."] * turns)
-    with pytest.raises(ValueError, match=r"talk\.json, item 3: the chat template changes earlier turns"):
+    with pytest.raises(CheckpointError, match=r"talk\.json, item 3: the chat template changes earlier turns"):
         encoder(template).conversation(item)
     encoder(template).question(item)
 
@@ -136,7 +136,7 @@ def test_a_template_that_changes_earlier_turns_is_refused(template, turns):
 def test_a_tokenizer_without_a_template_or_a_slide_token_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="found no chat template"):
+    with pytest.raises(CheckpointError, match="found no chat template"):
         ChatRenderer(tokenizer)
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -144,7 +144,7 @@ def test_a_tokenizer_without_a_template_or_a_slide_token_is_refused():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     plain = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    with pytest.raises(ValueError, match=r"found <\|slide\|> as \[.*\], wanted one special token"):
+    with pytest.raises(CheckpointError, match=r"found <\|slide\|> as \[.*\], wanted one special token"):
         ChatRenderer(PreTrainedTokenizerFast(tokenizer_object=plain, chat_template=QWEN_STYLE))
 
 

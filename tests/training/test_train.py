@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import vllm_wsi.training.train as training
 from vllm_wsi.cli.app import main
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SettingsError, SlideError
 from vllm_wsi.haystack.recipe import GENERATORS
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN
@@ -246,10 +246,10 @@ def test_gradient_checkpointing_changes_no_weight_by_more_than_rounding(whole_ru
 
 
 def test_a_finished_run_and_a_run_of_other_settings_are_not_overwritten(whole_run, tmp_path):
-    with pytest.raises(ValueError, match="found a finished run, wanted a new directory"):
+    with pytest.raises(SettingsError, match="found a finished run, wanted a new directory"):
         train(settings(), whole_run.parent, GENERATORS)
     (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(ValueError, match="found a run of other settings"):
+    with pytest.raises(SettingsError, match="found a run of other settings"):
         train(settings(), tmp_path, GENERATORS)
 
 
@@ -412,6 +412,20 @@ def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_
         "stage scorer: 2 of 3 slides have more than 40 patches (the longest 300) and are thinned to as many, "
         "evenly spaced"
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"trainer": {"nosuch": 1}}, "stages: scorer: trainer, report_to: .* unexpected keyword argument 'nosuch'"),
+        ({"trainer": {"report_to": "nosuch"}}, "stages: scorer: trainer, report_to: nosuch is not supported"),
+        ({"data": {"generate": {"name": "haystack", "patches": 1}}}, "haystack: found patches, wanted some of seed"),
+        ({"data": {"generate": {"name": "nosuch"}}}, "generate: found name 'nosuch', wanted one of haystack"),
+    ],
+)
+def test_what_no_trainer_and_no_generator_takes_is_refused_by_its_name(tmp_path, change, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        train(settings(haystack_stage(**change)), tmp_path, GENERATORS)
 
 
 def test_the_command_trains_from_a_checkpoint_and_says_how_to_serve(tmp_path, capsys):

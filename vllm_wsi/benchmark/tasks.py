@@ -20,7 +20,7 @@ from typing import Any
 
 from vllm_wsi.files import IMAGE_SUFFIXES
 from vllm_wsi.questions.items import QuestionError, choice_text
-from vllm_wsi.questions.rows import cell, csv_rows, json_rows, parse_choice_row
+from vllm_wsi.questions.question_rows import cell, csv_rows, json_rows, parse_choice_row
 
 from .parsing import normalise, parse_label
 

@@ -18,8 +18,8 @@ from .demo_slides import DemoSlide
 
 ANSWER_TOKENS = 32
 COUNTED = {  # stages of a request whose seconds the server counts
-    "read": "vllm_wsi:read_seconds_total",
-    "score + Top-K": "vllm_wsi:score_seconds_total",
+    "read": "vllm_wsi:read_seconds_sum",
+    "score + Top-K": "vllm_wsi:score_seconds_sum",
     "prefill": "vllm:request_prefill_time_seconds_sum",
     "decode": "vllm:request_decode_time_seconds_sum",
 }

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
+from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.model.checkpoint import read_config
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch, recorded_encoder

@@ -24,6 +24,7 @@ CHANNELS_HELP = (
 QC_HELP = "pictures of tissue and patches; where it is --out, the viewer links them"
 
 
+# Many parameters: a command has one for each of its options.
 def encode(
     slides: Annotated[list[Path], argument(metavar="SLIDE", help="slide image, or folder of them")],
     encoder: Annotated[str, option("--encoder", help=ENCODER_HELP)],

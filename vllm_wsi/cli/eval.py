@@ -26,6 +26,7 @@ ALLOW_HELP = "for --offline: features of another encoder than the checkpoint's (
 ENDPOINT_HELP = "OpenAI-compatible, with /v1; the key is in OPENAI_API_KEY"
 
 
+# Many parameters, and so many lines: a command has one for each of its options.
 def evaluate(
     task: Annotated[str, option("--task", help=TASK_HELP)],
     data: Annotated[Path, option("--data", metavar="FILE", help="the benchmark's question file")],

@@ -16,6 +16,7 @@ SHAPE_HELP = (
 )
 
 
+# Many parameters: a command has one for each of its options.
 def init_checkpoint(
     out: Annotated[Path, argument(metavar="DIR")],
     feature_dim: Annotated[int, option("--feature-dim", metavar="D", help="size of a patch feature")],

@@ -10,15 +10,17 @@ from vllm_wsi.errors import needs_extra
 
 from .options import Device, Encoder, EncoderMismatch, argument, option
 
+K_HELP = "patches to keep (default: the checkpoint's)"
 UNIT_HELP = "of the coordinates, where the file does not say it"
 GUESS_HELP = "draw upon --slide by a unit or patch size that is only guessed"
 ORIGIN_HELP = "what GeoJSON counts from: the slide's bounds, as QuPath does (default), or openslide's pixel 0, 0"
 
 
+# Many parameters: a command has one for each of its options.
 def select(
     file: Annotated[Path, argument(metavar="FILE")],
     checkpoint: Annotated[str, option("--checkpoint", help="directory or hub name")],
-    k: Annotated[int | None, option("-k", metavar="K", help="patches to keep (default: the checkpoint's)")] = None,
+    k: Annotated[int | None, option("-k", metavar="K", min=1, help=K_HELP)] = None,
     encoder: Encoder = None,
     device: Device = "auto",
     encoder_mismatch: EncoderMismatch = "refuse",

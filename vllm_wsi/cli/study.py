@@ -13,6 +13,7 @@ SLIDES = "1000:192,4000:96,16000:48,100000:24"
 ABLATION_SLIDES = "1000:192,4000:96,100000:16"
 
 
+# Many parameters: a command has one for each of its options.
 def study(
     out: Annotated[Path, option("--out", metavar="DIR")],
     checkpoint: Annotated[

@@ -95,44 +95,44 @@ def encode_slide(
         began = time.perf_counter()
         dark_ground = settings.channels is not None
         tiling = find_patches(image, name, mpp, size_px, settings.tissue, settings.background, dark_ground)
-        patches = tiling.corners
         if qc is not None:
             write_qc(qc, tiling)
         seconds["tissue"] = time.perf_counter() - began
-        features = np.empty((len(patches), encoder.feature_dim), settings.dtype)
-        for start, batch, read_seconds in _batches(image, name, patches, size_px, settings):
+        features = np.empty((len(tiling.corners), encoder.feature_dim), settings.dtype)
+        for start, batch, read_seconds in _batches(image, name, tiling.corners, size_px, settings):
             seconds["reading"] += read_seconds
             began = time.perf_counter()
             with np.errstate(over="ignore"):
                 features[start : start + len(batch)] = encoder.encode(batch)
             seconds["encoding"] += time.perf_counter() - began
-            on_progress(start + len(batch), len(patches))
-        width, height = image.dimensions
-        reader, bounds = type(image).__name__, bounds_metadata(image.properties)
-    if not np.isfinite(features).all():
-        raise SlideError(
-            f"{name}: features: found {int((~np.isfinite(features)).sum())} values that are not finite in "
-            f"{settings.dtype}, wanted none; --dtype float32 holds larger ones"
-        )
-    metadata = settings.record() | {
-        "slide_id": path.stem,
-        "slide_file": path.name,
-        "encoder": encoder.id,
-        "mpp": f"{mpp:g}",
-        "patch_size_level0": str(size_px),
-        "width": str(width),
-        "height": str(height),
-        "reader": reader,
-        **bounds,
-    }
+            on_progress(start + len(batch), len(features))
+        about_image = _about_image(path, image)
+    _check_finite(name, features)
     share = None if tiling.tissue is None else tiling.tissue.share
-    if share is not None:
-        metadata["tissue_share"] = f"{share:.4f}"
+    metadata = settings.record() | about_image
+    metadata |= {"encoder": encoder.id, "mpp": f"{mpp:g}", "patch_size_level0": str(size_px)}
+    metadata |= {} if share is None else {"tissue_share": f"{share:.4f}"}
     began = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_features(out, features, patches, metadata)
+    write_features(out, features, tiling.corners, metadata)
     seconds["writing"] = time.perf_counter() - began
-    return EncodeResult(len(patches), share, tiling.warnings, seconds)
+    return EncodeResult(len(features), share, tiling.warnings, seconds)
+
+
+def _about_image(path: Path, image: AbstractSlide) -> dict[str, str]:
+    """What the feature file records of the slide image."""
+    width, height = image.dimensions
+    sizes = {"width": str(width), "height": str(height)}
+    names = {"slide_id": path.stem, "slide_file": path.name, "reader": type(image).__name__}
+    return names | sizes | bounds_metadata(image.properties)
+
+
+def _check_finite(name: str, features: NDArray) -> None:
+    if not (finite := np.isfinite(features)).all():
+        raise SlideError(
+            f"{name}: features: found {int((~finite).sum())} values that are not finite in {features.dtype}, wanted "
+            "none; --dtype float32 holds larger ones"
+        )
 
 
 def _batches(

@@ -9,7 +9,7 @@ no single feature tells them apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem, multiple_choice
 from vllm_wsi.slides import FeatureFile, features_in_memory, write_features
 
@@ -233,7 +234,13 @@ def haystack_items(
         num_patches: N of every slide, or the least and the largest N, between which lengths are drawn.
         first: number of the first slide.
         world: arguments of `HaystackWorld`.
+
+    Raises:
+        SettingsError: an argument that it does not have.
     """
+    known = [one.name for one in fields(HaystackWorld)]
+    if unknown := world.keys() - {*known}:
+        raise SettingsError(f"haystack: found {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
     if isinstance(num_patches, int):
         return HaystackWorld(**world).items(split, count, num_patches, first)
     made = HaystackWorld(**world)

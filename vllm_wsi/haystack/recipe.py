@@ -1,4 +1,4 @@
-"""How haystack is trained on and asked: the demo checkpoint's recipe, and questions by slide length."""
+"""How haystack is trained on and asked: the demo checkpoint and its recipe, and questions by slide length."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from vllm_wsi.errors import SettingsError
 from vllm_wsi.questions.items import SlideItem
 
 from .generator import HaystackWorld, haystack_items
+
+DEMO_CHECKPOINT = Path(__file__).with_name("demo_checkpoint")
+"""The trained checkpoint in this package, made by `vllm-wsi train haystack --out DIR` (seed 0).
+
+It answers questions about haystack's virtual slides alone.
+"""
 
 GENERATORS = {"haystack": haystack_items}
 """Makers of questions that a training recipe calls by name (`generate: {name: haystack, ...}`)."""

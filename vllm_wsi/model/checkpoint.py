@@ -34,8 +34,8 @@ def loading(model: str) -> Iterator[None]:
     """
     try:
         yield
-    except WsiError:
-        raise
+    except WsiError as error:
+        raise CheckpointError(f"{model}: {error}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{model}: found no checkpoint that loads ({reason}), wanted one") from error
@@ -72,7 +72,8 @@ def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
         with loading(model), safe_open(file, "pt") as tensors:
             keys = [key for key in tensors.keys() if key.startswith(SCORER_PREFIX)]  # noqa: SIM118
             state |= {key.removeprefix(SCORER_PREFIX): tensors.get_tensor(key) for key in keys}
-    scorer = build_scorer(feature_dim=config.feature_dim, **config.scorer)
+    with loading(model):
+        scorer = build_scorer(feature_dim=config.feature_dim, **config.scorer)
     try:
         scorer.load_state_dict(state)
     except RuntimeError as error:

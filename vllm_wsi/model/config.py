@@ -45,6 +45,7 @@ class SparseWSIConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
     sub_configs = {"text_config": AutoConfig}
 
+    # Many parameters: transformers makes a configuration from the keys of config.json.
     def __init__(
         self,
         text_config: Any = None,

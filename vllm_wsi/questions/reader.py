@@ -10,7 +10,7 @@ from vllm_wsi.errors import SlideError
 
 from .finder import FeatureFinder, FeaturePath
 from .items import SLIDE_MARK, QuestionError, SlideItem, multiple_choice
-from .rows import csv_rows, json_rows, parse_choice_row
+from .question_rows import csv_rows, json_rows, parse_choice_row
 
 
 def read_questions(path: str | Path, features: str | Path) -> list[SlideItem]:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from vllm_wsi.kernels import ScorerWeights, score_patches
 from vllm_wsi.kernels.keys import pack_keys, unpack_keys
 from vllm_wsi.slides import FeatureFile
 
-from .chunk_reader import ChunkStager, read_tensor_rows
+from .chunk_reader import read_tensor_rows
 from .evenly_spaced import evenly_spaced
+from .patch_matrix import Patches, finite_patches, where
 from .selector import Selection
 
 BLOCK_ROWS = 4096
@@ -32,14 +33,6 @@ class Selector(Protocol):
     """What keeps patches of a slide: `SlideSelector` and every policy."""
 
     def select(self, slide: FeatureFile, k: int | None = None) -> Selection: ...
-
-
-class Patches(NamedTuple):
-    """The patches of one slide that may be kept."""
-
-    slide: FeatureFile
-    rows: Tensor  # int64 [m], ascending: the rows whose features are all finite
-    features: Tensor  # fp32 [m, d], theirs; a policy may overwrite it
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Policy(ABC):
         patches, read_seconds = finite_patches(slide)
         if not len(patches.rows):
             raise SlideError(
-                f"{_where(slide)} no patch with finite features among {slide.num_patches}, wanted at least one; "
+                f"{where(slide)} no patch with finite features among {slide.num_patches}, wanted at least one; "
                 "the features hold NaN or infinities"
             )
         places, scores = self._pick(patches, min(k, len(patches.rows)))
@@ -229,10 +222,10 @@ class OraclePolicy(Policy):
         rows = [int(row) for row in dict.fromkeys(self.rows)]
         for row in rows:
             if not 0 <= row < slide.num_patches:
-                raise SlideError(f"{_where(slide)} {slide.num_patches} patches, wanted one in row {row} (oracle)")
+                raise SlideError(f"{where(slide)} {slide.num_patches} patches, wanted one in row {row} (oracle)")
         kept = [place[row] for row in rows if row in place][:k]
         if not kept:
-            raise SlideError(f"{_where(slide)} no finite patch among the {len(rows)} given rows, wanted one (oracle)")
+            raise SlideError(f"{where(slide)} no finite patch among the {len(rows)} given rows, wanted one (oracle)")
         return torch.tensor(kept), torch.zeros(len(kept))
 
 
@@ -285,30 +278,13 @@ class _Places:
         return values[place]
 
 
-def _where(slide: FeatureFile) -> str:
-    return f"{slide.name}: {slide.key or 'features'}: found"
-
-
-def finite_patches(slide: FeatureFile) -> tuple[Patches, float]:
-    """(the patches of a slide whose features are all finite, decoded from any dtype; seconds of reading)."""
-    stager = ChunkStager(slide, torch.device("cpu"))
-    features, rows, m = torch.empty((slide.num_patches, slide.feature_dim)), [], 0
-    for start, chunk in stager.chunks():
-        chunk = chunk.float()
-        finite = torch.isfinite(chunk.abs().amax(dim=1)).nonzero()[:, 0]
-        torch.index_select(chunk, 0, finite, out=features[m : m + len(finite)])
-        rows.append(start + finite)
-        m += len(finite)
-    return Patches(slide, torch.cat(rows), features[:m]), stager.read_seconds
-
-
 def _learned_scores(patches: Patches, scorer: ScorerWeights) -> Tensor:
     slide = patches.slide
     if slide.feature_dim != scorer.feature_dim:
-        raise SlideError(f"{_where(slide)} d = {slide.feature_dim}, wanted {scorer.feature_dim}, as the scorer has it")
+        raise SlideError(f"{where(slide)} d = {slide.feature_dim}, wanted {scorer.feature_dim}, as the scorer has it")
     scores = score_patches(patches.features, scorer)
     if not torch.isfinite(scores).all():
-        raise SlideError(f"{_where(slide)} a score that is NaN or infinite, wanted finite ones for finite features")
+        raise SlideError(f"{where(slide)} a score that is NaN or infinite, wanted finite ones for finite features")
     return scores
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem
-from vllm_wsi.selection.baselines import OraclePolicy, Selector, finite_patches
+from vllm_wsi.selection.baselines import OraclePolicy, Selector
+from vllm_wsi.selection.patch_matrix import finite_patches
 from vllm_wsi.selection.selector import Selection
 from vllm_wsi.stats import key_patch_recall, redundancy
 

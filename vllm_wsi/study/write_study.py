@@ -13,11 +13,10 @@ import torch
 
 from vllm_wsi.errors import SettingsError, SetupError, needs_extra
 from vllm_wsi.files import write_csv
-from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
 from vllm_wsi.haystack.generator import HaystackWorld
-from vllm_wsi.haystack.recipe import GENERATORS, groups_of_length, recipe
+from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT, GENERATORS, groups_of_length, recipe
 from vllm_wsi.questions.reader import read_questions
-from vllm_wsi.selection.baselines import finite_patches
+from vllm_wsi.selection.patch_matrix import finite_patches
 
 from .groups import Groups, by_length
 from .judge import key_patches_of

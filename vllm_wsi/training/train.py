@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_wsi.errors import SettingsError
@@ -177,9 +178,12 @@ def make_trainer(
 
 def _arguments(values: dict[str, Any], stage: str) -> TrainingArguments:
     try:
-        return TrainingArguments(**values)
-    except (TypeError, ValueError, ImportError) as error:  # an unknown name, a bad value, a package that it wants
-        raise SettingsError(f"stages: {stage}: trainer: {error}") from error
+        arguments = TrainingArguments(**values)
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # tells whether its package is there
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:  # a name, a value, a package that is missing
+        raise SettingsError(f"stages: {stage}: trainer, report_to: {error}") from error
+    return arguments
 
 
 def _checked_datasets(

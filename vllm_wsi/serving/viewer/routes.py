@@ -110,8 +110,9 @@ async def tile(
     return _picture(jpeg, "image/jpeg", etag, KEPT if version == current else PRIVATE)
 
 
+# Many parameters: FastAPI reads a query by them.
 @router.get("/region")
-async def region(  # nine parameters, because FastAPI reads the query from them
+async def region(
     request: Request,
     shown: Shown,
     url: SlideUrl,

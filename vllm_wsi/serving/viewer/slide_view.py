@@ -11,14 +11,14 @@ from cachetools import LRUCache
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.rendering.geojson import geojson
+from vllm_wsi.serving.client_errors import naming_the_file_alone
+from vllm_wsi.serving.connector import BY_VALUE, SlideConnector, parse_fragment
+from vllm_wsi.serving.service import SelectedSlide
 from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.places import Said, origin, refuse_guesses, with_image_mpp
 from vllm_wsi.slides.regions import extent, said_size
 from vllm_wsi.slides.units import positive_number
 
-from ..client_errors import naming_the_file_alone
-from ..connector import BY_VALUE, SlideConnector, parse_fragment
-from ..service import SelectedSlide
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
 from .slide_facts import Found, ImageFacts, digest_of, finite_size, mpp_of, place_patches
 from .slide_folder import image_of, image_suffixes, list_slides, qc_picture_of
