@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup browser demo test lint bench
+.PHONY: setup browser demo test check lint bench
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -16,6 +16,10 @@ demo: setup
 test: setup browser lint
 	@$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
+# What a developer runs on each save: three minutes on two cores.
+check: lint
+	@$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -q -m fast
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -23,7 +27,7 @@ lint: setup
 	@$(BIN)/lint-imports
 
 bench: setup
-	@$(BIN)/python bench/selector.py --quick
-	@$(BIN)/python bench/first_token.py --quick
-	@$(BIN)/python bench/serving.py
-	@$(BIN)/python bench/serving_report.py
+	@$(BIN)/python -m bench.selection.cpu_selection --quick
+	@$(BIN)/python -m bench.serving.first_token --quick
+	@$(BIN)/python -m bench.serving.throughput
+	@$(BIN)/python -m bench.serving.throughput_report

@@ -13,16 +13,27 @@ LONG = ("test_trained.py", "test_parity.py", "test_study.py", "shared_server", "
         "test_server_defaults.py", "test_interpreted.py", "test_compile.py", "test_bench.py")  # fmt: skip
 
 
+NOT_FAST = {"server", "engine", "browser", "slow"}
+
+
 @cache
-def group(path: str) -> str:
+def group(path: Path) -> str:
     """What runs in one process of pytest-xdist: a file, for its fixtures, and all files that share the server."""
-    return "shared_server" if "shared_server" in Path(path).read_text() else Path(path).name
+    return "shared_server" if "shared_server" in path.read_text() else str(path)
 
 
-def pytest_collection_modifyitems(items):
+def rank(path: Path) -> int:
     """The long groups first, so that no process waits for another at the end."""
-    rank = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: rank.get(group(str(item.path)), len(LONG)))
+    name = Path(group(path)).name
+    return LONG.index(name) if name in LONG else len(LONG)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: rank(item.path))
+    for item in items:
+        if NOT_FAST.isdisjoint(mark.name for mark in item.iter_markers()):
+            item.add_marker("fast")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -31,7 +42,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return group(str(config.rootpath / nodeid.split("::")[0]))
+            return group(config.rootpath / nodeid.split("::")[0])
 
     return ByGroup(config, log)
 

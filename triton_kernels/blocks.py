@@ -1,4 +1,4 @@
-"""A function of each row of a slide on the CPU's cores, with the same bits however the slide is cut."""
+"""Computes a function of each row of a slide on the CPU's cores; the bits do not depend on how the slide is cut."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def map_blocks(features: Tensor, first_row: int, function: Callable[[Tensor], Te
     n = len(features)
     lines = [0, *range(rows - first_row % rows, n, rows), n] if n else []
     blocks = list(pairwise(lines))
-    waiting = iter(blocks)  # shared: whoever is free takes the next
+    waiting = iter(blocks)  # shared: a thread that is free takes the next
 
     def run() -> None:
         for start, stop in waiting:
@@ -91,9 +91,10 @@ _starting = Lock()
 def _pool() -> ThreadPoolExecutor:
     """A thread for each core, whose operations stay on it.
 
-    `torch.set_num_threads` is for the thread that calls it, but also for those that first use PyTorch later: each of
-    the pool's threads has first used it before it asks for one, and then the default becomes what it was. By names of
-    this module: where vLLM's CPU worker runs in the same process, it makes `torch.set_num_threads` do nothing.
+    `torch.set_num_threads` changes the calling thread, and also the default of threads that use PyTorch for the first
+    time later. So each thread of the pool uses PyTorch once before it sets its own number to one, and the old default
+    is restored afterwards. The function is called under a name of this module, because vLLM's CPU worker, where it runs
+    in the same process, replaces `torch.set_num_threads` by one that does nothing.
     """
     cores, default = _cores(), get_num_threads()
     begun = Barrier(cores + 1)

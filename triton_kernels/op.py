@@ -55,7 +55,7 @@ def score_topk(
         kept = [] if running is None else [running.indices, running.rows, running.keys]
         tensors = weights.tensors()
         return ScoredTopK(*_operator(features, tensors, weights.norm_eps, k, cu_seqlens, first_row, kept, by_score))
-    # Not through the operator: its first call imports PyTorch's compiler, seconds that a server's first slide pays.
+    # Not through the operator: its first call imports PyTorch's compiler, and the first slide would wait for seconds.
     run = _on_cuda if features.is_cuda else _on_cpu
     return run(features, weights, k, cu_seqlens, first_row, before, by_score)
 

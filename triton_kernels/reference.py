@@ -17,8 +17,8 @@ from .keys import ABSENT, pack_keys, unpack_keys
 MAX_MAGNITUDE = 2.0**50
 """By `ScorerWeights` a patch scores NaN, on every device, unless its features' mean and deviation lie below this.
 
-NaN and infinite features have no finite mean; larger ones are no embedding, and their squares would overflow fp32 here
-and not there, depending on the order of sums. Below it nothing overflows up to d = 2560. fp16 never reaches it.
+NaN and infinite features have no finite mean. Larger features are no embedding, and whether their squares overflow fp32
+would depend on the order of sums. Below it nothing overflows up to d = 2560. fp16 never reaches it.
 """
 
 

@@ -1,9 +1,9 @@
 """Scores of patches in one pass over X: LayerNorm folded into the product, GELU, dot. CUDA.
 
 z = rstd * (x @ W - mean * colsum) + bias, score = gelu(z) @ v + b, with W = diag(gamma) W1^T, each of its columns
-centred (a LayerNorm takes the mean away, so a column's mean adds nothing), rounded to X's dtype. X is read once and
-raw; its mean and variance ride on the tiles that feed the tensor cores. Rows are independent: a row's score has the
-same bits alone and in a batch, at any place in X.
+centred (a LayerNorm takes the mean away, so a column's mean adds nothing), rounded to X's dtype. X is read once, as it
+is; its mean and variance are summed from the same tiles that feed the tensor cores. Rows are independent: a row's score
+has the same bits alone and in a batch, at any place in X.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ScoreConfig(NamedTuple):
 
 
 def supports(features: Tensor, weights: ScorerWeights) -> bool:
-    """Whether the kernels take this input; the reference takes what they do not."""
+    """Whether the kernels take this input. For any other input the reference is used."""
     d = features.shape[1]
     h = 0 if weights.hidden_weight is None else weights.hidden_weight.shape[0]
     return (
@@ -117,7 +117,8 @@ def fold_cached(weights: ScorerWeights, dtype: torch.dtype) -> FoldedScorer:
 
 
 def score_config(arch: int, feature_dim: int, hidden_size: int, dtype: torch.dtype) -> ScoreConfig:
-    """A static table by (architecture, d, h): tuning on N would change the bits of a slide's scores.
+    """The configuration from a static table by (architecture, d, h). It does not depend on N, because that would change
+    the bits of a slide's scores.
 
     Args:
         arch: 80, 86, 89, 90, 100, 120 and the like.

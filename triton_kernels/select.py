@@ -1,7 +1,7 @@
-"""Exact Top-K over score vectors: unique keys, bitonic networks, no capacity that could overflow. CUDA.
+"""Exact Top-K over score vectors on CUDA, by unique keys and bitonic networks. No buffer can overflow.
 
-Each program keeps the best of its part of a slide; the last one to finish, told by a ticket, merges all parts,
-orders what is kept and gathers its rows. Keys are unique (`keys.py`), so the result depends on nothing but the
+Each program keeps the best of its part of a slide. An atomic counter tells the last program to finish; it merges all
+parts, orders what is kept and gathers its rows. Keys are unique (`keys.py`), so the result depends on nothing but the
 scores: not on the number of programs, not on who finishes last.
 """
 

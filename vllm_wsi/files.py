@@ -1,9 +1,10 @@
-"""Files: writing them whole or not at all, and the suffixes by which slides and features are found."""
+"""Files and folders: writing them whole or not at all, and the suffixes by which slides and features are found."""
 
 from __future__ import annotations
 
 import csv
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,26 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextmanager
+def new_folder(path: Path, is_main: bool = True) -> Iterator[Path]:
+    """A folder to fill that takes the name `path` at the end of the `with`, whole.
+
+    Until then it is called `path` with `.partial` behind. After an error it stays there, for a look at it; the next
+    attempt begins it anew.
+
+    Args:
+        path: does not exist yet.
+        is_main: of several processes that fill one folder together, the one that makes it and gives it its name.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    yield partial
+    if is_main:
+        os.rename(partial, path)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

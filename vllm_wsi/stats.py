@@ -1,9 +1,11 @@
-"""Statistics of a report: intervals over slides, paired tests, and what the kept patches share with the others."""
+"""Statistics of a report: length bins, intervals over slides, paired tests, and measures of a selection."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Hashable, Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +15,16 @@ SHRINKAGE = 1e-3
 """Weight of the identity in the shrunk correlation matrix of `gaussian_mutual_information`. It holds a canonical
 correlation of 1 at 3.1 nats rather than infinity and takes 0.002 nats off one of 0.8."""
 
+LENGTH_EDGES = (64, 128, 256, 512, 1024, 2048, 4096)
+"""In patches; an edge belongs to the bin above it. The bins are those of the paper's figure."""
+
+LENGTH_BINS = (
+    f"<{LENGTH_EDGES[0]}",
+    *(f"{low}-{high}" for low, high in pairwise(LENGTH_EDGES)),
+    f">={LENGTH_EDGES[-1]}",
+)
+"""Names of the bins of slide length, shortest first: "<64", "64-128", ..., ">=4096"."""
+
 
 class Interval(NamedTuple):
     """An estimate and the two ends of its confidence interval, all in the unit of the values."""
@@ -20,6 +32,11 @@ class Interval(NamedTuple):
     estimate: float
     low: float
     high: float
+
+
+def length_bin(num_patches: int) -> str:
+    """The name, of `LENGTH_BINS`, of the bin that a slide of so many patches belongs to."""
+    return LENGTH_BINS[bisect_right(LENGTH_EDGES, num_patches)]
 
 
 def bootstrap_mean(

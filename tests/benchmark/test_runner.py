@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from vllm_wsi.benchmark.report import compare, length_bin, measure
+from vllm_wsi.benchmark.report import compare, measure
 from vllm_wsi.benchmark.results import ResultsFile, Row, read_results
 from vllm_wsi.cli.app import main
 from vllm_wsi.errors import SettingsError
@@ -299,11 +299,6 @@ def test_always_b_on_the_published_gold_counts(tmp_path):
     assert found["slide"]["asked"] == 1494
 
 
-def test_the_papers_bins():
-    assert [length_bin(n) for n in (1, 63, 64, 127, 4095, 4096, 10**6)] == [
-        "<64", "<64", "64-128", "64-128", "2048-4096", ">=4096", ">=4096"]  # fmt: skip
-
-
 def test_a_results_file_is_for_one_process(tmp_path):
     with ResultsFile(tmp_path / "r.jsonl", {"task": "x"}), pytest.raises(SettingsError, match="another process"):
         ResultsFile(tmp_path / "r.jsonl", {"task": "x"})
@@ -314,7 +309,9 @@ def test_a_results_file_is_for_one_process(tmp_path):
 
 def test_measures_by_hand():
     def row(key, status="answered", label="A", gold="A", slide="s"):
-        return Row(key, slide, status, gold, label, "label", label == gold and status == "answered", options=4)
+        correct = label == gold and status == "answered"
+        return Row(key=key, slide=slide, status=status, gold=gold, label=label, rule="label", correct=correct,
+                   options=4)  # fmt: skip
 
     rows = [row("1"), row("2", label="B"), row("3", label=None), row("4", "error", None), row("5", "missing", None)]
     rows += [row("6", gold="B", label="B", slide="t")]

@@ -7,6 +7,7 @@ from vllm_wsi.kernels.score import score_config
 
 from .compiled import compile_score, compile_select
 
+pytestmark = pytest.mark.slow
 TENSOR_OP = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 

@@ -412,13 +412,17 @@ def test_every_file_of_the_viewer_is_served_its_licences_too(server):
         assert (answer.status_code, answer.content) == (200, path.read_bytes()), path
 
 
-def test_chat_and_evidence_share_one_selection_and_the_counters_tell(http, server, media):
+def test_chat_and_viewer_share_one_selection_and_the_counters_tell(http, server, media):
     url = make_slide(media / "counted.safetensors", 70).as_uri()
 
     def count(name):
         return server.metrics().get(f"vllm_wsi:{name}_total", 0)
 
-    before = [count(name) for name in ("selections", "patches_read", "selection_cache_hits")]
+    def timed():
+        metrics = server.metrics()
+        return [metrics.get(f"vllm_wsi:{name}_seconds_count", 0) for name in ("read", "score", "selection")]
+
+    before, timed_before = [count(name) for name in ("selections", "patches_read", "selection_cache_hits")], timed()
     body = {"model": server.model, "messages": slide_message(url), "max_tokens": 2}
     chat = httpx.post(
         f"{server.api}/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
@@ -427,6 +431,11 @@ def test_chat_and_evidence_share_one_selection_and_the_counters_tell(http, serve
     http.post("select", json={"url": url})
     after = [count(name) for name in ("selections", "patches_read", "selection_cache_hits")]
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 70, 1]
+    assert [b - a for a, b in zip(timed_before, timed(), strict=True)] == [1, 1, 1]
+    metrics = server.metrics()
+    assert metrics["vllm_wsi:selection_cache_slides"] >= 1
+    assert metrics["vllm_wsi:selection_cache_bytes"] > 70 * 4
+    assert (metrics["vllm_wsi:selections_queued"], metrics["vllm_wsi:selections_running"]) == (0, 0)
 
 
 def test_the_real_slide_is_shown(http, media, shared_data):

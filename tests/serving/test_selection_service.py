@@ -1,6 +1,7 @@
 """The selection service: one flight for each slide, a bounded cache, and nobody waits for another's slide."""
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -8,11 +9,12 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
+from prometheus_client import REGISTRY
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
-from vllm_wsi.serving.service import SelectionService, SlideRequest, finished
+from vllm_wsi.serving.service import SelectionService, SlideRequest
 from vllm_wsi.slides import SlideIdentity, features_in_memory, open_features
 from vllm_wsi.slides.formats.rows import RawRows
 
@@ -38,6 +40,20 @@ class CountingSelector(SlideSelector):
 def selector():
     weights = seeded_scorer("patch", D, 16, seed=0).requires_grad_(False).weights()
     return CountingSelector(weights, 8)
+
+
+@pytest.fixture
+def log_lines(service):
+    """Lines of the service's logger, which does not pass them on to the root logger; none of the service's start."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("vllm.vllm_wsi.serving.service")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)  # as a server has it
+    yield lines
+    logger.setLevel(logging.NOTSET)
+    logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -168,7 +184,7 @@ def test_equal_arrays_are_one_slide_and_other_arrays_another(service, selector):
 async def test_a_client_that_goes_away_does_not_cancel_the_others(service, selector, tmp_path):
     selector.hold = threading.Event()
     request = SlideRequest(make_slide(tmp_path / "a.safetensors", 100))
-    gone, stays = (asyncio.create_task(finished(service.submit(request))) for _ in range(2))
+    gone, stays = (asyncio.create_task(service.select_async(request)) for _ in range(2))
     await asyncio.sleep(0.05)
     gone.cancel()
     selector.hold.set()
@@ -215,11 +231,11 @@ async def test_a_stalled_stat_does_not_stop_the_event_loop(service, tmp_path, mo
 
     monkeypatch.setattr(SlideIdentity, "of_file", stalled)
     request = SlideRequest(make_slide(tmp_path / "a.safetensors", 20))
-    waiting = asyncio.create_task(service.look_up(service.submit, request))
+    waiting = asyncio.create_task(service.select_async(lambda: request))
     await asyncio.sleep(0.05)  # returns only if the loop runs
     assert not waiting.done()
     release.set()
-    assert (await finished(await waiting)).selection.num_patches == 20
+    assert (await waiting).selection.num_patches == 20
 
 
 def test_metadata_count_towards_the_caches_bound(service, tmp_path):
@@ -227,3 +243,46 @@ def test_metadata_count_towards_the_caches_bound(service, tmp_path):
     done = service.select(SlideRequest(path))
     assert done.selection.coords is not None
     assert done.num_bytes > done.selection.features.nbytes + done.selection.coords.nbytes + len("slide_id") + 1024
+
+
+def test_each_new_slide_is_one_line_of_the_log_with_its_times_and_a_known_one_none(service, tmp_path, log_lines):
+    path = make_slide(tmp_path / "a.safetensors", 100)
+    service.select(SlideRequest(path))
+    service.select(SlideRequest(path))
+    (line,) = log_lines
+    assert line.startswith("selected 8 of 100 patches of a.safetensors in 0.")
+    assert str(tmp_path) not in line
+
+
+def test_a_name_with_a_line_break_makes_no_second_line_in_the_log(service, tmp_path, log_lines):
+    service.select(SlideRequest(make_slide(tmp_path / "a\nforged.safetensors", 10)))
+    (line,) = log_lines
+    assert "a?forged.safetensors" in line
+
+
+def test_the_start_of_a_service_says_what_selects(selector, log_lines):
+    SelectionService(selector, "0123456789abcdef:rule", max_slide_tokens=16, threads=3, cache_bytes=5 << 20)
+    assert log_lines == [
+        "slides: scorer 0123456789ab, K = 8 (at most 16 by request), on cpu, encoder not recorded, 3 readers, "
+        "cache of 5 MiB"
+    ]
+
+
+def test_histograms_count_each_selection_once_and_gauges_return_to_zero(service, selector, tmp_path):
+    def value(name):
+        return REGISTRY.get_sample_value(f"vllm_wsi:{name}")
+
+    names = ("read_seconds_count", "score_seconds_count", "selection_seconds_count")
+    before = [value(name) for name in names]
+    selector.hold = threading.Event()
+    future = service.submit(SlideRequest(make_slide(tmp_path / "a.safetensors", 100)))
+    deadline = time.monotonic() + WAIT
+    while value("selections_running") < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    selector.hold.set()
+    done = future.result(WAIT)
+    service.select(SlideRequest(tmp_path / "a.safetensors"))
+    assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1, 1, 1]
+    assert (value("selections_queued"), value("selections_running")) == (0, 0)
+    assert (value("selection_cache_slides"), value("selection_cache_bytes")) == (1, done.num_bytes)

@@ -1,4 +1,4 @@
-"""A short soak of a real `vllm serve` (`bench/soak.py`): nothing grows, and every request ends as it must."""
+"""A short run of `bench/reliability/soak.py`: nothing grows, and every request ends as it must."""
 
 import csv
 import subprocess
@@ -13,7 +13,8 @@ pytestmark = pytest.mark.server
 
 def test_mixed_requests_leave_no_handle_no_shared_memory_and_no_slide_behind(tmp_path):
     table = tmp_path / "soak.csv"
-    command = [sys.executable, "bench/soak.py", "--requests", "150", "--warm-up", "100", "--csv", str(table)]
+    sizes = ["--requests", "150", "--warm-up", "100"]
+    command = [sys.executable, "-m", "bench.reliability.soak", *sizes, "--csv", str(table)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     with open(table, newline="") as file:

@@ -153,9 +153,12 @@ async def test_a_mount_that_does_not_answer_holds_up_none_of_another(service, cl
 @pytest.mark.server
 @pytest.mark.skipif(sys.platform != "linux", reason="stalls files by Linux's leases")
 def test_a_server_answers_the_others_while_sixteen_slides_stall_within_the_kernel(tmp_path):
-    """`bench/slow_file.py` fails where a slow slide was not slow, or anybody was not answered; no time is judged."""
+    """`bench/reliability/slow_file.py` fails where a slow slide was not slow, or a request not answered.
+
+    No time is judged.
+    """
     table = tmp_path / "slow.csv"
-    command = [sys.executable, "bench/slow_file.py", "--quick", "--csv", str(table)]
+    command = [sys.executable, "-m", "bench.reliability.slow_file", "--quick", "--csv", str(table)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     with open(table, newline="") as file:

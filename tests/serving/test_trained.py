@@ -5,12 +5,13 @@ import torch
 from transformers import AutoTokenizer
 
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
-from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld
-from vllm_wsi.model.answering import choose
+from vllm_wsi.haystack.generator import HaystackWorld
+from vllm_wsi.haystack.recipe import GENERATORS
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.slides import open_features
+from vllm_wsi.study.answering import choose
 from vllm_wsi.study.judge import judge, judge_blind, select_all
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.train import train

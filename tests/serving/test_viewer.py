@@ -23,7 +23,7 @@ from .conftest import KEY, make_slide, slide_message
 from .grid_slides import CELL, grid_colour, make_grid_image, make_grid_slide, make_real_slide
 
 playwright_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.browser]
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = np.array([255, 200, 0])
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]

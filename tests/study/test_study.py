@@ -13,18 +13,21 @@ from transformers import AutoTokenizer
 from vllm_wsi.cli.app import main
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
-from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld, groups_of_length
+from vllm_wsi.haystack.generator import HaystackWorld
+from vllm_wsi.haystack.recipe import GENERATORS, groups_of_length
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.questions.items import SLIDE_MARK, multiple_choice
 from vllm_wsi.study import ablations, soft, write_study
 from vllm_wsi.study.ablations import ARMS, SWITCHES, run_ablations
-from vllm_wsi.study.study import LEARNED, POLICY_NAMES, Study, by_length
+from vllm_wsi.study.groups import by_length
+from vllm_wsi.study.study import LEARNED, POLICY_NAMES, Study
 from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.sparselearn import SparseLearn, SparseLearnSettings
 
+pytestmark = pytest.mark.slow
 PNG = b"\x89PNG"
 
 
@@ -41,17 +44,17 @@ def out(tmp_path_factory):
     return path
 
 
-def test_every_rule_is_judged_on_every_length_in_both_position_modes(out):
+def test_every_policy_is_judged_on_every_length_in_both_position_modes(out):
     rows = rows_of(out / "policies.csv")
-    found = {(row["length"], row["positions"], row["rule"]) for row in rows}
-    rules = {LEARNED, *POLICY_NAMES, "mmr of learned", "oracle", "blind"}
-    wanted = {(n, mode, rule) for n in ("100", "600") for mode in ("original", "packed") for rule in rules}
+    found = {(row["length"], row["positions"], row["policy"]) for row in rows}
+    policies = {LEARNED, *POLICY_NAMES, "mmr of learned", "oracle", "blind"}
+    wanted = {(n, mode, name) for n in ("100", "600") for mode in ("original", "packed") for name in policies}
     assert wanted <= found
-    assert {rule for *_, rule in found} - rules <= {f"always {letter}" for letter in "ABCD"}
+    assert {name for *_, name in found} - policies <= {f"always {letter}" for letter in "ABCD"}
 
 
 def test_learned_beats_the_blind_answer_and_its_own_difference_is_zero(out):
-    rows = {(row["length"], row["positions"], row["rule"]): row for row in rows_of(out / "policies.csv")}
+    rows = {(row["length"], row["positions"], row["policy"]): row for row in rows_of(out / "policies.csv")}
     learned, blind = (rows["100", "original", name] for name in (LEARNED, "blind"))
     assert float(learned["accuracy"]) > 0.9 > 0.5 > float(blind["accuracy"])
     assert float(learned["minus_learned"]) == 0
@@ -63,7 +66,7 @@ def test_learned_beats_the_blind_answer_and_its_own_difference_is_zero(out):
 def test_more_patches_hold_more_of_the_key_patches_and_all_of_them_hold_it_all(out):
     rows = [row for row in rows_of(out / "k_sweep.csv") if row["length"] == "100"]
     assert [int(row["k"]) for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
-    assert float(rows[-1]["recall"]) == 1
+    assert float(rows[-1]["key_patch_recall"]) == 1
 
 
 def test_soft_and_hard_and_information_have_their_tables(out):
@@ -86,15 +89,15 @@ def test_a_question_file_is_studied_by_the_length_of_its_slides(tmp_path):
     arguments = question_files(tmp_path, [40] * 3 + [90] * 3 + [300], HaystackWorld())
     assert main(["study", *arguments, "--out", str(tmp_path / "out")]) == 0
     rows = rows_of(tmp_path / "out" / "policies.csv")
-    learned = [row for row in rows if (row["rule"], row["positions"]) == (LEARNED, "original")]
-    assert [(row["length"], row["questions"]) for row in learned] == [("0-64", "3"), ("64-128", "3"), ("256-512", "1")]
-    assert not any(row["rule"] == "oracle" for row in rows)
+    learned = [row for row in rows if (row["policy"], row["positions"]) == (LEARNED, "original")]
+    assert [(row["length"], row["questions"]) for row in learned] == [("<64", "3"), ("64-128", "3"), ("256-512", "1")]
+    assert not any(row["policy"] == "oracle" for row in rows)
 
 
 def test_lengths_fall_into_the_bins_of_the_papers_figure():
     items = [HaystackWorld().slide("test", 0, n).item() for n in (63, 64, 127, 128, 4095, 4096, 9000)]
     found = {name: len(part) for name, part in by_length(items).items()}
-    assert found == {"0-64": 1, "64-128": 2, "128-256": 1, "2048-4096": 1, ">=4096": 2}
+    assert found == {"<64": 1, "64-128": 2, "128-256": 1, "2048-4096": 1, ">=4096": 2}
 
 
 @pytest.mark.parametrize("slides", ["", "100", "100:", "x:3", "0:3", "100:3,5:0"])
@@ -105,7 +108,7 @@ def test_a_list_of_slides_that_says_nothing_is_refused(slides):
 
 def test_studies_of_one_seed_agree(tmp_path):
     groups = groups_of_length("64:6", HaystackWorld())
-    tables = [Study(str(DEMO_CHECKPOINT), groups, tmp_path / name, seed=4).policies() for name in "ab"]
+    tables = [Study(str(DEMO_CHECKPOINT), groups, tmp_path / name, seed=4).policy_rows() for name in "ab"]
     assert tables[0] == tables[1]
 
 
@@ -217,7 +220,7 @@ def test_ablations_beside_questions_are_judged_on_them_broken_patches_and_all(tm
     arguments += ["--ablations", str(tmp_path / "recipe.yaml"), "--seeds", "1"]
     assert main(["study", *arguments, "--out", str(tmp_path / "out")]) == 0
     rows = rows_of(tmp_path / "out" / "ablations.csv")
-    assert {(row["length"], row["questions"]) for row in rows} == {("0-64", "33"), ("128-256", "1")}
+    assert {(row["length"], row["questions"]) for row in rows} == {("<64", "33"), ("128-256", "1")}
     assert (tmp_path / "out" / "umap.png").read_bytes().startswith(PNG)
     # All 32 finite patches of the short slides are kept: nothing is dropped to inform of.
     assert not (tmp_path / "out" / "information.csv").exists()
@@ -230,7 +233,7 @@ def test_the_picture_shows_finite_patches_as_the_file_means_them(tmp_path, monke
     save_file({"features": torch.from_numpy(x).bfloat16()}, path)
     item = multiple_choice("row 1", FeaturePath(path), "Which?", {"A": "x", "B": "y"}, "A")
     study = Study(str(DEMO_CHECKPOINT), {"all": [item]}, tmp_path / "out")
-    study.policies()
+    study.policy_rows()
     drawn = []
     monkeypatch.setattr(write_study, "draw_umap", lambda path, *arguments: drawn.append(arguments))
     write_study._draw_kept(study, study.groups, tmp_path)

@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from vllm_wsi.errors import CheckpointError, SlideError
-from vllm_wsi.model.answering import choose
 from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN
 from vllm_wsi.model.init_checkpoint import TURN_END, byte_tokenizer, new_model
 from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.questions.items import QuestionError, SlideItem, multiple_choice
+from vllm_wsi.selection.evenly_spaced import evenly_spaced
 from vllm_wsi.selection.positions import SlideSpan, prompt_positions
 from vllm_wsi.selection.selector import Selection
 from vllm_wsi.slides import FeatureFile, features_in_memory, write_features
-from vllm_wsi.training.dataset import SlideDataset, TrainingItem, TrainingSlide, collate, spread
+from vllm_wsi.study.answering import choose
+from vllm_wsi.training.dataset import SlideDataset, TrainingItem, TrainingSlide, collate
 from vllm_wsi.training.model import SparseLearnModel
 
 D = 12
@@ -156,20 +157,6 @@ def test_letters_are_the_tokens_that_their_answers_begin_with():
             assert [ids[i] for i, label in enumerate(labels) if label != IGNORED] == [token, tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize(("n", "most"), [(1, 1), (5, 9), (9, 9), (10, 9), (4097, 4096), (100_003, 4096), (17, 2)])
-def test_a_capped_slide_keeps_evenly_spaced_rows(n, most):
-    rows = spread(n, most)
-    assert rows.dtype == torch.int64
-    assert len(rows) == min(n, most)
-    assert rows[0] == 0
-    assert rows[-1] < n
-    if n <= most:
-        assert torch.equal(rows, torch.arange(n))
-    else:
-        gaps = set(torch.diff(rows, append=torch.tensor([n])).tolist())
-        assert gaps <= {n // most, n // most + 1}
-
-
 def dataset(checkpoint, *items: SlideItem, most: int = 50, **options) -> SlideDataset:
     model, chat = checkpoint
     return SlideDataset(items, chat, model.config, most, **options)
@@ -179,7 +166,7 @@ def dataset(checkpoint, *items: SlideItem, most: int = 50, **options) -> SlideDa
 def test_a_training_slide_holds_its_rows_and_their_places(checkpoint, n):
     source = Slide(n)
     (slide,) = dataset(checkpoint, talk("<image>\nWhat?", "x", slides=(source,)))[0].slides
-    assert torch.equal(slide.indices, spread(n, 50))
+    assert torch.equal(slide.indices, evenly_spaced(50, n))
     assert torch.equal(slide.features, torch.from_numpy(source.x)[slide.indices])
     assert slide.num_patches == n
 
@@ -190,7 +177,7 @@ def test_a_slide_longer_than_a_chunk_is_read_whole(checkpoint):
     source = Slide(4999, d=1024)
     item = talk("<image>\nWhat?", "x", slides=(source,))
     (slide,) = SlideDataset([item], chat, wide, 333)[0].slides
-    assert torch.equal(slide.features, torch.from_numpy(source.x)[spread(4999, 333)])
+    assert torch.equal(slide.features, torch.from_numpy(source.x)[evenly_spaced(333, 4999)])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -241,7 +228,7 @@ def test_stretched_positions_are_increasing_rows_of_a_slide_of_up_to_that_length
 def test_a_slide_as_long_as_the_stretch_keeps_its_places(checkpoint):
     (slide,) = dataset(checkpoint, talk("<image>\nWhat?", "x", slides=(Slide(60),)), stretch_positions=60)[0].slides
     assert slide.num_patches == 60
-    assert torch.equal(slide.indices, spread(60, 50))
+    assert torch.equal(slide.indices, evenly_spaced(50, 60))
 
 
 def test_mixed_positions_are_packed_in_about_half_of_the_items(checkpoint):

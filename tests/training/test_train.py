@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import vllm_wsi.training.train as training
 from vllm_wsi.cli.app import main
 from vllm_wsi.errors import SettingsError, SlideError
-from vllm_wsi.haystack.generator import GENERATORS
-from vllm_wsi.model.answering import choose
+from vllm_wsi.haystack.recipe import GENERATORS
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SLIDE_TOKEN
 from vllm_wsi.model.init_checkpoint import init_checkpoint, new_model
@@ -27,12 +26,14 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.questions.items import QuestionError
 from vllm_wsi.slides import write_features
+from vllm_wsi.study.answering import choose
 from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.settings import TrainSettings, load_settings
 from vllm_wsi.training.sparselearn import SparseLearn
 from vllm_wsi.training.train import train
 from vllm_wsi.training.trainer import LOG_COLUMNS, WEIGHTS, ScheduleCallback
 
+pytestmark = pytest.mark.slow
 D = 16
 GATE = {"num_slide_tokens": 4, "k_start": 8}
 

@@ -1,87 +1,28 @@
-"""What is sent to an OpenAI-compatible server, what is read from its answer, and how it is asked."""
+"""Asks an OpenAI-compatible server the questions of an evaluation."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import asyncio
+import os
+import time
+from typing import Any
 
 import openai
 
 from vllm_wsi.errors import SetupError
 
-from .parsing import parse_label
-from .tasks import Question, Score, score, to_messages
+from .chat_request import Answer, Mode, needs_structure, read_answer, request_body
+from .prepared import BAD_RESPONSE, error_text
+from .recorder import Recorder
+from .results import Row
+from .runner import Arm, Evaluation
+from .tasks import Question
 
-Mode = Literal["generate", "choice"]
-TOP_LOGPROBS = 20
-"""As many as OpenAI and vLLM give without further settings."""
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+"""Errors that every further question would meet, too."""
 
-
-@dataclass(frozen=True)
-class Answer:
-    """A server's answer, judged."""
-
-    score: Score
-    output: str
-    logprobs: Mapping[str, float] | None
-    finish_reason: str | None
-
-
-def request_body(
-    question: Question, slide_url: str | None, mode: Mode, model: str, max_tokens: int, structured: bool = False
-) -> dict[str, Any]:
-    """The JSON of POST /v1/chat/completions; greedy.
-
-    `choice` asks for one token and its log-probabilities, or, with `structured`, for vLLM's `structured_outputs`: one
-    of the labels (its older name `guided_choice` is ignored without a word by vLLM 0.32).
-    """
-    body: dict[str, Any] = {"model": model, "messages": to_messages(question, slide_url), "temperature": 0.0}
-    if mode == "generate":
-        return {**body, "max_tokens": max_tokens}
-    if structured:
-        return {**body, "max_tokens": 8, "structured_outputs": {"choice": list(question.options)}}
-    return {**body, "max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-
-
-def needs_structure(question: Question) -> bool:
-    """Whether labels are longer than one character, so that a first token need not tell them apart."""
-    return any(len(label) > 1 for label in question.options)
-
-
-def read_answer(question: Question, mode: Mode, response: Mapping[str, Any], structured: bool = False) -> Answer:
-    """Judges the JSON of a chat completion.
-
-    `choice`: the label with the largest probability among the first token's 20 likeliest, "B" and " B" taken together;
-    it is the likeliest of all labels, as one that is not among the 20 is less likely. Without any it has none.
-
-    Raises:
-        ValueError: the response holds no choice.
-    """
-    choices = response.get("choices") or []
-    if not choices:
-        raise ValueError("response: found no choices, wanted one")
-    output, finish = choices[0]["message"].get("content") or "", choices[0].get("finish_reason")
-    if mode == "generate":
-        return Answer(score(question, output), output, None, finish)
-    if structured:
-        label = parse_label(output, question.options).label
-        return Answer(Score(label, "structured", label == question.gold), output, None, finish)
-    places = (choices[0].get("logprobs") or {}).get("content") or []
-    found: dict[str, float] = {}
-    for token in places[0].get("top_logprobs") or [] if places else []:
-        label, logprob = str(token["token"]).strip(), float(token["logprob"])
-        if label in question.options and math.isfinite(logprob):
-            found[label] = float(_logaddexp(found[label], logprob)) if label in found else logprob
-    best = max(sorted(found), key=lambda label: found[label]) if found else None
-    return Answer(Score(best, "logprobs" if found else "none", best == question.gold), output, found or None, finish)
-
-
-def _logaddexp(a: float, b: float) -> float:
-    high, low = max(a, b), min(a, b)
-    return high + math.log1p(math.exp(low - high))
+MAX_UNREACHABLE_ROUNDS = 3
+"""After so many rounds of all workers in which no question got a connection, a run ends."""
 
 
 class Endpoint:
@@ -89,24 +30,26 @@ class Endpoint:
 
     Args:
         url: with `/v1`, as OpenAI's base_url.
-        model: None: the only, or first, that the server names.
+        model: None: the only model, or the first, that the server names.
         timeout: seconds for one attempt.
-        api_key: None: OPENAI_API_KEY, or none.
+        api_key: None: that of OPENAI_API_KEY; without one, none is sent.
     """
 
     def __init__(
         self, url: str, model: str | None, retries: int = 5, timeout: float = 600, api_key: str | None = None
     ) -> None:
-        import os
-
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self.url = url
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout)
         self._model = model
-        self._structured = False  # once a server has refused log-probabilities
+        self._refuses_logprobs = False  # once the server has said so
 
     async def model(self) -> str:
-        """The model that is asked. Raises SetupError where the server does not answer."""
+        """The model that is asked.
+
+        Raises:
+            SetupError: the server does not answer, or names no model.
+        """
         if self._model is None:
             try:
                 models = (await self._client.models.list()).data
@@ -132,17 +75,20 @@ class Endpoint:
     async def ask(self, question: Question, slide_url: str | None, mode: Mode, max_tokens: int) -> Answer:
         """Asks one question.
 
+        In mode "choice" it asks for log-probabilities. Where the server refuses them, or none of them is a label's, it
+        asks a second time, by structured outputs.
+
         Raises:
-            openai.OpenAIError: the server refused it, or did not answer in all attempts.
+            openai.OpenAIError: the server refused the question, or did not answer in all attempts.
+            KeyError, TypeError, ValueError, IndexError: the response is none of a chat completion.
         """
-        structured = mode == "choice" and (self._structured or needs_structure(question))
-        if not structured:
+        if not (mode == "choice" and (self._refuses_logprobs or needs_structure(question))):
             try:
                 answer = await self._ask(question, slide_url, mode, max_tokens, False)
             except openai.BadRequestError as error:
                 if mode == "generate" or "logprobs" not in str(error).lower():
                     raise
-                self._structured = True
+                self._refuses_logprobs = True
             else:
                 if mode == "generate" or answer.score.label is not None:
                     return answer
@@ -156,4 +102,55 @@ class Endpoint:
         return read_answer(question, mode, response, structured)
 
     async def close(self) -> None:
+        """Closes the connections."""
         await self._client.close()
+
+
+async def ask_endpoint(evaluation: Evaluation, endpoint: Endpoint) -> None:
+    """Asks every arm's open questions, a bounded number at once; each row is on disk as soon as it is there.
+
+    Raises:
+        SetupError: the server is not there, refuses the key or the model, or has stopped answering.
+    """
+    model, found = await endpoint.model(), await endpoint.version()
+    for arm in evaluation.arms:
+        with evaluation.recorder(arm, model, endpoint.url, {"server": found}) as recorder:
+            await _ask_arm(evaluation, endpoint, arm, recorder)
+
+
+async def _ask_arm(evaluation: Evaluation, endpoint: Endpoint, arm: Arm, recorder: Recorder) -> None:
+    todo = iter(recorder.todo)  # shared by all workers
+    concurrency, max_tokens = evaluation.settings.concurrency, evaluation.settings.max_tokens
+    unreachable = 0  # questions on end
+
+    async def work() -> None:
+        nonlocal unreachable
+        for question in todo:
+            began = time.monotonic()
+            ready = await asyncio.to_thread(evaluation.prepare, question, arm)
+            if isinstance(ready, Row):
+                recorder.record(ready)
+                continue
+            try:
+                answer = await endpoint.ask(question, ready.url, arm.mode, max_tokens)
+            except FATAL as error:
+                raise SetupError(f"{endpoint.url}: {error}") from None
+            except (openai.OpenAIError, *BAD_RESPONSE) as error:
+                unreachable += isinstance(error, openai.APIConnectionError)
+                recorder.record(ready.failed(error_text(error), round(time.monotonic() - began, 3)))
+                if unreachable >= MAX_UNREACHABLE_ROUNDS * concurrency:
+                    raise SetupError(
+                        f"{endpoint.url}: found no connection for {unreachable} questions on end, wanted answers; "
+                        "what was answered is kept, the same command goes on"
+                    ) from None
+            else:
+                unreachable = 0
+                recorder.record(ready.answered(answer, round(time.monotonic() - began, 3)))
+
+    workers = [asyncio.create_task(work()) for _ in range(concurrency)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)

@@ -1,51 +1,38 @@
-"""The same questions without a server: vLLM in this process."""
+"""Asks vLLM in this process the questions of an evaluation, without a server."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_wsi.errors import SlideError
-
-from .ask_endpoint import needs_structure, read_answer, request_body
-from .runner import Evaluation, Progress, answer_row, error_row, missing_row
+from .prepared import PreparedQuestion
+from .results import Row
+from .runner import Evaluation
 
 CHUNK = 64
-"""Questions handed to the engine at once; a killed run loses no more."""
+"""Questions that the engine is handed at once; a run that is killed loses no more answers than these."""
 
 
 def ask_offline(evaluation: Evaluation, checkpoint: str, engine_args: Mapping[str, Any]) -> None:
-    """Asks every arm's open questions of `vllm.LLM(checkpoint)`; results are on disk after each chunk.
+    """Asks `vllm.LLM(checkpoint)` every arm's open questions; rows are on disk after each chunk.
 
     Args:
         engine_args: further arguments of `vllm.LLM`.
     """
-    from vllm_wsi.serving.engine import OfflineEngine  # the one room that needs vLLM
+    from vllm_wsi.serving.engine import OfflineEngine  # imports vLLM, which the other ways of asking do not need
 
     settings, root = evaluation.settings, str(evaluation.files.common_root)
     engine = OfflineEngine(checkpoint, **{"allowed_local_media_path": root, "seed": settings.seed, **engine_args})
     for arm in evaluation.arms:
-        questions = evaluation.asked(arm.mode)
-        with (
-            evaluation.open(arm, checkpoint, "offline", {"vllm": engine.version}) as results,
-            Progress(arm, questions, results) as record,
-        ):
-            todo = [one for one in questions if not results.done(one.key)]
-            for start in range(0, len(todo), CHUNK):
-                ready = []
-                for question in todo[start : start + CHUNK]:
-                    try:
-                        ready.append((question, *evaluation.prepare(question, arm)))
-                    except (SlideError, OSError) as error:
-                        record(missing_row(question, str(error)))
-                bodies = [
-                    request_body(question, url, arm.mode, checkpoint, settings.max_tokens, needs_structure(question))
-                    for question, _, url in ready
-                ]
-                for (question, slide, _), response in zip(ready, engine.complete(bodies), strict=True):
-                    try:
-                        answer = read_answer(question, arm.mode, response, needs_structure(question))
-                    except ValueError as error:
-                        record(error_row(question, slide, str(error), None))
+        with evaluation.recorder(arm, checkpoint, "offline", {"vllm": engine.version}) as recorder:
+            for start in range(0, len(recorder.todo), CHUNK):
+                ready: list[PreparedQuestion] = []
+                for question in recorder.todo[start : start + CHUNK]:
+                    prepared = evaluation.prepare(question, arm)
+                    if isinstance(prepared, Row):
+                        recorder.record(prepared)
                     else:
-                        record(answer_row(question, slide, answer, None))
+                        ready.append(prepared)
+                responses = engine.complete([one.request(checkpoint, settings.max_tokens) for one in ready])
+                for one, response in zip(ready, responses, strict=True):
+                    recorder.record(one.responded(response))

@@ -1,12 +1,12 @@
-"""Which option an answer names: strict rules, written down, so that two people get one number.
+"""Which option an answer names, by strict written rules, so that everybody gets the same number.
 
-The rules are tried in this order; the first that finds a label decides. A rule that finds two different labels ends the
-search: such an answer names none, counts as wrong and is reported as unparsed.
+The rules are tried in this order, and the first that finds a label decides. Where that rule finds two different labels,
+the answer names none: it counts as wrong and is reported as unparsed.
 
 1. `label`: the answer is the label alone, in either case, in any brackets, quotes, emphasis or punctuation: `B`, `b.`,
    `(B)`, `**B**`, `\\boxed{B}`, `{"answer": 2}`.
 2. `statement`: "answer is", "answer:", "option is", "choose", "select", "pick" (or 答案) and then a capital label; a
-   lower-case one only in brackets or at the end of a sentence: "the answer is a biopsy" names nothing.
+   lower-case one only in brackets or at the end of the answer: "the answer is a biopsy" names nothing.
 3. `lead`: a line that begins with a capital label and a delimiter: `B. lobular`, `(B) lobular`, `B: lobular`,
    `B - lobular`. "A biopsy shows", "Based on", "B-cell lymphoma" have none.
 4. `bracket`: a capital label in brackets or emphasis anywhere: `It looks like (C)`.

@@ -1,58 +1,140 @@
-"""The summary of an evaluation: JSON, CSV, Markdown and a figure, from its results files alone."""
+"""The summary of an evaluation, from its results files alone: its numbers, and the files that show them."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vllm_wsi.stats import bootstrap_mean, mcnemar, paired_bootstrap
+from vllm_wsi.errors import SettingsError, SetupError
+from vllm_wsi.files import write_atomically, write_csv
+from vllm_wsi.stats import LENGTH_BINS, bootstrap_mean, length_bin, mcnemar, paired_bootstrap
 
-from .results import Row
+from .report_figure import draw_lengths
+from .report_page import page
+from .results import Row, read_results
+from .runner import MAIN, Arm, Evaluation
 
-LENGTH_EDGES = (64, 128, 256, 512, 1024, 2048, 4096)
-"""Patches; the bins of the paper's figure."""
-
-Runs = Mapping[tuple[str, str], Sequence[Row]]
+Runs = dict[tuple[str, str], Sequence[Row]]
 """(mode, arm) -> rows."""
 
 
-def length_bin(num_patches: int) -> str:
-    """The paper's bin of a slide: "<64", "64-128", ..., ">=4096"; the lower edge belongs to it."""
-    place = int(np.searchsorted(LENGTH_EDGES, num_patches, side="right"))
-    if place == 0:
-        return f"<{LENGTH_EDGES[0]}"
-    if place == len(LENGTH_EDGES):
-        return f">={LENGTH_EDGES[-1]}"
-    return f"{LENGTH_EDGES[place - 1]}-{LENGTH_EDGES[place]}"
+class Report(NamedTuple):
+    """What `report` has to say."""
+
+    lines: list[str]  # for the user
+    num_errors: int  # questions that got no answer
+
+
+def report(evaluation: Evaluation, others: Sequence[Path] = ()) -> Report:
+    """Writes the summary of what was answered so far into the folder of results.
+
+    Args:
+        others: as in `summarise`.
+
+    Raises:
+        SettingsError: as in `summarise`.
+    """
+    summary = summarise(evaluation, others)
+    files = write_summary(evaluation.settings.out, summary)
+    lines, num_errors = [], 0
+    for row in summary["table"]:
+        if row["by"] == "all" and row["asked"]:
+            num_errors += row["errors"]
+            interval = f"{100 * row['accuracy']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+            lines.append(
+                f"{row['mode']} {row['arm']} ({row['part']}): {row['correct']} of {row['asked']} right, {interval}; "
+                f"{row['unparsed']} unparsed, {row['errors']} errors"
+            )
+    if missing := summary["missing_slides"]:
+        lines.append(
+            f"{summary['missing_questions']} questions not asked: {len(missing)} slides without usable features, "
+            f"such as {missing[0]} (see summary.json)"
+        )
+    lines.append(f"see {', '.join(str(file) for file in files)}")
+    if num_errors:
+        lines.append(f"{num_errors} questions got no answer and count as wrong; the same command asks them again")
+    return Report(lines, num_errors)
+
+
+def summarise(evaluation: Evaluation, others: Sequence[Path] = ()) -> dict[str, Any]:
+    """Everything that the results files say, with baselines and comparisons.
+
+    Args:
+        others: folders of earlier evaluations of the same question file, with which ours is compared.
+
+    Raises:
+        SettingsError: there are no results, or another folder has none of the same question file.
+    """
+    settings = evaluation.settings
+    runs, header = _read_runs(evaluation)
+    comparisons: list[dict[str, Any]] = []
+    for mode in settings.modes:
+        main = runs.get((mode, MAIN))
+        if main is None:
+            continue
+        if "constant" in settings.baselines and any(row.options and row.status != "missing" for row in main):
+            label, rows = constant_rows(main)
+            runs[mode, f"constant {label}"] = rows
+        against = [(name, rows) for (of_mode, name), rows in runs.items() if of_mode == mode and name != MAIN]
+        against += [(str(other), _main_rows(other, mode, header)) for other in others]
+        for name, other_rows in against:
+            if gap := compare(main, other_rows, settings.seed):
+                comparisons.append({"mode": mode, "first": MAIN, "second": name, **gap})
+    missing = [row for row in next(iter(runs.values())) if row.status == "missing"]
+    return {
+        "run": {name: value for name, value in header.items() if name not in ("mode", "arm")},
+        "encoders": sorted({row.encoder for rows in runs.values() for row in rows if row.encoder}),
+        "skipped": evaluation.num_skipped,
+        "skipped_slides": sorted(settings.skip_slides),
+        "missing_questions": len(missing),
+        "missing_slides": list(dict.fromkeys(row.slide for row in missing)),
+        "missing_reasons": {row.slide: row.error for row in missing},
+        "table": table(runs, settings.seed),
+        "comparisons": comparisons,
+    }
+
+
+def write_summary(out: Path, summary: Mapping[str, Any]) -> list[Path]:
+    """Writes summary.json, table.csv, summary.md and lengths.png (where matplotlib is installed); returns the paths."""
+    files = [out / "summary.json", out / "table.csv", out / "summary.md"]
+    write_atomically(files[0], (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    write_csv(files[1], summary["table"])
+    write_atomically(files[2], page(summary).encode())
+    lengths = [row for row in summary["table"] if row["by"] == "patches" and row["part"] == "closed" and row["asked"]]
+    if lengths:
+        with contextlib.suppress(SetupError):  # without matplotlib: the table has the same numbers
+            files.append(draw_lengths(out / "lengths.png", lengths))
+    return files
 
 
 def constant_rows(rows: Iterable[Row]) -> tuple[str, list[Row]]:
-    """(label, rows) of the best constant answer: the label that is right most often, said to every question asked."""
+    """(the label that is right most often, the rows of answering it to every closed question that was asked)."""
     closed = [row for row in rows if row.options and row.status != "missing"]
     counts = Counter(row.gold for row in closed)
     label = max(sorted(counts), key=lambda one: counts[one])
-    made = [
-        Row(**{**vars(row), "status": "answered", "label": label, "rule": "constant", "correct": row.gold == label,
-               "output": label, "other": {}, "logprobs": None, "error": None})
-        for row in closed
-    ]  # fmt: skip
-    return label, made
+    answer: dict[str, Any] = {"status": "answered", "label": label, "rule": "constant", "output": label}
+    unset: dict[str, Any] = {"other": {}, "logprobs": None, "error": None}
+    return label, [replace(row, correct=row.gold == label, **answer, **unset) for row in closed]
 
 
 def measure(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     """Counts and shares of some questions.
 
-    `accuracy`, with its 95 % interval over slides: right ones among all that were asked; an answer that names no option
-    and a question that the server did not answer count as wrong. `accuracy_of_parsed` leaves those out.
-    `accuracy_of_all` counts questions without features as wrong, too. `balanced_accuracy`: mean over the gold labels.
-    `chance`: a guess among the options. The other measures are means over the answered.
+    - `accuracy`, with the ends `low` and `high` of its 95 % interval over slides: the right answers among all questions
+      that were asked. An answer that names no option, and a question without an answer, count as wrong.
+    - `accuracy_of_parsed` leaves those two out; `accuracy_of_all` counts questions without features as wrong, too.
+    - `balanced_accuracy`: the mean of the accuracies of each gold label.
+    - `chance`: of a guess among the options.
+    - The further measures of `Row.other`: means over the answered questions that have them.
+
+    Where no question was asked there are counts alone.
     """
     asked = [row for row in rows if row.status != "missing"]
     counts = {
@@ -65,8 +147,7 @@ def measure(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     }
     if not asked:
         return counts
-    right = [row.correct for row in asked]
-    interval = bootstrap_mean(right, [row.slide for row in asked], seed)
+    interval = bootstrap_mean([row.correct for row in asked], [row.slide for row in asked], seed)
     parsed = counts["asked"] - counts["unparsed"] - counts["errors"]
     by_gold = defaultdict(list)
     for row in asked:
@@ -86,35 +167,19 @@ def measure(rows: Sequence[Row], seed: int) -> dict[str, Any]:
 
 
 def table(runs: Runs, seed: int) -> list[dict[str, Any]]:
-    """A line for each run, part (closed, open), and group: "all", every category, every length bin."""
+    """A row for each run, part (closed, open) and group: all questions, each category, each bin of slide length."""
     lines = []
     for (mode, arm), rows in runs.items():
-        for part, of_part in (("closed", [row for row in rows if row.options]),
-                              ("open", [row for row in rows if not row.options])):  # fmt: skip
-            for (by, group), members in _groups(of_part).items():
+        parts = {"closed": [row for row in rows if row.options], "open": [row for row in rows if not row.options]}
+        for part, members in parts.items():
+            for (by, group), of_group in _groups(members).items():
                 line = {"mode": mode, "arm": arm, "part": part, "by": by, "group": group}
-                lines.append({**line, **measure(members, seed)})
+                lines.append({**line, **measure(of_group, seed)})
     return lines
 
 
-def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    groups: dict[tuple[str, str], list[Row]] = {("all", "all"): list(rows)} if rows else {}
-    for row in rows:
-        for by, group in row.categories.items():
-            if by != "Part":
-                groups.setdefault((by, group), []).append(row)
-    lengths: dict[int, list[Row]] = {}
-    for row in rows:
-        if row.num_patches is not None:
-            place = int(np.searchsorted(LENGTH_EDGES, row.num_patches, side="right"))
-            lengths.setdefault(place, []).append(row)
-    for _, members in sorted(lengths.items()):
-        groups["patches", length_bin(members[0].num_patches or 0)] = members
-    return groups
-
-
 def compare(first: Sequence[Row], second: Sequence[Row], seed: int) -> dict[str, Any] | None:
-    """First against second on the closed questions that both were asked; None without one."""
+    """First against second on the closed questions that both were asked; None where there is none."""
     others = {row.key: row for row in second if row.options and row.status != "missing"}
     pairs = [(row, others[row.key]) for row in first if row.options and row.status != "missing" and row.key in others]
     if not pairs:
@@ -132,115 +197,45 @@ def compare(first: Sequence[Row], second: Sequence[Row], seed: int) -> dict[str,
     }
 
 
-def write_report(out: Path, summary: Mapping[str, Any]) -> list[Path]:
-    """summary.json, table.csv, summary.md and lengths.png (where matplotlib is installed); returns what was written."""
-    files = [out / "summary.json", out / "table.csv", out / "summary.md"]
-    files[0].write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    lines = summary["table"]
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    with open(files[1], "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(lines)
-    files[2].write_text(markdown(summary))
-    lengths = [line for line in lines if line["by"] == "patches" and line["part"] == "closed" and line["asked"]]
-    if lengths:
-        with contextlib.suppress(ImportError):  # the table has it all
-            files.append(_draw_lengths(out / "lengths.png", lengths))
-    return files
+def _read_runs(evaluation: Evaluation) -> tuple[Runs, Mapping[str, Any]]:
+    """(the rows of this evaluation's questions, the settings of the first results file)."""
+    out = evaluation.settings.out
+    runs: Runs = {}
+    header: Mapping[str, Any] | None = None
+    for arm in evaluation.arms:
+        path = out / arm.file_name
+        if not path.is_file():
+            continue
+        run, found = read_results(path)
+        header = header or run
+        chosen = [found[one.key] for one in evaluation.questions_in(arm.mode) if one.key in found]
+        if chosen:
+            runs[arm.mode, arm.arm] = chosen
+    if header is None or not runs:
+        raise SettingsError(f"{out}: found no results, wanted those of a run")
+    return runs, header
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
-    """The summary as a page."""
-    run = summary["run"]
-    lines = [f"# {run['task']}: {run['model']}", ""]
-    encoders = ", ".join(summary["encoders"]) or "not said by the feature files"
-    versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items() if value)
-    lines += [
-        f"{run['data']} (sha256 {run['data_sha256'][:12]}), prompts {run['prompt_sha256'][:12]}, seed {run['seed']}, "
-        f"greedy; {run['endpoint']}; encoder: {encoders}; {versions}.",
-        "",
-    ]
-    if summary["skipped"]:
-        lines += [f"{summary['skipped']} questions were left out on request.", ""]
-    if summary["missing_slides"]:
-        shown = ", ".join(summary["missing_slides"][:10])
-        more = f" and {len(summary['missing_slides']) - 10} more" if len(summary["missing_slides"]) > 10 else ""
-        lines += [f"{summary['missing_questions']} questions were not asked, as {len(summary['missing_slides'])} "
-                  f"slides have no usable features: {shown}{more}.", ""]  # fmt: skip
-    for part, name in (("closed", "Multiple choice"), ("open", "Open questions (words equal; F1 of words)")):
-        rows = [line for line in summary["table"] if line["part"] == part and line["by"] == "all" and line["asked"]]
-        if rows:
-            extra = (
-                "token_f1" if part == "open" else "nearest_choice" if run["task"] == "wsi-vqa" else "balanced_accuracy"
-            )
-            head = "| mode | run | asked | correct | accuracy, 95 % over slides | unparsed | errors | of parsed |"
-            lines += [f"## {name}", "", f"{head} {extra.replace('_', ' ')} |", "|---|---|" + "--:|" * 7]
-            lines += [
-                f"| {line['mode']} | {line['arm']} | {line['asked']} | {line['correct']} | {_interval(line)} | "
-                f"{line['unparsed']} | {line['errors']} | {_percent(line.get('accuracy_of_parsed'))} | "
-                f"{_percent(line.get(extra))} |"
-                for line in rows
-            ]
-            lines.append("")
-    lines += _by_group(summary)
-    if summary["comparisons"]:
-        lines += ["## Against the others, on the same questions", "",
-                  "| mode | run | against | questions | right alone | other alone | difference | McNemar p |",
-                  "|---|---|---|--:|--:|--:|--:|--:|"]  # fmt: skip
-        lines += [
-            f"| {one['mode']} | {one['first']} | {one['second']} | {one['questions']} | {one['only_first']} | "
-            f"{one['only_second']} | {_interval(one, 'difference')} | {one['mcnemar_p']:.2g} |"
-            for one in summary["comparisons"]
-        ]
-        lines.append("")
-    return "\n".join(lines)
+def _main_rows(folder: Path, mode: str, header: Mapping[str, Any]) -> Sequence[Row]:
+    """The main arm of another evaluation."""
+    path = folder / Arm("choice" if mode == "choice" else "generate", MAIN).file_name
+    if not path.is_file():
+        raise SettingsError(f"{path}: found no such results, wanted a run to compare with")
+    run, rows = read_results(path)
+    if run.get("data_sha256") != header["data_sha256"]:
+        raise SettingsError(f"{path}: found results of another question file, wanted {header['data']}")
+    return list(rows.values())
 
 
-def _by_group(summary: Mapping[str, Any]) -> list[str]:
-    lines: list[str] = []
-    chosen = [line for line in summary["table"] if line["part"] == "closed" and line["by"] != "all" and line["asked"]]
-    for mode in dict.fromkeys(line["mode"] for line in chosen):
-        of_mode = [line for line in chosen if line["mode"] == mode]
-        arms = list(dict.fromkeys(line["arm"] for line in of_mode))
-        for by in dict.fromkeys(line["by"] for line in of_mode):
-            lines += [f"## {mode}, by {by}", "", f"| {by} | asked | {' | '.join(arms)} |",
-                      "|---|--:|" + "--:|" * len(arms)]  # fmt: skip
-            found = {(line["group"], line["arm"]): line for line in of_mode if line["by"] == by}
-            for group in dict.fromkeys(group for group, _ in found):
-                cells = [_interval(found[group, arm]) if (group, arm) in found else "" for arm in arms]
-                asked = max(found[group, arm]["asked"] for arm in arms if (group, arm) in found)
-                lines.append(f"| {group} | {asked} | {' | '.join(cells)} |")
-            lines.append("")
-    return lines
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def _interval(line: Mapping[str, Any], name: str = "accuracy") -> str:
-    return f"{100 * line[name]:.1f} [{100 * line['low']:.1f}, {100 * line['high']:.1f}]"
-
-
-def _draw_lengths(path: Path, lines: Sequence[Mapping[str, Any]]) -> Path:
-    from vllm_wsi.study.plots import save_figure
-
-    bins = [f"<{LENGTH_EDGES[0]}", *(length_bin(edge) for edge in LENGTH_EDGES)]
-    used = [name for name in bins if any(line["group"] == name for line in lines)]
-    runs = list(dict.fromkeys((line["mode"], line["arm"]) for line in lines))
-
-    def draw(axes: Any) -> None:
-        for place, (mode, arm) in enumerate(runs):
-            own = [line for line in lines if (line["mode"], line["arm"]) == (mode, arm)]
-            x = [used.index(line["group"]) + 0.08 * (place - (len(runs) - 1) / 2) for line in own]
-            y = np.array([line["accuracy"] for line in own])
-            error = [y - [line["low"] for line in own], [line["high"] for line in own] - y]
-            style: dict[str, Any] = {"linestyle": "-" if arm == "slide" else ":", "capsize": 2, "marker": "o"}
-            axes.errorbar(x, y, error, label=f"{mode} {arm}", markersize=4, **style)
-        counts = {line["group"]: line["asked"] for line in reversed(lines)}
-        axes.set_xticks(range(len(used)), [f"{name}\n{counts[name]}" for name in used])
-        axes.set(xlabel="patches of the slide; questions", ylabel="accuracy, 95 % over slides", ylim=(0, 1.02))
-        axes.legend(frameon=False, fontsize=8)
-
-    return save_figure(path, draw)
+def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """(name of the grouping, group) -> rows; bins of length stand last, the shortest first."""
+    groups: dict[tuple[str, str], list[Row]] = {("all", "all"): list(rows)} if rows else {}
+    for row in rows:
+        for by, group in row.categories.items():
+            if by != "Part":  # closed and open have tables of their own
+                groups.setdefault((by, group), []).append(row)
+    by_length = defaultdict(list)
+    for row in rows:
+        if row.num_patches is not None:
+            by_length[length_bin(row.num_patches)].append(row)
+    return groups | {("patches", name): by_length[name] for name in LENGTH_BINS if name in by_length}

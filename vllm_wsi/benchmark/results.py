@@ -15,39 +15,39 @@ from vllm_wsi.errors import SettingsError
 
 Status = Literal["answered", "missing", "error"]
 NOT_IDENTITY = ("endpoint", "versions", "encoders", "started")
-"""What may change between a run and its continuation."""
+"""Settings that may change between a run and its continuation."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One question of one run."""
+    """One question of one run; a line of its results file."""
 
     key: str
     slide: str
-    status: Status  # missing: no usable features, so not asked; error: the server gave no answer
+    status: Status  # missing: the slide has no usable features, so it was not asked; error: there was no answer
     gold: str
     label: str | None = None  # that the answer names
-    rule: str = ""  # how the label was found
+    rule: str = ""  # by which the label was found, as in `tasks.Score`
     correct: bool = False
-    other: Mapping[str, float] = field(default_factory=dict)
+    other: Mapping[str, float] = field(default_factory=dict)  # further measures, in [0, 1]
     output: str = ""
-    logprobs: Mapping[str, float] | None = None  # label -> log-probability at the first place of the answer
+    logprobs: Mapping[str, float] | None = None  # label -> log-probability at the first token of the answer
     categories: Mapping[str, str] = field(default_factory=dict)
-    options: int = 0  # how many; 0: an open question
+    options: int = 0  # their number; 0: an open question
     num_patches: int | None = None
     encoder: str | None = None
     finish_reason: str | None = None
-    error: str | None = None
+    error: str | None = None  # why it is missing or has no answer
     seconds: float | None = None  # with retries
 
 
 class ResultsFile:
-    """An append-only results file, locked against a second run. Use it in a `with`.
+    """An append-only results file, locked against other processes. Use it in a `with`, or close it.
 
-    The last line of a key counts. A torn last line, as a killed run leaves it, is cut off.
+    Of several lines with one key the last one counts. An incomplete last line, as a killed run leaves it, is cut off.
 
     Args:
-        path: made with its folder if need be.
+        path: made, with its folder, where it does not exist.
         run: settings, as JSON; a file of other settings is refused, except for `NOT_IDENTITY`.
 
     Raises:
@@ -84,7 +84,7 @@ class ResultsFile:
         return key in self.rows and self.rows[key].status == "answered"
 
     def append(self, row: Row) -> None:
-        """Writes a line with one system call; it survives the death of the process."""
+        """Writes the row at once, unbuffered, so that it is kept when the process is killed."""
         before = self.rows.get(row.key)
         self.rows[row.key] = row
         if before != row:
@@ -95,11 +95,15 @@ class ResultsFile:
         while line:
             line = line[os.write(self._file.fileno(), line) :]
 
+    def close(self) -> None:
+        """Closes the file and gives its lock back."""
+        self._file.close()
+
     def __enter__(self) -> ResultsFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._file.close()
+        self.close()
 
 
 def read_results(path: str | Path) -> tuple[dict[str, Any], dict[str, Row]]:

@@ -1,8 +1,9 @@
 """The feature file of a question's slide, and the URL under which a server reads it, whole or thinned to 32 patches.
 
-The baselines random-32 and uniform-32 need no server that knows them: the rows they keep are written as small feature
-files, and a server whose K is 32 or more keeps every row of such a file. What differs from choosing them inside the
-server: with `position_ids: "original"` they stand at 0 .. 31, not at their places in the slide.
+The baselines random-32 and uniform-32 work with any server: the patches that their policy keeps are written as a
+feature file of 32 rows, and a server whose K is 32 or more keeps every row of such a file. There is one difference
+from a selection inside the server: with `position_ids: "original"` the patches have the positions 0 .. 31 and not
+those of their places in the slide.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.questions.finder import FeatureFinder, NoFeaturesError
-from vllm_wsi.slides import SlideIdentity, open_features, write_features
+from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features, write_features
 
-RULES = ("random-32", "uniform-32")
-KEPT = 32
+NUM_KEPT = 32
+POLICIES = ("random-32", "uniform-32")
+"""The selection policies that are asked about as baselines; each keeps `NUM_KEPT` patches."""
+
 WORK = ".vllm-wsi-eval"
+"""The folder of thinned slides, below the features, where no other is given."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,20 @@ class SlideFiles:
         with self._lock:
             return self._open(name)
 
-    def url(self, slide: SlideFile, rule: str | None = None) -> str:
-        """What a request names: the slide, or by one of `RULES` its 32 patches, which are written if need be."""
+    def url(self, slide: SlideFile, policy: str | None = None) -> str:
+        """What a request names: the slide, or its thinned file, which is written where it is not there yet.
+
+        Args:
+            policy: None: the whole slide; one of `POLICIES`: the 32 patches that it keeps.
+
+        Raises:
+            OSError: the thinned file cannot be written.
+            SlideError: the slide has no patch with finite features.
+        """
         path = slide.path
-        if rule is not None:
+        if policy is not None:
             with self._lock:
-                path = self._thinned(slide, rule)
+                path = self._thinned(slide, policy)
         if self._url is None:
             return path.as_uri()
         return f"{self._url}/{quote(path.relative_to(self.features).as_posix())}"
@@ -108,12 +121,13 @@ class SlideFiles:
             raise SlideError(f"found several slides of case {name!r} ({', '.join(names)}), wanted one, or one -DX1")
         return self._finder(chosen[0]).path
 
-    def _thinned(self, slide: SlideFile, rule: str) -> Path:
+    def _thinned(self, slide: SlideFile, policy_name: str) -> Path:
         from vllm_wsi.selection.baselines import RandomPolicy, UniformPolicy
 
         state = SlideIdentity.of_file(slide.path)
         source = f"{slide.path.name}:{state.size}:{state.mtime_ns}{state.content and f':{state.content}'}"
-        suffix = f"{rule}-seed{self._seed}" if rule == "random-32" else rule
+        is_random = policy_name == "random-32"
+        suffix = f"{policy_name}-seed{self._seed}" if is_random else policy_name
         folder = self._work
         if slide.path.is_relative_to(self.features):
             folder /= slide.path.relative_to(self.features).parent
@@ -122,18 +136,22 @@ class SlideFiles:
             with open_features(out) as kept:
                 if kept.metadata.get("thinned_from") == source:
                     return out
-        policy = RandomPolicy(KEPT, self._seed) if rule == "random-32" else UniformPolicy(KEPT)
+        policy = RandomPolicy(NUM_KEPT, self._seed) if is_random else UniformPolicy(NUM_KEPT)
         with open_features(slide.path) as file:
             selection = policy.select(file)
             rows = selection.indices.numpy()
             features = selection.features
             features = features.numpy() if features.dtype.itemsize != 2 else features.float().numpy()
-            certain = file.coord_unit == "px" and file.unit_source != "guess"  # the thinned file would not say so
-            coords = file.read_coords() if certain else None
-            coords = None if coords is None else np.asarray(coords)[rows]
-            if coords is not None and not np.array_equal(coords, np.round(coords)):
-                coords = None
             note = {"thinned_from": source, "thinned_by": suffix}
             folder.mkdir(parents=True, exist_ok=True)
-            write_features(out, features, coords, {**file.metadata, **note})
+            write_features(out, features, _pixel_coords(file, rows), {**file.metadata, **note})
         return out
+
+
+def _pixel_coords(file: FeatureFile, rows: NDArray[np.int64]) -> NDArray | None:
+    """[k, 2], the patches' places where they are whole pixels for certain; a thinned file could not record a guess."""
+    if file.coord_unit != "px" or file.unit_source == "guess":
+        return None
+    coords = file.read_coords()
+    kept = None if coords is None else np.asarray(coords)[rows]
+    return kept if kept is not None and np.array_equal(kept, np.round(kept)) else None

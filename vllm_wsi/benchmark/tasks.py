@@ -1,8 +1,8 @@
-"""Benchmarks of whole-slide questions. A task is a reader of rows; what is asked and what counts as right is shared.
+"""Benchmarks of whole-slide questions. A task reads rows of its file; asking and scoring are the same for all tasks.
 
-To add one: write what makes a `Question` of a row, and name it in `TASKS`. Schemas as the files have them: SlideBench
-(SlideChat, arXiv 2410.11761), WSI-VQA (arXiv 2407.05603), WSI-Bench (WSI-LLaVA, arXiv 2412.02141), MultiPathQA
-("Navigating Gigapixel Pathology Images with Large Multimodal Models", 2025).
+To add a task, write a function that makes a `Question` of a row, and name it in `TASKS`. The schemas are those of the
+files: SlideBench (SlideChat, arXiv 2410.11761), WSI-VQA (arXiv 2407.05603), WSI-Bench (WSI-LLaVA, arXiv 2412.02141),
+MultiPathQA ("Navigating Gigapixel Pathology Images with Large Multimodal Models", 2025).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LETTERS = string.ascii_uppercase
 class Question:
     """One row of a benchmark."""
 
-    key: str  # of the row, once in its file
+    key: str  # of the row, unique in its file
     slide: str  # as the file names it: a feature file's path or name without suffix, or a case
     text: str  # beside the slide, options included
     options: Mapping[str, str]  # label -> text; empty: an open question
@@ -41,16 +41,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """What an answer is worth."""
+    """How an answer was read, and whether it is right."""
 
-    label: str | None  # that the answer names; None for open questions and where it names none
-    rule: str  # of `parsing`, "logprobs", "structured", or "open"
+    label: str | None  # that the answer names; None for open questions, and where the answer names none
+    rule: str  # by which the label was found: one of `parsing`, "logprobs", "structured", "open" or "none"
     correct: bool
     other: Mapping[str, float] = field(default_factory=dict)  # further measures, in [0, 1]
 
 
 def to_messages(question: Question, slide_url: str | None) -> list[dict[str, Any]]:
-    """One user turn: the slide first, the question after it; None asks without a slide."""
+    """The chat messages of a question: one user turn, the slide before the text; without a URL, the text alone."""
     parts: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
     if slide_url is not None:
         parts.insert(0, {"type": "image_url", "image_url": {"url": slide_url}})
@@ -58,11 +58,11 @@ def to_messages(question: Question, slide_url: str | None) -> list[dict[str, Any
 
 
 def score(question: Question, output: str) -> Score:
-    """Judges a written answer.
+    """Scores a written answer.
 
-    Multiple choice: the label that `parsing` reads. Where answers are options' texts (WSI-VQA), `nearest_choice` is the
-    benchmark's own number beside it: by difflib's quick_ratio, no option is nearer to the answer than the right one.
-    Open: `correct` is equality of the normalised words, and `token_f1` the F1 of the two bags of words.
+    Multiple choice: `parsing` reads the label. `nearest_choice` is WSI-VQA's own measure, as its answers are the texts
+    of options: 1 where no option is more similar to the answer, by difflib's quick_ratio, than the right one is.
+    Open: `correct` where the normalised words are equal; `token_f1` is the F1 of the two bags of words.
     """
     if not question.options:
         found, wanted = normalise(output).split(), normalise(question.gold).split()
@@ -167,9 +167,9 @@ def _wsi_bench(row: dict, number: int, columns: Mapping[str, str]) -> Question:
 
 
 def _multipathqa(row: dict, number: int, columns: Mapping[str, str]) -> Question:
-    """Options are numbered from 1, as the prompts of its authors say; without options the answer is a grade 0 .. 5.
+    """Options are numbered from 1, as in its authors' prompts; without options the answer is a grade from 0 to 5.
 
-    Prompts are templates of `str.format`: `{options}`, and doubled braces for single ones.
+    Prompts are templates of `str.format`: they hold `{options}`, and double braces where a single brace is meant.
     """
     slide, prompt, gold = (cell(row, name) for name in ("image_path", "prompt", "answer"))
     listed = (row.get("options") or "").strip()

@@ -80,8 +80,8 @@ def evaluate(
         raise typer.BadParameter(f"found {' and '.join(given)}, wanted one of them")
     arguments = _json_object(engine_args)
     with needs_extra("eval"):
+        from vllm_wsi.benchmark.report import report
         from vllm_wsi.benchmark.runner import EvalSettings, Evaluation
-        from vllm_wsi.benchmark.summarise import report
 
     settings = EvalSettings(
         task=task,
@@ -109,13 +109,15 @@ def evaluate(
         _ask_offline(evaluation, offline, arguments, encoder_mismatch)
     elif endpoint is not None:
         asyncio.run(_ask_endpoint(evaluation, endpoint, model, retries, timeout))
-    if report(evaluation, compare or ()):
+    lines, num_errors = report(evaluation, compare or ())
+    for line in lines:
+        print(line)
+    if num_errors:
         raise typer.Exit(1)
 
 
 async def _ask_endpoint(evaluation: Evaluation, url: str, model: str | None, retries: int, timeout: float) -> None:
-    from vllm_wsi.benchmark.ask_endpoint import Endpoint
-    from vllm_wsi.benchmark.runner import ask_endpoint
+    from vllm_wsi.benchmark.ask_endpoint import Endpoint, ask_endpoint
 
     endpoint = Endpoint(url, model, retries, timeout)
     try:

@@ -19,7 +19,7 @@ def train(
     seed: Annotated[int | None, option("--seed", help="instead of the configuration's")] = None,
 ) -> None:
     hide_transformers_progress()
-    from vllm_wsi.haystack.generator import GENERATORS, recipe
+    from vllm_wsi.haystack.recipe import GENERATORS, recipe
 
     with needs_extra("train"):
         from vllm_wsi.training import train as training

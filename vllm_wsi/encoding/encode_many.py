@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import multiprocessing
 import os
 import time
@@ -11,13 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.files import IMAGE_SUFFIXES, QC_SUFFIX, write_atomically
+from vllm_wsi.files import IMAGE_SUFFIXES, QC_SUFFIX, write_csv
 from vllm_wsi.slides.formats.dispatch import open_features
 from vllm_wsi.slides.units import positive_number
 
@@ -247,12 +245,8 @@ def _pool(
 
 def write_summary(out: Path, outcomes: Sequence[Outcome]) -> Path:
     """One CSV row for each slide."""
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow([column.name for column in fields(Outcome)])
-    table.writerows(astuple(outcome) for outcome in outcomes)
     path = out / SUMMARY
-    write_atomically(path, text.getvalue().encode())
+    write_csv(path, map(asdict, outcomes), [column.name for column in fields(Outcome)])
     return path
 
 

@@ -1,9 +1,10 @@
 """Haystack: virtual slides with known answers, from a seed. A few key patches decide a multiple-choice question.
 
-A slide is a grid of tissue. Its regions hold common patch types; small foci hold the key patches of one of four
-findings, and only they tell which answer is right. Distractors lie in wait for rules that do not know the question:
-loud ones have a large norm, dense ones are near-copies of each other. All patch types have centres of unit variance,
-and each rare one resembles a common one (cosine 0.5), so that no single feature gives it away.
+A slide is a grid of patches. Its regions hold common patch types. Small foci hold the key patches of one of four
+findings, and only the key patches tell which answer is right. Distractors mislead a selection policy that does not
+know the question: loud distractors have a large norm, dense distractors are nearly equal to one another. Every patch
+type has a centre of unit variance. The centre of each rare type resembles that of a common type (cosine 0.5), so that
+no single feature tells them apart.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ STEMS = (
 LETTERS = "ABCD"
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 PATCH_PX = 512
-REGIONS = 12
-LOUDNESS = 2.5
-DENSE_NOISE = 0.2
+REGIONS = 12  # of each slide
+LOUDNESS = 2.5  # the features of loud distractors are multiplied by it
+DENSE_NOISE = 0.2  # standard deviation of a dense distractor about its type
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,12 @@ class HaystackWorld:
         seed: of the patch types and of every slide.
         feature_dim: d.
         noise: standard deviation of a patch about its type.
-        num_common, num_distractors: patch types beside the four findings.
-        distractor_rate: share of a slide's patches.
-        lookalike_rate: share of patches that resemble a finding (cosine 0.87 with its type) and mean nothing.
+        num_common, num_distractors: numbers of patch types beside the four findings.
+        distractor_rate: share of a slide's patches that are distractors.
         key_patches: least and most key patches of a slide, whatever its length.
-        open_share: of the questions that name no options and are answered by the finding itself.
+        lookalike_rate: share of a slide's patches that resemble a finding (cosine 0.87 with its type) but are no key
+            patches.
+        open_share: share of questions that name no options and are answered by the name of the finding.
     """
 
     seed: int = 0
@@ -73,7 +75,7 @@ class HaystackWorld:
 
     @property
     def first_lookalike(self) -> int:
-        """Number of the first look-alike's type."""
+        """Row of `centres` where the look-alikes begin."""
         return self.num_common + len(FINDINGS) + self.num_distractors
 
     def slide(self, split: str, number: int, num_patches: int) -> HaystackSlide:
@@ -87,7 +89,7 @@ class HaystackWorld:
 
 @dataclass(frozen=True, eq=False)
 class HaystackSlide:
-    """One virtual slide; its features are made when it is opened."""
+    """One virtual slide: a `SlideSource` whose features are made each time that it is opened."""
 
     world: HaystackWorld
     split: str
@@ -102,7 +104,7 @@ class HaystackSlide:
         width = self.width
         rows = np.arange(self.num_patches)
         place = np.stack((rows % width, rows // width), axis=1)
-        # Regions: every patch belongs to the nearest of some sites, as tissue does.
+        # Every patch belongs to the region whose site is nearest, as tissue forms connected regions.
         sites = rng.uniform(0, width, (REGIONS, 2))
         nearest = np.zeros(len(rows), np.int64)
         closest = np.full(len(rows), np.inf)
@@ -147,7 +149,7 @@ class HaystackSlide:
         return f"haystack-{self.world.seed}-{self.split}-{self.number}-{self.num_patches}"
 
     def features(self) -> NDArray[np.float32]:
-        """[N, d]."""
+        """fp32 [N, d]."""
         world, rng = self.world, self._rng(1)
         x = rng.standard_normal((self.num_patches, world.feature_dim), np.float32)
         x *= world.noise
@@ -165,6 +167,7 @@ class HaystackSlide:
         return np.stack((rows % self.width, rows // self.width), axis=1) * PATCH_PX
 
     def metadata(self) -> dict[str, str]:
+        """What the slide's feature file says about it."""
         side = str(self.width * PATCH_PX)
         return {
             "slide_id": self.name,
@@ -175,6 +178,7 @@ class HaystackSlide:
         }
 
     def open(self) -> FeatureFile:
+        """The slide as an open feature file in memory."""
         opened = features_in_memory(self.features(), name=self.name)
         opened.metadata = self.metadata()
         return opened
@@ -186,10 +190,11 @@ class HaystackSlide:
 
     @property
     def finding_name(self) -> str:
+        """The right answer in words."""
         return FINDINGS[self.finding]
 
     def item(self, number: int = 0) -> SlideItem:
-        """A question about the slide: the four findings in a random order, so that no letter is the better guess.
+        """A question about the slide. The four findings stand in a random order, so that each letter is as likely.
 
         Args:
             number: of the question.
@@ -209,7 +214,7 @@ class HaystackSlide:
 
     @staticmethod
     def option(question: str, letter: str) -> str | None:
-        """The finding that a letter stands for in a question; None where it is none of its letters."""
+        """The finding that a letter stands for in a question; None where the question has no such letter."""
         lines = [line for line in question.splitlines() if letter and line.startswith(f"{letter}. ")]
         return lines[0].partition(". ")[2] if lines else None
 
@@ -222,9 +227,12 @@ def _standardise(rows: NDArray) -> NDArray:
 def haystack_items(
     split: str = "train", count: int = 1000, num_patches: int | tuple[int, int] = 512, first: int = 0, **world: Any
 ) -> list[SlideItem]:
-    """Questions for `training`: `num_patches` of one length, or of lengths between two.
+    """One question about each of `count` slides.
 
     Args:
+        split: a key of `SPLITS`.
+        num_patches: N of every slide, or the least and the largest N, between which lengths are drawn.
+        first: number of the first slide.
         world: arguments of `HaystackWorld`.
 
     Raises:
@@ -239,23 +247,3 @@ def haystack_items(
     numbers = range(first, first + count)
     lengths = [int(np.random.default_rng([number, 11]).integers(*num_patches, endpoint=True)) for number in numbers]
     return [made.slide(split, number, length).item() for number, length in zip(numbers, lengths, strict=True)]
-
-
-GENERATORS = {"haystack": haystack_items}
-"""For `training.train.train`."""
-
-
-def recipe(config: str) -> Path:
-    """The YAML file of a training run: a path, or `haystack` for the one that made the demo checkpoint."""
-    return Path(__file__).with_name("haystack.yaml") if config == "haystack" else Path(config)
-
-
-def groups_of_length(slides: str, world: HaystackWorld, split: str = "test") -> dict[str, list[SlideItem]]:
-    """Questions by slide length, from a list as "1000:192,100000:24" (N:questions)."""
-    groups = {}
-    for part in slides.split(","):
-        length, _, count = part.partition(":")
-        if not (length.isdigit() and count.isdigit() and int(length) and int(count)):
-            raise SettingsError(f"slides: found {part!r}, wanted N:COUNT")
-        groups[f"{int(length)}"] = world.items(split, int(count), int(length))
-    return groups

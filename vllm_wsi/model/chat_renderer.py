@@ -40,7 +40,7 @@ class ChatRenderer:
         probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
         try:
             self._takes_parts = self._render(probe, False).count(SLIDE_TOKEN) == 1
-        except Exception:  # a template may do anything with content that it was not written for
+        except Exception:  # a template that expects text may fail in any way on a list of parts
             self._takes_parts = False
 
     def question(self, item: SlideItem) -> list[int]:
@@ -56,7 +56,7 @@ class ChatRenderer:
         for question, answer in item.turns:
             messages.append(self._user(question))
             prompt = self._render(messages, True)
-            # vLLM hands a template that takes parts the earlier answers as parts too.
+            # Where a template takes parts, vLLM passes earlier answers as parts too.
             content = [{"type": "text", "text": answer}] if self._takes_parts else answer
             messages.append({"role": "assistant", "content": content})
             whole = self._render(messages, False)
@@ -86,7 +86,7 @@ class ChatRenderer:
     def _user(self, text: str) -> dict[str, Any]:
         pieces = [piece.strip("\n") for piece in text.split(SLIDE_MARK)]
         if not self._takes_parts:
-            # vLLM puts the placeholders before the text where a template knows text alone.
+            # Where a template takes text only, vLLM puts the placeholders before the text.
             marks = [SLIDE_TOKEN] * (len(pieces) - 1)
             return {"role": "user", "content": "\n".join([*marks, *(piece for piece in pieces if piece)])}
         parts: list[dict[str, str]] = []

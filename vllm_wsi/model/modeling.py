@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vllm_wsi.selection.positions import SlideSpan, prompt_positions
 from vllm_wsi.selection.scorer import build_scorer
 from vllm_wsi.selection.selector import Selection, SlideSelector, frozen_scorer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 
 from .config import SparseWSIConfig
+from .prompt_layout import PatchRows, lay_out
 
 PromptIds: TypeAlias = Tensor | NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
 
@@ -110,22 +110,16 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the prompt's slide tokens and the selections differ in number.
         """
-        places = torch.nonzero(input_ids == self.config.slide_token_id)[:, 0].tolist()
-        if len(places) != len(selections):
-            raise ValueError(f"the prompt holds {len(places)} slide tokens, wanted one for each of {len(selections)}")
-        embed, parts, spans, end, length = self.get_input_embeddings(), [], [], 0, 0
-        for place, selection in zip(places, selections, strict=True):
-            parts += [
-                embed(input_ids[end:place]),
-                self.projector(selection.features),
-            ]
-            length += place - end
-            spans.append(SlideSpan(length, selection.indices, selection.num_patches))
-            length, end = length + len(selection.indices), place + 1
-        parts.append(embed(input_ids[end:]))
-        embeddings = torch.cat(parts)
-        positions, _ = prompt_positions(embeddings.shape[0], spans, self.config.slide_position_budget)
-        return embeddings[None], positions[None].to(self.device)
+        slides = [PatchRows(one.indices, one.num_patches) for one in selections]
+        config, ids = self.config, input_ids.cpu()
+        layout = lay_out(ids, slides, config.slide_token_id, config.slide_position_budget)
+        ids = ids.repeat_interleave(layout.repeats).to(input_ids.device)
+        embeddings = self.get_input_embeddings()(ids)
+        if selections:
+            patches = torch.cat([self.projector(one.features) for one in selections])
+            is_patch = (ids == config.slide_token_id)[:, None]
+            embeddings = embeddings.masked_scatter(is_patch, patches.to(embeddings.dtype))
+        return embeddings[None], layout.positions[None].to(self.device)
 
     def forward(
         self,

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from vllm_wsi.errors import SlideError
 from vllm_wsi.files import write_atomically
 from vllm_wsi.selection.selector import NOTHING_SAID, Selection
-from vllm_wsi.slides.places import Said, origin, refuse_guesses
+from vllm_wsi.slides.places import Said, origin, refuse_guesses, with_image_mpp
 from vllm_wsi.slides.regions import extent
-from vllm_wsi.slides.units import positive_number
 
 from .geojson import geojson
 
@@ -72,12 +71,12 @@ class SelectionOverlay:
     def _with_mpp(self) -> Said:
         """What the user says, and the image's mpp where coordinates are in microns and nothing else says it."""
         unit, _ = self._selection.settle(self._name, self._said)
-        known = self._said.mpp is not None or positive_number(self._selection.metadata.get("mpp")) is not None
-        if self._image is None or known or unit is None or unit.unit != "um":
+        image = self._image
+        if image is None or unit is None or unit.unit != "um":
             return self._said
         from vllm_wsi.encoding.image import image_mpp
 
-        return self._said._replace(mpp=image_mpp(self._image, self._image_name))
+        return with_image_mpp(self._said, self._selection.metadata, lambda: image_mpp(image, self._image_name))
 
     def _all_rects(self):
         return self._selection.all_rects(self._name, self._said)

@@ -20,6 +20,7 @@ from vllm_wsi.kernels.keys import pack_keys, unpack_keys
 from vllm_wsi.slides import FeatureFile
 
 from .chunk_reader import ChunkStager, read_tensor_rows
+from .evenly_spaced import evenly_spaced
 from .selector import Selection
 
 BLOCK_ROWS = 4096
@@ -43,12 +44,12 @@ class Patches(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """A rule that keeps K patches of a slide.
+    """A policy that keeps K patches of a slide.
 
-    A patch with a NaN or an infinity is never kept, a slide of fewer than K other patches keeps them all, a tie
-    goes to the lower row. Distances are those of the features as the encoder gives them, not standardised. The
-    same file, policy and machine give the same patches; on another machine, sums that round otherwise may turn a
-    near tie, but not for "random", "uniform" and "oracle".
+    A patch with a NaN or an infinity is never kept. A slide with fewer than K finite patches keeps all of these. Ties
+    go to the lower row. Distances are those of the features as the encoder gives them, not standardised. The same file,
+    policy and machine give the same patches; on another machine, sums that round otherwise may turn a near tie, but not
+    for "random", "uniform" and "oracle".
 
     Reads the slide once, into one fp32 matrix on the CPU: 4 bytes a feature; the kept rows are read again.
 
@@ -97,8 +98,8 @@ class Policy(ABC):
 class RandomPolicy(Policy):
     """Patches drawn at random without replacement; what a smaller K keeps, a larger K keeps too. Scores are 0.
 
-    Each row's lot follows from the seed, N and the slide's `slide_id` (without one, the file's own name), by
-    NumPy's PCG64, whose stream is fixed: the same on every machine and with every version.
+    The random numbers follow from the seed, N and the slide's `slide_id` (or the file's name where it has none).
+    NumPy's PCG64 draws them; its stream is the same on every machine and with every version.
     """
 
     seed: int = 0
@@ -116,7 +117,7 @@ class UniformPolicy(Policy):
     """Evenly spaced rows: the i-th is floor((i + 0.5) * m / K) of the m finite ones. Scores are 0."""
 
     def _pick(self, patches: Patches, k: int) -> tuple[Tensor, Tensor]:
-        return (2 * torch.arange(k) + 1) * len(patches.rows) // (2 * k), torch.zeros(k)
+        return evenly_spaced(k, len(patches.rows)), torch.zeros(k)
 
 
 class TopNormPolicy(Policy):
@@ -128,11 +129,13 @@ class TopNormPolicy(Policy):
 
 @dataclass(frozen=True)
 class KMeansPolicy(Policy):
-    """The patch nearest to each of K centroids, in the centroids' order: one that is taken leaves the next nearest.
+    """The patch nearest to each of K centroids, in the centroids' order. A patch that is already taken is passed over
+    for the next nearest.
 
-    Centroids by scikit-learn's MiniBatchKMeans: approximate, but several times faster than its KMeans. It runs in
-    one thread, so that the bits do not depend on their number; its batches are too small to gain from more, and on
-    busy cores lose tenfold. The score is minus the distance to the centroid. Needs the extra `study`.
+    Centroids by scikit-learn's MiniBatchKMeans: approximate, but several times faster than its KMeans. It runs in one
+    thread, so that the bits do not depend on the number of threads. Its batches are too small to gain from several
+    threads, which on busy cores make it ten times slower. The score is minus the distance to the centroid. Needs the
+    extra `study`.
     """
 
     seed: int = 0
@@ -273,7 +276,8 @@ class _Places:
         return self._places[-1]
 
     def take_best(self, values: Tensor) -> Tensor:
-        """Takes the place of the largest value, the lowest among equals, and returns the value. Spoils `values`."""
+        """Takes the place of the largest value, the lowest place among equals, and returns the value. Overwrites
+        `values`."""
         values[self._places] = -torch.inf
         place = int(values.argmax())
         self.taken[len(self._places)] = place

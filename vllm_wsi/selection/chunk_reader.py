@@ -37,7 +37,8 @@ def _storage(buffer: Tensor) -> NDArray:
 
 
 class _ThreadStreams(threading.local):
-    """Each thread's own stream: PyTorch keeps freed memory by stream, so that one for each slide would pile up."""
+    """One stream for each thread. PyTorch keeps freed memory for each stream, so a stream for each slide would use more
+    and more memory."""
 
     def __init__(self) -> None:
         self._by_device: dict[torch.device, torch.cuda.Stream] = {}

@@ -48,7 +48,7 @@ class Selection:
     num_patches: int  # N
     num_nonfinite: int  # patches whose score was NaN or infinite: never kept
     read_seconds: float = 0.0
-    score_seconds: float = 0.0  # upload, scoring and Top-K, as far as reading did not hide them
+    score_seconds: float = 0.0  # upload, scoring and Top-K, less what ran while the next chunk was read
     coords: NDArray | None = None  # [k, 2] top-left corners in coord_unit
     coord_unit: CoordUnit | None = None  # None: there are no places, or nothing tells their unit
     unit_source: Source | None = None
@@ -68,7 +68,8 @@ class Selection:
         all_scores: Tensor | None = None,
         **counts: Any,
     ) -> Selection:
-        """With what the slide itself says of the kept patches; `counts`: num_nonfinite, the seconds, encoder_match."""
+        """A selection with what the slide's file says of the kept patches; `counts`: num_nonfinite, the seconds,
+        encoder_match."""
         coords, unit = slide.read_coords(), slide.coord_unit
         return cls(
             indices=indices,
@@ -148,7 +149,7 @@ class SlideSelector:
         num_slide_tokens: K.
         device: "cpu", "cuda", or "auto" for a GPU where there is one; CUDA starts at the first slide.
         max_patches: longer slides are refused.
-        chunk_rows: rows read at once; None: `staging.py` decides by their size.
+        chunk_rows: rows read at once; None: `ChunkStager` decides by their size.
         encoder: whose features the scorer was trained on, and whether others are refused; None: not known.
 
     Raises:
@@ -272,7 +273,7 @@ def _select_in_context(
         with stager.on_stream():
             map_blocks(features, start, scorer.embed, tokens[start : start + len(features)], rows)
     with stager.on_stream():
-        # One NaN would reach every patch: rows that are not finite stand aside.
+        # A NaN would spread to every patch, so rows that are not finite are left out.
         finite = torch.isfinite(tokens).all(dim=1)
         scores = torch.full((len(tokens),), float("nan"), device=tokens.device)
         scores[finite] = scorer.score_tokens(tokens[finite])

@@ -1,13 +1,13 @@
-"""LoRA adapters: their names are the decoder's or the whole model's, and one that would change nothing is an error.
-
-vLLM leaves out what it finds no module for, without a word. Here every weight of an adapter is checked before it is
-loaded, in the process that holds the model; the API server turns the refusal into an HTTP 400.
+"""LoRA adapters. Their weights may be named as in the decoder or as in the whole model. An adapter that would change
+nothing is an error: vLLM itself skips weights that fit no module, and does not say so. Here every weight of an adapter
+is checked before it is loaded, in the process that holds the model; the API server turns the refusal into an HTTP 400.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vllm.lora.utils import (
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.models.utils import PPMissingLayer, WeightsMapper
 
+from vllm_wsi.errors import WsiError
 from vllm_wsi.model.config import SparseWSIConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -46,7 +47,7 @@ DECODER_NAMES = WeightsMapper(
 """From the names of a text decoder, and of training, to the served model's."""
 
 
-class AdapterError(ValueError):
+class AdapterError(WsiError):
     """An adapter that does not fit the served model; one sentence."""
 
 
@@ -129,7 +130,8 @@ def _is_left_out(module: str, manager: LoRAModelManager) -> bool:
 
 
 def _check_shape(file: str, name: str, tensor: Tensor, is_a: bool, layer: BaseLayerWithLoRA, place: int) -> None:
-    """vLLM copies a smaller matrix into the corner of its buffer; sizes that are shared among processes stay its."""
+    """Compares a matrix with vLLM's buffer, because vLLM copies a smaller matrix into the buffer's corner without an
+    error. Under tensor parallelism the sizes differ, and nothing is checked."""
     if not isinstance(layer, BaseLinearLayerWithLoRA) or layer.tp_size > 1:
         return
     buffers = layer.lora_a_stacked if is_a else layer.lora_b_stacked
@@ -142,11 +144,8 @@ def _check_shape(file: str, name: str, tensor: Tensor, is_a: bool, layer: BaseLa
         raise AdapterError(f"{file}: {name}: found shape {tuple(tensor.shape)}, wanted {side}")
 
 
-def install_adapter_check() -> None:
-    """Wraps vLLM's loading of adapters into a model, in the process that holds one."""
-    original = WorkerLoRAManager._load_adapter
-    if getattr(original, "checks_adapters", False):
-        return
+def checking_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `WorkerLoRAManager._load_adapter`, in the process that holds the model."""
 
     def load(self: WorkerLoRAManager, lora_request: LoRARequest) -> Any:
         manager = self._adapter_manager
@@ -154,21 +153,15 @@ def install_adapter_check() -> None:
             check_adapter(Path(get_adapter_absolute_path(lora_request.lora_path)), manager)
         return original(self, lora_request)
 
-    load.checks_adapters = True  # type: ignore[attr-defined]
-    WorkerLoRAManager._load_adapter = load  # type: ignore[method-assign]
+    return load
 
 
-def install_adapter_refusal() -> None:
-    """Wraps the API server's loading of adapters: what the check refuses is the client's fault, not the server's."""
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+def refusing_with_400(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Wraps `OpenAIServingModels.load_lora_adapter`: what the check refuses is the client's fault, not the server's."""
     from vllm.entrypoints.serve import create_error_response
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-    original = OpenAIServingModels.load_lora_adapter
-    if getattr(original, "refuses_adapters", False):
-        return
-
-    async def load(self: OpenAIServingModels, request: Any, base_model_name: str | None = None) -> Any:
+    async def load(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         answer = await original(self, request, base_model_name)
         if isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.INTERNAL_SERVER_ERROR:
             _, mark, sentence = answer.error.message.partition(MARK)
@@ -177,25 +170,18 @@ def install_adapter_refusal() -> None:
                 return create_error_response(sentence, "BadRequestError", HTTPStatus.BAD_REQUEST)
         return answer
 
-    load.refuses_adapters = True  # type: ignore[attr-defined]
-    OpenAIServingModels.load_lora_adapter = load  # type: ignore[method-assign]
+    return load
 
 
-def install_offline_check() -> None:
-    """Wraps the engine behind `vllm.LLM`, which would load an adapter within a step, where an error ends the engine."""
-    from vllm.v1.engine.llm_engine import LLMEngine
+def loading_adapters_first(original: Callable[..., str]) -> Callable[..., str]:
+    """Wraps `LLMEngine.add_request`, behind `vllm.LLM`: an adapter is loaded before the request is queued."""
 
-    original = LLMEngine.add_request
-    if getattr(original, "loads_adapters", False):
-        return
-
-    def add(self: LLMEngine, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any) -> str:
+    def add(self: Any, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any) -> str:
         if lora_request is not None and isinstance(self.model_config.hf_config, SparseWSIConfig):
-            known = self.__dict__.setdefault("wsi_adapters", set())
-            if lora_request.lora_int_id not in known:
+            loaded = self.__dict__.setdefault("wsi_adapters", set())
+            if lora_request.lora_int_id not in loaded:
                 self.add_lora(lora_request)
-                known.add(lora_request.lora_int_id)
+                loaded.add(lora_request.lora_int_id)
         return original(self, *args, lora_request=lora_request, **kwargs)
 
-    add.loads_adapters = True  # type: ignore[attr-defined]
-    LLMEngine.add_request = add  # type: ignore[method-assign]
+    return add

@@ -7,19 +7,13 @@ import base64
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
-from http import HTTPStatus
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-import aiohttp
-import requests
 import vllm.envs as envs
 from torch import Tensor
-from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
 from vllm.multimodal.media.connector import global_thread_pool
 
@@ -27,8 +21,9 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.chunk_reader import read_tensor_rows
 from vllm_wsi.slides import SlideIdentity, open_features
 
-from .service import SelectedSlide, SelectionService, SlideRequest, current_service, finished
-from .stalling_pool import SlidesStalled
+from .client_errors import fetch_errors_as_422, naming_the_file_alone, stalls_as_503
+from .service import SelectedSlide, SelectionService, SlideRequest
+from .vllm_hooks import current_service
 
 CONNECTOR = "vllm_wsi"
 BY_VALUE = "slide sent by value"
@@ -57,7 +52,7 @@ class SlideMediaIO(MediaIO[SlideRequest]):
         if not data:
             raise SlideError(f"{BY_VALUE}: found no bytes, wanted a feature file")
         digest = hashlib.blake2b(data, digest_size=20).hexdigest()
-        head = data[:64]  # of a table or of something binary that holds a comma too
+        head = data[:64]  # a CSV table begins with text; binary formats may hold a comma too
         suffix = ".csv" if b"," in head and head.isascii() and min(head) >= ord("\t") else ""
         with tempfile.NamedTemporaryFile(prefix="vllm-wsi-", suffix=suffix) as spool:
             spool.write(data)
@@ -78,7 +73,7 @@ class SlideMediaIO(MediaIO[SlideRequest]):
 
 
 class PathIO(MediaIO[Path]):
-    """The path that a file URL leads to, after vLLM's own check that it lies below the allowed one."""
+    """The path of a file URL, after vLLM has checked that it lies below the allowed path."""
 
     def load_file(self, filepath: Path) -> Path:
         return filepath
@@ -92,14 +87,12 @@ class PathIO(MediaIO[Path]):
 
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
 class SlideConnector(MediaConnector):
-    """vLLM's connector, which keeps its rules for paths and domains; what it fetches are slides."""
+    """vLLM's connector, with its rules for paths and domains, but it fetches slides instead of pictures."""
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> SelectedSlide:  # type: ignore[override]
         service, url, media_io = self._prepare(image_url)
-        try:
+        with fetch_errors_as_422():
             request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
-        except FETCH_ERRORS as error:
-            raise _fetch_error(error) from error
         with naming_the_file_alone(request.path), stalls_as_503():
             return service.select(request)
 
@@ -108,25 +101,11 @@ class SlideConnector(MediaConnector):
     ) -> SelectedSlide:
         """`keep_all_scores`: with the scores and places of all patches; no URL can ask for that."""
         service, url, media_io = self._prepare(image_url, keep_all_scores)
-        with stalls_as_503():
-            try:
-                if url[:5].lower() == "file:":
-                    path, future = await service.look_up(self._submit_file, service, url, media_io)
-                else:
-                    request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
-                    path, future = None, service.submit(request)
-            except FETCH_ERRORS as error:
-                raise _fetch_error(error) from error
-            with naming_the_file_alone(path):
-                return await finished(future)
-
-    def _submit_file(
-        self, service: SelectionService, url: str, media_io: SlideMediaIO
-    ) -> tuple[Path | None, Future[SelectedSlide]]:
-        """All that a stalled mount can hold up before the selection, in one thread: each hop costs half a ms."""
-        request = self.load_from_url(url, media_io)
-        with naming_the_file_alone(request.path):
-            return request.path, service.submit(request)
+        with fetch_errors_as_422(), stalls_as_503():
+            if url[:5].lower() == "file:":
+                return await service.select_async(partial(self.load_from_url, url, media_io))
+            request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
+            return await service.select_async(request)
 
     def fetch_image_embedding(self, data: str) -> Tensor:
         """The features [N, d] of an `image_embeds` part: a feature file of any kind, or vLLM's `torch.save`, in base64.
@@ -179,33 +158,6 @@ def decode_base64(data: str, name: str) -> bytes:
         return base64.b64decode("".join(unquote(data).split()), validate=True)
     except ValueError as error:  # binascii.Error, and characters beyond ASCII
         raise SlideError(f"{name}: found broken base64 ({error}), wanted a feature file") from error
-
-
-FETCH_ERRORS = (aiohttp.ClientError, requests.RequestException, TimeoutError, OSError)
-
-
-@contextmanager
-def naming_the_file_alone(path: Path | None) -> Iterator[None]:
-    """Errors that leave the server name the file, not its folder (vLLM would blot out the whole path)."""
-    try:
-        yield
-    except SlideError as error:
-        if path is None:
-            raise
-        raise SlideError(str(error).replace(str(path), path.name)) from error
-
-
-@contextmanager
-def stalls_as_503() -> Iterator[None]:
-    """The status for which clients ask again by themselves, and load balancers elsewhere."""
-    try:
-        yield
-    except SlidesStalled as error:
-        raise GracefulHTTPError(f"The slide cannot be read now: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
-
-
-def _fetch_error(error: Exception) -> Exception:
-    return VLLMUnprocessableEntityError(f"The slide could not be fetched: {type(error).__name__}: {error}")
 
 
 def fetch_seconds() -> int:

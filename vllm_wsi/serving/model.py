@@ -22,11 +22,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
+from vllm_wsi.errors import SettingsError, SlideError
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.model.modeling import SlideProjector
 from vllm_wsi.selection.positions import SlideSpan, prompt_positions
 
-from .adapters import DECODER_NAMES, install_adapter_check
+from . import vllm_hooks
+from .adapters import DECODER_NAMES
 from .processor import SparseWSIDummyInputsBuilder, SparseWSIMultiModalProcessor, SparseWSIProcessingInfo
 
 EXTENSIBLE_ROPE = ("default", "linear", "llama3")
@@ -41,8 +43,8 @@ class SparseWSIForConditionalGeneration(
 ):  # fmt: skip
     """Serves the checkpoints of `vllm_wsi.model.modeling.SparseWSIForConditionalGeneration`.
 
-    Nothing here can fail for one request: an exception inside the engine's step would stop every request, so all
-    that can be wrong with a slide is refused in the API server.
+    An exception inside the engine's step would stop every request. So everything that can be wrong with a slide is
+    refused in the API server, and nothing here can fail for a single request.
     """
 
     hf_to_vllm_mapper = DECODER_NAMES
@@ -52,11 +54,11 @@ class SparseWSIForConditionalGeneration(
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         if modality.startswith("image"):
             return SLIDE_TOKEN
-        raise ValueError(f"found a part of type {modality}, wanted image_url with a slide's URL")
+        raise SlideError(f"found a part of type {modality}, wanted image_url with a slide's URL")
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        install_adapter_check()
+        vllm_hooks.install("model")
         config: SparseWSIConfig = vllm_config.model_config.hf_config
         self.config = config
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.slide_token_id])
@@ -110,7 +112,7 @@ class SparseWSIForConditionalGeneration(
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        # The scorer works in the API server (`selection.py`), before the engine.
+        # The scorer works in the API server (`service.py`), before the engine.
         return AutoWeightsLoader(self).load_weights(item for item in weights if not item[0].startswith("scorer."))
 
     def get_mm_mapping(self) -> MultiModelKeys:
@@ -126,7 +128,7 @@ def with_rotary_room(config: SparseWSIConfig, max_model_len: int) -> Any:
     their sum.
 
     Raises:
-        ValueError: the table is too short and its kind of RoPE cannot be made longer.
+        SettingsError: the table is too short and its kind of RoPE cannot be made longer.
     """
     text_config = copy.deepcopy(config.text_config)
     table = text_config.max_position_embeddings
@@ -137,7 +139,7 @@ def with_rotary_room(config: SparseWSIConfig, max_model_len: int) -> Any:
     if config.slide_position_budget == 0:
         return text_config
     if kind not in EXTENSIBLE_ROPE:
-        raise ValueError(
+        raise SettingsError(
             f"position_ids 'original' needs {needed} positions (max_slide_positions {config.max_slide_positions} + "
             f"--max-model-len {max_model_len}), but the decoder's {kind} RoPE has {table}; "
             f"start with --max-model-len {table - config.max_slide_positions} or less"

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
-from .service import close_services
+from .vllm_hooks import close_services
 
 if TYPE_CHECKING:
     from starlette.datastructures import State

@@ -6,11 +6,11 @@ from vllm import ModelRegistry
 
 from vllm_wsi.model.config import ARCHITECTURE
 
-from .plugin_flag import add_plugin_flag
+from . import vllm_hooks
 
 
 def register_with_vllm() -> None:
     """Idempotent; importing `vllm_wsi.model.config` makes the model type known to transformers."""
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"vllm_wsi.serving.model:{ARCHITECTURE}")
-    add_plugin_flag()
+    vllm_hooks.install("every process")

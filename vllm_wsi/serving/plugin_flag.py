@@ -8,21 +8,19 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-from vllm.engine.arg_utils import EngineArgs
-
 PLATFORM_GROUP = "vllm.platform_plugins"
 
 
 def installed_plugins() -> dict[str, set[str]]:
     """Names of the installed vLLM plugins, by entry point group."""
-    every = entry_points()
-    return {group: set(every.select(group=group).names) for group in every.groups if group.startswith("vllm.")}
+    points = entry_points()
+    return {group: set(points.select(group=group).names) for group in points.groups if group.startswith("vllm.")}
 
 
 class AllowPlugins(argparse.Action):
     """Checks the names and adds them to VLLM_PLUGINS, which vLLM's other processes inherit.
 
-    Platform plugins stay allowed: naming a model plugin must not take the device away.
+    Platform plugins stay allowed; without its platform plugin, vLLM would not find the device.
     """
 
     def __call__(
@@ -48,11 +46,10 @@ class AllowPlugins(argparse.Action):
         setattr(namespace, self.dest, names)
 
 
-def add_plugin_flag() -> None:
+def with_plugin_flag(
+    original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
     """Wraps `EngineArgs.add_cli_args`, which vLLM calls after it has loaded the general plugins."""
-    original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] = EngineArgs.add_cli_args
-    if getattr(original, "adds_plugin_flag", False):
-        return
 
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = original(parser)
@@ -64,5 +61,4 @@ def add_plugin_flag() -> None:
         )
         return parser
 
-    add_cli_args.adds_plugin_flag = True  # type: ignore[attr-defined]
-    EngineArgs.add_cli_args = staticmethod(add_cli_args)  # type: ignore[method-assign,assignment]
+    return add_cli_args

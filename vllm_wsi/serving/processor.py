@@ -26,15 +26,15 @@ from vllm.multimodal.processing import (
     TimingContext,
 )
 
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.checkpoint import load_scorer
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.selection.selector import FrozenScorer, Selection, SlideSelector
 from vllm_wsi.slides.encoder_names import EncoderCheck
 
-from .adapters import install_adapter_refusal, install_offline_check
-from .key_guard import install_key_guard
-from .prompt_guard import check_slide_tokens, install_embeds_guard, install_prompt_guard
-from .service import SelectedSlide, scorer_digest, service_for
+from . import vllm_hooks
+from .prompt_guard import check_slide_tokens
+from .service import SelectedSlide, scorer_digest
 from .slide_parser import MODALITY, SlideParser
 
 MAX_SLIDE_TOKENS = 256
@@ -45,7 +45,8 @@ SERVER_OPTIONS = ("num_slide_tokens", "selection_device", "device", "encoder_mis
 a processor's memory is not in its budget. A selection's is small and bounded (`selection/chunk_reader.py`)."""
 
 
-_checked_tokenizers: WeakSet = WeakSet()  # encoding the slide token costs a quarter of a ms, at each chat request
+# Checked once: encoding the slide token takes 0.25 ms, and each chat request would pay it.
+_checked_tokenizers: WeakSet = WeakSet()
 
 
 class SparseWSIProcessingInfo(BaseProcessingInfo):
@@ -61,30 +62,26 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
 
     def _set_up(self) -> None:
         if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
-            raise ValueError("VLLM_USE_RUST_FRONTEND=1 bypasses the plugins; unset it to serve slides")
-        install_connector()
-        install_prompt_guard()
-        install_embeds_guard()
-        install_key_guard()
-        install_adapter_refusal()
-        install_offline_check()
+            raise SettingsError("VLLM_USE_RUST_FRONTEND=1 bypasses the plugins; unset it to serve slides")
+        use_slide_connector()
+        vllm_hooks.install("API server")
         config, model = self.get_hf_config(), self.ctx.model_config
         self._check_tokenizer(config)
         options = dict(self.ctx.get_mm_config().mm_processor_kwargs or {})
         if unknown := options.keys() - set(SERVER_OPTIONS):
             found = ", ".join(sorted(unknown))
-            raise ValueError(f"--mm-processor-kwargs: found {found}, wanted some of {', '.join(SERVER_OPTIONS)}")
+            raise SettingsError(f"--mm-processor-kwargs: found {found}, wanted some of {', '.join(SERVER_OPTIONS)}")
         k = int(options.get("num_slide_tokens", config.num_slide_tokens))
         device = str(options.get("selection_device", options.get("device", "cpu")))
         room = model.max_model_len - 1
         if not 1 <= k <= room:
-            raise ValueError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
+            raise SettingsError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
         scorer, digest = _scorer(model.model, model.revision)
         encoder = EncoderCheck(config.encoder, options.get("encoder_mismatch", "refuse"))
         selector = SlideSelector(scorer, k, device, config.max_patches, encoder=encoder)
-        # What was selected under another encoder's name, or allowed elsewhere, is selected again.
-        self.service = service_for(selector, f"{digest}:{encoder}", self.max_slide_tokens)
+        # The rule for encoders is part of the key: a selection under another rule is not used.
+        self.service = vllm_hooks.service_for(selector, f"{digest}:{encoder}", self.max_slide_tokens)
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
         tokenizer = self.ctx.tokenizer
@@ -92,7 +89,7 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
             return
         ids = tokenizer.encode(SLIDE_TOKEN, add_special_tokens=False)
         if ids != [config.slide_token_id]:
-            raise ValueError(
+            raise SettingsError(
                 f"tokenizer: found {SLIDE_TOKEN} as {ids}, wanted [{config.slide_token_id}] (slide_token_id)"
             )
         _checked_tokenizers.add(tokenizer)
@@ -137,7 +134,7 @@ class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingIn
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         if options := inputs.hf_processor_mm_kwargs:
-            raise ValueError(
+            raise SettingsError(
                 f"mm_processor_kwargs: found {', '.join(options)} in a request, wanted them at the server's start; "
                 "one request chooses its K by the slide's URL (slide.h5#k=64)"
             )
@@ -181,7 +178,8 @@ class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingIn
         return [PromptReplacement(modality=MODALITY, target=[slide_token], replacement=slide_tokens)]
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
-        """A slide's own identity, to which a client's uuid is added: it never takes the identity's place."""
+        """The hash of a slide's own identity and of the client's uuid, where there is one. A uuid never replaces the
+        identity."""
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         hashes = {}
         for modality, items in inputs.mm_data_items.items():
@@ -193,13 +191,13 @@ class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingIn
         return hashes
 
 
-def install_connector() -> None:
+def use_slide_connector() -> None:
     """Makes vLLM fetch media through `SlideConnector`, in this process and its children."""
     from .connector import CONNECTOR
 
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", CONNECTOR)
     if envs.VLLM_MEDIA_CONNECTOR != CONNECTOR:
-        raise ValueError(
+        raise SettingsError(
             f"VLLM_MEDIA_CONNECTOR: found {envs.VLLM_MEDIA_CONNECTOR!r}, wanted {CONNECTOR!r} to serve slides; "
             "set it before vLLM starts"
         )

@@ -1,12 +1,13 @@
 """Refuses prompts that vLLM's own checks let through.
 
-A slide token that a user types is a real token: without a check it would take a slide's place, or reach the
-decoder as an untrained embedding. And of an `image_embeds` part vLLM merges whatever JSON it holds, and trips over it.
+A slide token that a user types is a real token: without a check it would take a slide's place, or reach the decoder as
+an untrained embedding. And vLLM merges the `image_embeds` parts of a prompt whatever JSON they hold, and fails on most
+of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,31 +25,20 @@ def check_slide_tokens(prompt: Sequence[int], config: SparseWSIConfig, num_slide
         )
 
 
-def install_prompt_guard() -> None:
-    """Wraps vLLM's check of prompts: text alone reaches no multimodal processor, so there is no other place."""
-    from vllm.v1.engine.input_processor import InputProcessor
+def refusing_typed_slide_tokens(original: Callable[..., None]) -> Callable[..., None]:
+    """Wraps `InputProcessor._validate_model_input`."""
 
-    original = InputProcessor._validate_model_input
-    if getattr(original, "guards_slide_tokens", False):
-        return
-
-    def validate(self: InputProcessor, prompt_input: Any, *args: Any, **kwargs: Any) -> None:
+    def validate(self: Any, prompt_input: Any, *args: Any, **kwargs: Any) -> None:
         config = self.model_config.hf_config
         if isinstance(config, SparseWSIConfig) and prompt_input["type"] == "token":
             check_slide_tokens(prompt_input["prompt_token_ids"], config, 0)
         original(self, prompt_input, *args, **kwargs)
 
-    validate.guards_slide_tokens = True  # type: ignore[attr-defined]
-    InputProcessor._validate_model_input = validate  # type: ignore[method-assign]
+    return validate
 
 
-def install_embeds_guard() -> None:
-    """Wraps the one place where vLLM merges the `image_embeds` parts of a prompt."""
-    from vllm.renderers import chat_utils
-
-    original = chat_utils._get_embeds_data
-    if getattr(original, "guards_embeds", False):
-        return
+def refusing_embeds_without_data(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `chat_utils._get_embeds_data`, the one place where vLLM merges the `image_embeds` parts of a prompt."""
 
     def get_embeds_data(modality: str, data_items: list[Any], mm_processor: Any) -> Any:
         if isinstance(mm_processor.info.get_hf_config(), SparseWSIConfig):
@@ -60,5 +50,4 @@ def install_embeds_guard() -> None:
                     )
         return original(modality, data_items, mm_processor)
 
-    get_embeds_data.guards_embeds = True  # type: ignore[attr-defined]
-    chat_utils._get_embeds_data = get_embeds_data
+    return get_embeds_data

@@ -1,4 +1,5 @@
-"""The selection service of an API server: one pool, one flight for each slide, one bounded cache."""
+"""The selection service of an API server: a pool of readers, a bounded cache, and one selection for all requests that
+ask for the same slide at the same time."""
 
 from __future__ import annotations
 
@@ -6,36 +7,32 @@ import asyncio
 import contextlib
 import hashlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 from cachetools import LRUCache
 from numpy.typing import NDArray
-from prometheus_client import Counter
 from torch import Tensor, nn
+from vllm.logger import init_logger
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.selector import FrozenScorer, Selection, SlideSelector
 from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
-from vllm_wsi.slides.feature_file import RowSource
+from vllm_wsi.slides.feature_file import RowSource, shown
 
+from . import metrics
+from .client_errors import naming_the_file_alone
 from .stalling_pool import ENDING, SlidesStalled, StallingPool
-
-T = TypeVar("T")
 
 THREADS = 16
 LOOK_UP_THREADS = 64
 CACHE_BYTES = 256 << 20
 
-SELECTIONS = Counter("vllm_wsi:selections", "Slides that were read and scored.")
-PATCHES_READ = Counter("vllm_wsi:patches_read", "Patches that were read and scored.")
-CACHE_HITS = Counter("vllm_wsi:selection_cache_hits", "Requests that were answered from a finished selection.")
-JOINED = Counter("vllm_wsi:selections_joined", "Requests that waited for a selection already under way.")
-READ_SECONDS = Counter("vllm_wsi:read_seconds", "Seconds spent in reading features.")
-SCORE_SECONDS = Counter("vllm_wsi:score_seconds", "Seconds spent in scoring features and in Top-K.")
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers alone
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,13 @@ class SlideRequest:
     k: int | None = None  # None: the server's K
     encoder: str | None = None  # which features, where a file holds several
     keep_all_scores: bool = False  # for a heat map: scores and places of all patches
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its folder."""
+        if self.slide is not None:
+            return self.slide.name
+        return "" if self.path is None else self.path.name
 
     def identity(self) -> SlideIdentity:
         """Costs one stat for a path. Raises SlideError where there is no file."""
@@ -60,6 +64,11 @@ class SlideRequest:
             return self.slide
         assert self.path is not None
         return open_features(self.path, self.encoder)
+
+    def close(self) -> None:
+        """Closes the open file, where there is one."""
+        if self.slide is not None:
+            self.slide.close()
 
 
 @dataclass(frozen=True)
@@ -117,49 +126,83 @@ class SelectionService:
         self._done: LRUCache[str, SelectedSlide] = LRUCache(cache_bytes, getsizeof=lambda done: done.num_bytes)
         self._under_way: dict[str, Future[SelectedSlide]] = {}
         self._closing = threading.Event()
+        logger.info(
+            "slides: scorer %s, K = %d (at most %d by request), on %s, encoder %s, %d readers, cache of %d MiB",
+            scorer.partition(":")[0][:12], self.default_k, max_slide_tokens, selector.device_name,
+            selector.encoder.encoder or "not recorded", threads, cache_bytes >> 20,
+        )  # fmt: skip
 
     def submit(self, request: SlideRequest) -> Future[SelectedSlide]:
-        """For a known slide a stat and a look-up.
+        """Costs a stat and a look-up for a slide whose selection is finished or under way.
 
         Raises:
             SlideError: there is no such file or K.
             SlidesStalled: it is a new slide, and all threads have long been waiting for others.
         """
-        k = self.default_k if request.k is None else request.k
-        if not 1 <= k <= self.max_slide_tokens:
-            if request.slide is not None:
-                request.slide.close()
-            raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
-        identity = request.identity()
-        parts = (identity, k, request.encoder, self.scorer, request.keep_all_scores)
-        digest = hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
-        with self._lock:
-            done = self._done.get(digest)
-            if done is None and (under_way := self._under_way.get(digest)) is not None:
-                JOINED.inc()
-                future = under_way
-            elif done is None:
-                try:
-                    future = self._pool.submit(self._run, request, k, identity, digest)
-                except SlidesStalled:
-                    if request.slide is not None:
-                        request.slide.close()
-                    raise
-                self._under_way[digest] = future
-                return future
-            else:
-                CACHE_HITS.inc()
-                future = Future()
-                future.set_result(done)
-        if request.slide is not None:
-            request.slide.close()
+        try:
+            k = self.default_k if request.k is None else request.k
+            if not 1 <= k <= self.max_slide_tokens:
+                raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
+            identity = request.identity()
+            parts = (identity, k, request.encoder, self.scorer, request.keep_all_scores)
+            digest = hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
+            with self._lock:
+                future = self._finished_or_under_way(digest)
+                if future is None:
+                    run = _Run(request, k, identity, digest, time.monotonic())
+                    future = self._under_way[digest] = self._queue(run)
+                    return future
+        except BaseException:
+            request.close()
+            raise
+        request.close()
         return future
 
     def select(self, request: SlideRequest) -> SelectedSlide:
         return self.submit(request).result()
 
+    async def select_async(self, request: SlideRequest | Callable[[], SlideRequest]) -> SelectedSlide:
+        """The same, awaited; errors name the file without its folder.
+
+        A client that goes away cancels its own wait, not the selection, for which others may wait too.
+
+        Args:
+            request: or a function that finds it, for what a mount that does not answer would hold up (paths, stats). It
+                runs on threads of its own: neither the event loop waits, nor vLLM's few threads for all media.
+        """
+        if callable(request):
+            path, future = await asyncio.wrap_future(self._look_ups.submit(self._find_and_submit, request))
+        else:
+            path, future = request.path, self.submit(request)
+        with naming_the_file_alone(path):
+            return future.result() if future.done() else await asyncio.shield(asyncio.wrap_future(future))
+
+    def _find_and_submit(self, find: Callable[[], SlideRequest]) -> tuple[Path | None, Future[SelectedSlide]]:
+        """In one thread, because each hop between threads costs half a millisecond."""
+        request = find()
+        with naming_the_file_alone(request.path):
+            return request.path, self.submit(request)
+
+    def _queue(self, run: _Run) -> Future[SelectedSlide]:
+        metrics.QUEUED.inc()
+        try:
+            return self._pool.submit(self._run, run)
+        except SlidesStalled:
+            metrics.QUEUED.dec()
+            raise
+
+    def _finished_or_under_way(self, digest: str) -> Future[SelectedSlide] | None:
+        if (done := self._done.get(digest)) is not None:
+            metrics.CACHE_HITS.inc()
+            future: Future[SelectedSlide] = Future()
+            future.set_result(done)
+            return future
+        if (under_way := self._under_way.get(digest)) is not None:
+            metrics.JOINED.inc()
+        return under_way
+
     def close(self) -> None:
-        """Calls off what is under way: requests get SlidesStalled, chunks that were not read yet are not read."""
+        """Ends what is under way: requests get SlidesStalled, and no further chunk is read."""
         self._closing.set()
         self._pool.close()
         self._look_ups.close()
@@ -169,43 +212,66 @@ class SelectionService:
             with contextlib.suppress(InvalidStateError):  # it has just ended by itself
                 future.set_exception(SlidesStalled(ENDING))
 
-    async def look_up(self, function: Callable[..., T], *args: object) -> T:
-        """Runs what a mount that does not answer would hold up: paths and stats.
-
-        On many threads of its own: neither the event loop waits, nor vLLM's few threads for all media, nor asyncio's.
-        """
-        return await asyncio.wrap_future(self._look_ups.submit(function, *args))
-
-    def _run(self, request: SlideRequest, k: int, identity: SlideIdentity, digest: str) -> SelectedSlide:
+    def _run(self, run: _Run) -> SelectedSlide:
+        request, began = run.request, time.monotonic()
+        metrics.QUEUED.dec()
         try:
-            with request.open() as slide:
-                if slide.identity != identity or request.identity() != identity:
-                    raise SlideError(f"{slide.name}: the file changed while it was opened; ask again")
-                slide.rows = _UntilClosed(slide.rows, self._closing)
-                selection = self.selector.select(slide, k, request.keep_all_scores)
-            if request.identity() != identity:
-                raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
+            with metrics.RUNNING.track_inprogress():
+                selection = self._read_and_score(run)
             done = SelectedSlide(
-                selection,
-                digest,
-                self.scorer,
-                self.default_k,
-                request if request.slide is None else None,
+                selection, run.digest, self.scorer, self.default_k, request if request.slide is None else None
             )
-            SELECTIONS.inc()
-            PATCHES_READ.inc(selection.num_patches)
-            READ_SECONDS.inc(selection.read_seconds)
-            SCORE_SECONDS.inc(selection.score_seconds)
-            with self._lock:
-                if done.num_bytes <= self._done.maxsize:
-                    self._done[digest] = done
+            self._remember(done)
+            _report(request.name, selection, waited=began - run.asked, took=time.monotonic() - began)
             return done
         except OSError as error:
             name = request.slide.name if request.slide is not None else request.path
             raise SlideError(f"{name}: found an unreadable file ({error}), wanted a feature file") from error
         finally:
             with self._lock:
-                self._under_way.pop(digest, None)
+                self._under_way.pop(run.digest, None)
+
+    def _read_and_score(self, run: _Run) -> Selection:
+        request = run.request
+        with request.open() as slide:
+            if slide.identity != run.identity or request.identity() != run.identity:
+                raise SlideError(f"{slide.name}: the file changed while it was opened; ask again")
+            slide.rows = _UntilClosed(slide.rows, self._closing)
+            selection = self.selector.select(slide, run.k, request.keep_all_scores)
+        if request.identity() != run.identity:
+            raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
+        return selection
+
+    def _remember(self, done: SelectedSlide) -> None:
+        with self._lock:
+            if done.num_bytes <= self._done.maxsize:
+                self._done[done.digest] = done
+            metrics.CACHE_BYTES_USED.set(self._done.currsize)
+            metrics.CACHE_SLIDES.set(len(self._done))
+
+
+class _Run(NamedTuple):
+    """One slide to be read and scored."""
+
+    request: SlideRequest
+    k: int
+    identity: SlideIdentity
+    digest: str
+    asked: float  # time.monotonic()
+
+
+def _report(name: str, selection: Selection, waited: float, took: float) -> None:
+    """The numbers of a new slide, and one line for the log."""
+    metrics.SELECTIONS.inc()
+    metrics.PATCHES_READ.inc(selection.num_patches)
+    metrics.READ_SECONDS.observe(selection.read_seconds)
+    metrics.SCORE_SECONDS.observe(selection.score_seconds)
+    metrics.SELECTION_SECONDS.observe(waited + took)
+    logger.info(
+        "selected %d of %d patches of %s in %.3f s (read %.3f s, scored %.3f s, waited %.3f s before)",
+        len(selection.indices), selection.num_patches, shown(name, 80), took,
+        selection.read_seconds, selection.score_seconds, waited,
+    )  # fmt: skip
 
 
 class _UntilClosed:
@@ -221,44 +287,6 @@ class _UntilClosed:
 
     def close(self) -> None:
         self._rows.close()
-
-
-async def finished(future: Future[SelectedSlide]) -> SelectedSlide:
-    """Awaits a selection; a client that goes away cancels its own wait, not the others' selection."""
-    return future.result() if future.done() else await asyncio.shield(asyncio.wrap_future(future))
-
-
-_services: dict[tuple, SelectionService] = {}
-_current: SelectionService | None = None
-_services_lock = threading.Lock()
-
-
-def service_for(selector: SlideSelector, scorer: str, max_slide_tokens: int) -> SelectionService:
-    """The process-wide service of one checkpoint and setting, which also becomes the current one.
-
-    vLLM makes processors anew all the time; the service, its cache and its pool stay.
-    """
-    global _current
-    key = (scorer, selector.num_slide_tokens, selector.device_name, selector.max_patches, max_slide_tokens)
-    with _services_lock:
-        if key not in _services:
-            _services[key] = SelectionService(selector, scorer, max_slide_tokens)
-        _current = _services[key]
-        return _current
-
-
-def close_services() -> None:
-    """Calls off all slides of this process; nothing is selected in it any more."""
-    with _services_lock:
-        services = list(_services.values())
-        _services.clear()
-    for service in services:
-        service.close()
-
-
-def current_service() -> SelectionService | None:
-    """The service of the checkpoint that was set up last in this process; None where none was."""
-    return _current
 
 
 def scorer_digest(scorer: FrozenScorer) -> str:

@@ -1,4 +1,4 @@
-"""What may be a slide in a prompt's data: values that a program made, and never a path."""
+"""Which values of a prompt's data are slides: objects that a program made, and never a path."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class SlideItems(ProcessorBatchItems[SelectedSlide]):
 class SlideParser(MultiModalDataParser):
     """Takes what a program made by hand as slides, and selects what is not yet selected.
 
-    vLLM hands over what stands in a request's `image_pil` part and in the keys of an `image_embeds` dict unseen, so
-    here nothing is opened by its name: strings, paths and all that JSON can hold are refused.
+    vLLM passes on a request's `image_pil` part and the keys of an `image_embeds` dict without a check. So nothing is
+    opened by its name here: strings, paths and every other JSON value are refused.
 
     Args:
         service: selects; its checkpoint is the one that slides are selected for.
@@ -107,7 +107,7 @@ def slide_request(item: Any) -> SlideRequest:
         return SlideRequest(slide=_tensor_in_memory(item))
     if isinstance(item, np.ndarray):
         return SlideRequest(slide=features_in_memory(item))
-    if item is None:  # vLLM asks nothing of an empty URL
+    if item is None:  # vLLM does not check for an empty URL
         raise SlideError("found an empty URL, or a uuid alone, which names nothing, wanted the slide's URL")
     raise SlideError(f"found a {type(item).__name__}, {WANTED}")
 

@@ -1,4 +1,5 @@
-"""Threads for work that may wait for a disk: they hold up neither each other's kind nor the end of the process."""
+"""Threads for work that may wait for a disk. A pool that waits blocks neither another pool nor the end of the
+process."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ class SlidesStalled(Exception):
 
 
 class StallingPool:
-    """Threads for work that may wait for a disk, from which no thread can be called off.
+    """Threads for work that may wait for a disk; such a wait cannot be interrupted.
 
-    While all of them wait, further work queues for `STALL_SECONDS`; from then on it is refused until something is begun
-    or done, so that what waits stays bounded. The threads are daemons: one that waits for a disk does not hold up the
-    end of the process, as the standard library's pools do.
+    While all of them wait, further work queues for `STALL_SECONDS`; after that it is refused until some work begins or
+    ends. So the queue stays bounded. The threads are daemons: one that waits for a disk does not hold up the end of the
+    process, as the standard library's pools do.
 
     Args:
         name: of the threads.

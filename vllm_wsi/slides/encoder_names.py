@@ -1,7 +1,7 @@
 """Do features and checkpoint come from one patch encoder? Their names are compared as the field writes them.
 
-TRIDENT, STAMP, CLAM, lazyslide, AtlasPatch and the hub each write the same network in their own way. Two networks are
-never taken for one: v1, v1.5 and v2, base and large, patches of 8 and of 16 stay apart.
+TRIDENT, STAMP, CLAM, lazyslide, AtlasPatch and the hub each write the same network in their own way. Different networks
+are never taken for one: v1, v1.5 and v2, base and large, patch sizes 8 and 16 are told apart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Mismatch = Literal["refuse", "allow"]
 Verdict = Literal["same", "different", "unknown"]
 
 ENCODER_KEYS = ("encoder", "extractor", "patch_encoder", "feature_extractor", "encoder_name", "model_name")
-"""Metadata that name the encoder of features, the surest first."""
+"""Metadata keys that name the encoder of features, the most reliable first."""
 
 # By network: its spellings, as `_key` leaves them (lower case; a separator stays between two digits alone).
 NETWORKS = {
@@ -135,7 +135,7 @@ def recorded_encoder(metadata: Mapping[str, str]) -> str | None:
 
 
 def compare_encoders(features: str | None, checkpoint: str | None) -> EncoderMatch:
-    """Compares two names; where either says too little to tell, the verdict is "unknown" and the remark says why."""
+    """Compares two names. Where a name says too little, the verdict is "unknown" and the remark says why."""
     features = features if features and _is_name(features) else None
     checkpoint = checkpoint if checkpoint and _is_name(checkpoint) else None
     sides = (features, checkpoint)
@@ -207,7 +207,7 @@ def _vague(one: _Name, other: _Name) -> bool:
 
 
 def _compare_revisions(one: str | None, other: str | None) -> tuple[Verdict, str | None]:
-    """A version that is said on purpose decides; a commit does not: it moves with each edit of a model card too."""
+    """A stated version decides. A commit does not, because each edit of a model card changes it."""
     if one is None or other is None or one == other:
         return "same", None
     commits = [bool(COMMIT.fullmatch(revision)) for revision in (one, other)]

@@ -62,7 +62,7 @@ class FeatureFile:
     unit_source: Source | None = None  # who says the unit
     unit_scale: float = 1.0  # of `coord_unit` in one of the file's numbers
     load_coords: Callable[[], NDArray] | None = field(default=None, repr=False)
-    remarks: tuple[str, ...] = ()  # oddities that do not stop anybody, for `doctor`
+    remarks: tuple[str, ...] = ()  # oddities that do not prevent use, for `doctor`
     choice: str | None = None  # the `encoder` that it was opened with
 
     @property
@@ -75,7 +75,7 @@ class FeatureFile:
         Where `coord_unit` is None they are the file's own numbers.
 
         Raises:
-            SlideError: a patch lies nowhere (NaN, infinity).
+            SlideError: a patch has no finite place (NaN, infinity).
         """
         coords = None if self.load_coords is None else self.load_coords()
         if coords is not None and not (finite := np.isfinite(coords).all(axis=1)).all():
@@ -132,7 +132,7 @@ def check_matrix(path: str | Path, key: str, shape: tuple[int, ...], dtype: str)
 
 
 def shown(text: object, length: int = 40) -> str:
-    """A name out of a file as an error may show it: short, in one line."""
+    """A name that comes from a file, as an error may show it: short and on one line."""
     short = str(text)
     short = short if len(short) <= length else f"{short[:length]}..."
     return "".join(char if char.isprintable() else "?" for char in short)

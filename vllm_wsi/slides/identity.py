@@ -1,4 +1,4 @@
-"""Which state of which file a slide is."""
+"""The identity of a slide: which file, and which state of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SlideIdentity(NamedTuple):
     size: int  # bytes
     mtime_ns: int = 0
     inode: int = 0  # 0: not a file
-    ctime_ns: int = 0  # moves with every change, also where a tool sets the mtime back
+    ctime_ns: int = 0  # changes with every write, also where a tool restores the mtime
     content: str = ""  # of a zarr store: digest of the names and stats of its files
 
     @classmethod

@@ -1,15 +1,15 @@
 """Patch size and origin of a slide's patches, and their unit (`units.py`): what the file says, else what the user said,
 else an error.
 
-Everything here that is not written in the file or given by the user is a guess, and carries that name ("source") to
-`doctor`, to records and to GeoJSON; a drawing upon a slide's image refuses it.
+What is neither written in the file nor given by the user is a guess. Its `source` says so in `doctor`, in records and
+in GeoJSON, and nothing is drawn upon a slide's image by a guess.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from .feature_file import CoordUnit, Source
 from .units import GRID_SAMPLE, LEVEL0_KEYS, Unit, positive_number, said_unit
 
 MICRON_KEYS = ("tile_size_um", "patch_size_um", "tile_um")
-AGREE = 0.02  # two numbers of one thing may differ by so much: sizes are rounded to pixels
+AGREE = 0.02  # two statements of one size may differ by so much, because sizes are rounded to pixels
 
 
 class PatchSize(NamedTuple):
@@ -144,6 +144,18 @@ def _numbers(said: str | None) -> list[float] | None:
         return None
     numbers = [number for one in held if isinstance(one, (int, float)) and (number := positive_number(one)) is not None]
     return numbers if len(numbers) == len(held) else None
+
+
+def with_image_mpp(said: Said, metadata: Mapping[str, str], image_mpp: Callable[[], float | None]) -> Said:
+    """Adds microns per pixel to what the user says, where neither the user nor the feature file says it.
+
+    Args:
+        metadata: the feature file's own.
+        image_mpp: what the slide's image says; called only where it is needed. None: nothing that can be used.
+    """
+    if said.mpp is not None or positive_number(metadata.get("mpp")) is not None:
+        return said
+    return said._replace(mpp=image_mpp())
 
 
 def settle(

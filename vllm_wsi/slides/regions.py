@@ -1,7 +1,7 @@
 """Where patches lie on the slide: level-0 rectangles.
 
-Coordinates in the wrong unit are this field's classic bug: only `level0_rects` makes `Level0Rects`, it alone turns
-microns into pixels, and what draws or exports takes nothing else.
+Coordinates in the wrong unit are a common bug of this field. So `level0_rects` alone makes `Level0Rects` and turns
+microns into pixels, and everything that draws or exports takes `Level0Rects`.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def slide_name(features: str) -> str:
 
 
 def names_of_slide(name: str) -> Iterator[str]:
-    """Under which names the features of a slide or of a slide image are looked for, the likeliest first:
-    a.ome.tif, a.ome, a."""
+    """The names under which features of a slide or of a slide image are searched, the likeliest first: a.ome.tif,
+    a.ome, a."""
     yield name
     suffix = PurePath(name).suffix
     if suffix.lower() in IMAGE_SUFFIXES:
@@ -75,6 +75,6 @@ def walk_features(root: Path) -> Iterator[Path]:
             try:
                 if is_feature_file(here / name):
                     found.append(here / name)
-            except OSError:  # a CSV that may not be read is nobody's slide
+            except OSError:  # a CSV without read permission is not listed
                 continue
     yield from sorted(found)

@@ -1,4 +1,4 @@
-"""A slide that never was: features in tissue-like clusters on a grid, from a seed. For demos and benchmarks."""
+"""A synthetic slide: random features in tissue-like clusters on a grid, from a seed. For demos and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The unit of a file's coordinates: by any name and in any spelling of the field, else by its format's rule."""
+"""The unit of a file's coordinates: what its metadata say, under any key and spelling of the field, else the rule of
+its format."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ PIXELS = frozenset(
 UNIT_KEYS = ("unit", "units", "coord_unit", "coords_unit", "coord_units", "coordinate_unit", "coordinates_unit")
 LEVEL0_KEYS = ("patch_size_level0", "patch_size_lv0", "patch_size_level_0", "tile_size_level0", "tile_size_lv0")
 PIXEL_WRITERS = (*LEVEL0_KEYS, "level0_width", "level0_height", "level0_magnification", "patch_level")
-"""Keys of producers that write level-0 pixels without a word about it: TRIDENT, CLAM."""
+"""Keys of producers that write level-0 pixels and do not name the unit: TRIDENT, CLAM."""
 
 STAMP_V1_PX, STAMP_V1_UM = 224, 256.0
 """STAMP's first files hold pixels of tiles of 224, which are 256 microns (`get_coords` of its `modeling/data.py`)."""

@@ -1,1 +1,1 @@
-"""What a selection is worth: one checkpoint under many rules of selection."""
+"""What a selection is worth: one checkpoint under many selection policies."""

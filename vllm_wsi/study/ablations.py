@@ -1,4 +1,4 @@
-"""The switches of the training path, each trained from the same start over several seeds."""
+"""Ablations of the training path: each arm changes one of its switches and is trained from the same start."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.sparselearn import SparseLearn
 from vllm_wsi.training.train import Generators, make_dataset, run_stage, train
 
+from .groups import Groups, longest_slide
 from .judge import judge, select_all
 from .soft import judge_soft
-from .study import LEARNED, Groups, rounded, source_length
+from .study import LEARNED, mean_recall, rounded
 
 ARMS: dict[str, dict[str, str]] = {
     "noise gate, diagonal denoiser": {},
@@ -38,14 +39,16 @@ ARMS: dict[str, dict[str, str]] = {
     "no gate": {"gate": "none", "denoiser": "none"},
     "Gumbel straight-through": {"relaxation": "gumbel"},
 }
-"""What each arm changes of `SWITCHES`; all else (the schedules of tau and K among it) is the recipe's."""
+"""What each arm changes in `SWITCHES`. Everything else, such as the schedules of tau and K, is the recipe's."""
 
 SWITCHES = {"gate": "noise", "denoiser": "diagonal", "relaxation": "lapsum"}
-"""The paper's."""
+"""As the paper has them."""
 
 SOFT_LENGTH = 1024
+"""The longest slides, in patches, that the soft path is judged on, as it sends every patch through the decoder."""
+
 SOFT_QUESTIONS = 64
-"""The soft path is judged on slides of up to this length, and on as many questions: all patches pass the decoder."""
+"""Questions that are judged through the soft path, at most."""
 
 
 def check_recipe(settings: TrainSettings, groups: Groups) -> None:
@@ -81,10 +84,12 @@ def run_ablations(
     On CPUs, seeds are trained side by side, each on its share of the cores: small models gain little from many.
 
     Args:
-        settings: as `check_recipe` accepts; the stages before the last are run once, with the recipe's own seed, and
-            every arm starts from what they give, with a scorer (and a denoiser, noise and order of slides) of its seed.
+        settings: as `check_recipe` accepts. The stages before the last are run once, with the recipe's own seed; every
+            arm starts from their checkpoint, with a new scorer. The scorer, the denoiser, the noise and the order of
+            slides follow from the arm's seed.
         groups: questions that no stage was trained on.
-        work: directory for the common start; a finished one is used again.
+        generators: of the questions that the recipe is trained on, by name.
+        work: directory for the checkpoint that all arms start from; one that is there is used again.
     """
     base = work / "checkpoint"
     if not base.is_dir():
@@ -149,18 +154,17 @@ def _judge_arm(
     for length, items in groups.items():
         chosen = select_all(items, {LEARNED: model.selector(encoder_mismatch)}, k)
         found = {name: judge(model, renderer, items, selections, k) for name, selections in chosen.items()}
-        recall = found[LEARNED].recall
         row = {
             "length": length,
             "questions": len(items),
             "accuracy": rounded(found[LEARNED].correct.mean()),
             "oracle_accuracy": rounded(found["oracle"].correct.mean()) if "oracle" in found else "",
-            "key_patch_recall": "" if recall is None else rounded(recall.mean()),
+            "key_patch_recall": mean_recall(found[LEARNED]),
             "soft_questions": "",
             "soft_accuracy": "",
             "hard_accuracy_of_the_same": "",
         }
-        if max(source_length(item) for item in items) <= SOFT_LENGTH:
+        if max(longest_slide(item) for item in items) <= SOFT_LENGTH:
             soft = judge_soft(model, renderer, items[:SOFT_QUESTIONS], gate).correct
             hard = found[LEARNED].correct[:SOFT_QUESTIONS]
             row |= {"soft_questions": len(soft), "soft_accuracy": rounded(soft.mean())}

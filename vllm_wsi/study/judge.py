@@ -1,4 +1,4 @@
-"""What a checkpoint answers when different rules choose what it sees: selections, answers, right or wrong."""
+"""What a checkpoint answers when different policies select what it sees: selections, answers, right or wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_wsi.model.answering import choose
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem
@@ -18,15 +17,17 @@ from vllm_wsi.selection.baselines import OraclePolicy, Selector, finite_patches
 from vllm_wsi.selection.selector import Selection
 from vllm_wsi.stats import key_patch_recall, redundancy
 
+from .answering import choose
+
 
 @dataclass
 class Judged:
-    """One rule's answers to all questions; all lists in the order of the questions."""
+    """The answers to all questions from one policy's selections; everything in the order of the questions."""
 
-    correct: NDArray[np.bool_]
-    recall: NDArray[np.float64] | None  # share of the key patches that was kept, where they are known
-    redundancy: NDArray[np.float64]  # mean cosine among the kept
-    selections: list[list[Selection]] = field(repr=False, default_factory=list)
+    correct: NDArray[np.bool_]  # [questions]
+    key_patch_recall: NDArray[np.float64] | None  # [questions], as in `stats`; None where key patches are not known
+    redundancy: NDArray[np.float64]  # [questions], as in `stats`, mean over the slides of a question
+    selections: list[list[Selection]] = field(repr=False, default_factory=list)  # one for each slide of a question
 
 
 def key_patches_of(item: SlideItem) -> NDArray[np.int64] | None:
@@ -34,20 +35,25 @@ def key_patches_of(item: SlideItem) -> NDArray[np.int64] | None:
     return getattr(item.slides[0], "key_patches", None) if len(item.slides) == 1 else None
 
 
-def select_all(items: Sequence[SlideItem], rules: Mapping[str, Selector], k: int) -> dict[str, list[list[Selection]]]:
-    """Every rule's selections; each slide is opened once. "oracle" is added where the key patches are known."""
-    chosen: dict[str, list[list[Selection]]] = {name: [] for name in rules}
+def select_all(
+    items: Sequence[SlideItem], policies: Mapping[str, Selector], k: int
+) -> dict[str, list[list[Selection]]]:
+    """Every policy's selections of k patches, for each question one a slide; a slide is opened once for all policies.
+
+    The policy "oracle" is added where the key patches of every question are known.
+    """
+    found: dict[str, list[list[Selection]]] = {name: [] for name in policies}
     for item in items:
         of_item: dict[str, list[Selection]] = {}
         for source in item.slides:
             with source.open() as slide:
-                for name, rule in rules.items():
-                    of_item.setdefault(name, []).append(rule.select(slide, k))
+                for name, policy in policies.items():
+                    of_item.setdefault(name, []).append(policy.select(slide, k))
                 if (rows := key_patches_of(item)) is not None:
                     of_item["oracle"] = [OraclePolicy(k, rows.tolist()).select(slide)]
         for name, selections in of_item.items():
-            chosen.setdefault(name, []).append(selections)
-    return {name: selections for name, selections in chosen.items() if len(selections) == len(items)}
+            found.setdefault(name, []).append(selections)
+    return {name: selections for name, selections in found.items() if len(selections) == len(items)}
 
 
 def judge(
@@ -57,7 +63,12 @@ def judge(
     selections: list[list[Selection]],
     k: int,
 ) -> Judged:
-    """Answers every question from these selections."""
+    """Answers every question from these selections.
+
+    Args:
+        selections: for each question, one for each of its slides.
+        k: the number of patches that a policy could keep, for the key-patch recall.
+    """
     choices = choose(model, renderer, items, selections)
     recalls = []
     for item, chosen in zip(items, selections, strict=True):
@@ -75,7 +86,7 @@ def judge(
 def judge_blind(
     model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, items: Sequence[SlideItem]
 ) -> NDArray[np.bool_]:
-    """Right answers without any slide."""
+    """Whether each question is answered right without any slide."""
     blind = [
         SlideItem(item.where, (), ((item.question.replace(SLIDE_MARK, "").lstrip("\n"), item.answer),), item.options)
         for item in items
@@ -85,7 +96,7 @@ def judge_blind(
 
 
 def best_constant(items: Iterable[SlideItem]) -> tuple[str, NDArray[np.bool_]]:
-    """The letter that is right most often, and where it is."""
+    """(the letter that is right most often, whether it is right for each question)."""
     answers = [item.answer for item in items]
     letter = max(sorted(set(answers)), key=answers.count)
     return letter, np.array([answer == letter for answer in answers])
@@ -100,8 +111,10 @@ def with_positions(model: SparseWSIForConditionalGeneration, mode: str) -> Spars
 
 
 def kept_and_dropped_means(items: Sequence[SlideItem], selections: list[list[Selection]]) -> tuple[NDArray, NDArray]:
-    """[slides, d] each: the mean of the kept patches' features, and of the others' that are finite; slides without such
-    others are left out."""
+    """(mean features of the kept patches, mean features of the dropped patches), each [slides, d].
+
+    Patches with NaN or infinities count in neither; a slide of which nothing finite was dropped is left out.
+    """
     kept, dropped = [], []
     for item, chosen in zip(items, selections, strict=True):
         for source, selection in zip(item.slides, chosen, strict=True):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import needs_extra
+from vllm_wsi.rendering.figure import save_figure
 
 Row = dict[str, str]
 CHANCE_STYLE: dict[str, Any] = {"color": "0.6", "linestyle": ":", "linewidth": 1}
@@ -58,34 +59,20 @@ def draw_umap(path: str | Path, features: NDArray, kept: NDArray, key_patches: N
     return save_figure(Path(path), draw)
 
 
-def save_figure(path: Path, draw: Callable[[Any], None]) -> Path:
-    with needs_extra("study"):
-        import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    draw(axes)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
-
-
 def _policies(axes: Any, rows: list[Row]) -> None:
     modes = list(dict.fromkeys(row["positions"] for row in rows))
     rows = [row for row in rows if row["positions"] == modes[0]]
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    rules = [rule for rule in dict.fromkeys(row["rule"] for row in rows) if not rule.startswith("always")]
-    for number, rule in enumerate(rules):
-        by_length = {row["length"]: row for row in rows if row["rule"] == rule}
-        x = np.arange(len(lengths)) + (number - len(rules) / 2) * 0.025
+    policies = [name for name in dict.fromkeys(row["policy"] for row in rows) if not name.startswith("always")]
+    for number, policy in enumerate(policies):
+        by_length = {row["length"]: row for row in rows if row["policy"] == policy}
+        x = np.arange(len(lengths)) + (number - len(policies) / 2) * 0.025
         y, low, high = (
             np.array([float(by_length[n][c]) if n in by_length else np.nan for n in lengths])
             for c in ("accuracy", "low", "high")
         )
-        style = {"linewidth": 2.5, "zorder": 5} if rule == "learned" else {"linewidth": 1}
-        axes.errorbar(x, y, yerr=(y - low, high - y), marker="o", markersize=4, capsize=2, label=rule, **style)
+        style = {"linewidth": 2.5, "zorder": 5} if policy == "learned" else {"linewidth": 1}
+        axes.errorbar(x, y, yerr=(y - low, high - y), marker="o", markersize=4, capsize=2, label=policy, **style)
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set(xlabel="patches of a slide", ylabel=f"accuracy at K = {rows[0]['k']}", ylim=(0, 1.03))
     axes.legend(frameon=False, fontsize=7, ncols=3)

@@ -1,4 +1,4 @@
-"""The soft path at its end, judged beside the hard one: how far apart are what trained the scorer and what serves?"""
+"""Answers through the soft path at the end of its schedule, to compare them with those of the served Hard Top-K."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_wsi.training.sparselearn import SparseLearn
 
 
 class SoftResult(NamedTuple):
-    """All in the order of the questions."""
+    """What the soft path answered; all of it [questions], in their order."""
 
     correct: NDArray[np.bool_]
     mass_on_hard: NDArray[np.float64]  # share of the K units of alpha that lie on the Hard Top-K
@@ -34,12 +34,13 @@ def judge_soft(
     max_patches: int = 4096,
     seed: int = 0,
 ) -> SoftResult:
-    """Answers every question of multiple choice through a gate, where its tau ends, and at the K that is served.
+    """Answers multiple-choice questions through a gate, with tau at its last value and K as it is served.
 
-    Longer slides are thinned to `max_patches`, as in training: every patch reaches the decoder.
+    Every patch reaches the decoder, so longer slides are thinned to `max_patches`, as in training.
 
     Args:
-        gate: with its denoiser, where it has one; stays as it is.
+        gate: with its denoiser, where it has one; it is not changed.
+        seed: of the gate's noise.
     """
     settings = gate.settings.changed(num_slide_tokens=model.config.num_slide_tokens, k_end=None)
     wrapped = SparseLearnModel(model, settings, gate)

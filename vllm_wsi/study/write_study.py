@@ -12,15 +12,19 @@ import numpy as np
 import torch
 
 from vllm_wsi.errors import SettingsError, SetupError, needs_extra
+from vllm_wsi.files import write_csv
 from vllm_wsi.haystack.checkpoint import DEMO_CHECKPOINT
-from vllm_wsi.haystack.generator import GENERATORS, HaystackWorld, groups_of_length, recipe
+from vllm_wsi.haystack.generator import HaystackWorld
+from vllm_wsi.haystack.recipe import GENERATORS, groups_of_length, recipe
 from vllm_wsi.questions.reader import read_questions
 from vllm_wsi.selection.baselines import finite_patches
 
+from .groups import Groups, by_length
 from .judge import key_patches_of
+from .origin import write_origin
 from .plots import draw_tables, draw_umap
 from .settings import StudySettings
-from .study import LEARNED, Groups, Study, by_length, write_origin, write_table
+from .study import LEARNED, Study
 
 if TYPE_CHECKING:
     from vllm_wsi.training.settings import TrainSettings
@@ -91,7 +95,7 @@ def _ablate(trained: TrainSettings, groups: Groups, settings: StudySettings) -> 
     with tempfile.TemporaryDirectory(prefix="vllm-wsi-study-") as work:
         for row in run_ablations(trained, groups, GENERATORS, seeds, Path(work) / "start"):
             rows.append(row)
-            write_table(settings.out / "ablations.csv", rows)
+            write_csv(settings.out / "ablations.csv", rows)
             logger.info(", ".join(f"{name} {value}" for name, value in row.items() if value != ""))
 
 

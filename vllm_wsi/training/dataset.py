@@ -19,9 +19,10 @@ from tqdm import tqdm
 from vllm_wsi.errors import SlideError
 from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.config import SparseWSIConfig
+from vllm_wsi.model.prompt_layout import PatchRows, lay_out, pad_left
 from vllm_wsi.questions.items import QuestionError, SlideItem, SlideSource
 from vllm_wsi.selection.chunk_reader import ChunkStager
-from vllm_wsi.selection.positions import SlideSpan, prompt_positions
+from vllm_wsi.selection.evenly_spaced import evenly_spaced
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ class SlideDataset(Dataset):
         config: of the checkpoint.
         max_patches: longer slides are thinned to this many evenly spaced patches.
         stretch_positions: 0, or the length of slides that positions should be learned for: each slide's patches are
-            put at random places, in order, of a slide of up to that many.
+            placed, in their order, at random places of a longer slide of up to that many.
         mix_positions: half of the items get packed positions, whatever the checkpoint's mode.
         seed: of what is random above, together with the item's number.
     """
@@ -83,7 +84,7 @@ class SlideDataset(Dataset):
             read: each slide is also read once through, which finds the truncated ones and those without a finite patch.
 
         Raises:
-            QuestionError: names each item that training would trip over.
+            QuestionError: names each item that training could not use.
         """
         problems = []
         self._encoder_check = EncoderCheck(self.config.encoder, encoder_mismatch)
@@ -124,7 +125,7 @@ class SlideDataset(Dataset):
         return None
 
     def encoder_remarks(self) -> list[str]:
-        """What `check` could not tell of the slides' encoders, or was told to allow; one sentence each."""
+        """Slides whose encoder `check` could not compare, or was told to allow; one sentence each."""
         return [f"{count:,} slides: {remark}" for remark, count in self._encoder_remarks.items()]
 
     def thinning(self) -> str | None:
@@ -154,7 +155,7 @@ class SlideDataset(Dataset):
     def _slide(self, source: SlideSource, rng: np.random.Generator) -> TrainingSlide:
         with source.open() as slide:
             n = slide.num_patches
-            chosen = spread(n, self.max_patches)
+            chosen = evenly_spaced(self.max_patches, n)
             features = torch.empty((len(chosen), slide.feature_dim), dtype=getattr(torch, slide.dtype))
             for start, chunk in ChunkStager(slide, CPU).chunks():
                 inside = (chosen >= start) & (chosen < start + len(chunk))
@@ -178,11 +179,6 @@ def finite_rows(features: Tensor) -> Tensor:
     return torch.isfinite(features).all(dim=1)
 
 
-def spread(n: int, most: int) -> Tensor:
-    """int64: all of n rows, or `most` of them evenly spaced."""
-    return torch.arange(n) if n <= most else torch.arange(most) * n // most
-
-
 def collate(items: Sequence[TrainingItem], slide_token_id: int, pad_token_id: int) -> dict[str, Tensor]:
     """One batch for `SparseLearnModel`; S slides in all, T tokens in the longest prompt, padded on the left.
 
@@ -197,32 +193,27 @@ def collate(items: Sequence[TrainingItem], slide_token_id: int, pad_token_id: in
     for place, slide in enumerate(slides):
         features[place, : len(slide.features)] = slide.features
         patch_mask[place, : len(slide.features)] = True
-    prompts = [_lay_out(item, slide_token_id) for item in items]
-    length = max(len(ids) for ids, _, _ in prompts)
-    shape = (len(items), length)
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id),
-        "position_ids": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.full(shape, IGNORED),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
+    prompts = [_prompt(item, slide_token_id) for item in items]
+    return {
+        "features": features,
+        "patch_mask": patch_mask,
+        "input_ids": pad_left([prompt.ids for prompt in prompts], pad_token_id),
+        "position_ids": pad_left([prompt.positions for prompt in prompts]),
+        "labels": pad_left([prompt.labels for prompt in prompts], IGNORED),
+        "attention_mask": pad_left([torch.ones_like(prompt.ids) for prompt in prompts]),
     }
-    for row, (ids, positions, labels) in enumerate(prompts):
-        batch["input_ids"][row, length - len(ids) :] = ids
-        batch["position_ids"][row, length - len(ids) :] = positions
-        batch["labels"][row, length - len(ids) :] = labels
-        batch["attention_mask"][row, length - len(ids) :] = 1
-    return {"features": features, "patch_mask": patch_mask, **batch}
 
 
-def _lay_out(item: TrainingItem, slide_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, positions, labels) of one prompt whose slide tokens stand once for each patch."""
+class _Prompt(NamedTuple):
+    """One prompt whose slide tokens stand once for each patch; int64 [T] each."""
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+
+
+def _prompt(item: TrainingItem, slide_token_id: int) -> _Prompt:
     ids, labels = torch.tensor(item.ids), torch.tensor(item.labels)
-    repeats = torch.ones(len(ids), dtype=torch.long)
-    repeats[ids == slide_token_id] = torch.tensor([len(slide.features) for slide in item.slides])
-    ends = repeats.cumsum(dim=0)
-    starts = (ends - repeats)[ids == slide_token_id].tolist()
-    spans = [
-        SlideSpan(start, slide.indices, slide.num_patches) for start, slide in zip(starts, item.slides, strict=True)
-    ]
-    positions, _ = prompt_positions(int(ends[-1]), spans, item.budget)
-    return ids.repeat_interleave(repeats), positions, labels.repeat_interleave(repeats)
+    slides = [PatchRows(slide.indices, slide.num_patches) for slide in item.slides]
+    repeats, positions = lay_out(ids, slides, slide_token_id, item.budget)
+    return _Prompt(ids.repeat_interleave(repeats), positions, labels.repeat_interleave(repeats))

@@ -14,10 +14,8 @@ from .sparselearn import SparseLearn, SparseLearnSettings
 
 
 class SparseLearnModel(nn.Module):
-    """The soft path around a checkpoint's model. It has no other: `eval()` does not take the gate away.
-
-    What a checkpoint runs, the scorer alone and its Hard Top-K, is `model.selector()` and `model.generate`, which know
-    nothing of this class.
+    """The soft path around a checkpoint's model: all patches pass the gate, after `eval()` too. The path of inference,
+    the scorer and its Hard Top-K, is `model.selector()` and `model.generate`; they do not use this class.
 
     Args:
         model: holds scorer, projector and decoder, and is all that remains after training.
@@ -54,7 +52,7 @@ class SparseLearnModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Mean negative log-likelihood of the labelled tokens (over `num_items_in_batch`, where given).
 
-        Shapes as `batches.collate` makes them.
+        Shapes as `dataset.collate` makes them.
         """
         logits, wanted = self.tail_logits(features, patch_mask, input_ids, attention_mask, position_ids, labels)
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")

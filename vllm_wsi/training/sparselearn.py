@@ -1,8 +1,8 @@
 """SparseLearn's training path: Soft Top-K, variance-preserving noise gate, diagonal denoiser (arXiv 2606.08641).
 
-Every patch reaches the decoder, but as much of it as its score buys is drowned in noise, while the sum of what is let
-through stays K. The answer's loss thus teaches the scorer which patches to keep. Nothing of this runs at inference:
-the scorer alone decides, by Hard Top-K on the clean features.
+Every patch reaches the decoder as a mixture of its features and noise. The gate's share alpha of the features rises
+with the patch's score, and all shares of a slide sum to K. So the loss of the answer teaches the scorer which patches
+to keep. Inference uses none of this: the scorer chooses by Hard Top-K, and the kept features are clean.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm_wsi.settings import Settings
 from .soft_topk import soft_topk
 
 ALPHA_FLOOR = 1e-6
-"""Below it a share counts as 0: the derivative of its square root would have no bound."""
+"""A smaller share counts as 0, because the derivative of its square root grows without bound."""
 
 
 class SparseLearnSettings(Settings, frozen=True):
@@ -35,9 +35,9 @@ class SparseLearnSettings(Settings, frozen=True):
             Soft Top-K: straight-through).
         tau_start, tau_end, tau_fraction: temperature, on a cosine over this share of the steps.
         k_start, k_end, k_fraction: K at the start, falling geometrically to `k_end` (None: `num_slide_tokens`)
-            over this share of the steps. A K that is small against N from the first step on leaves some seeds without
-            a gradient to follow; one that ends large against it never asks the scorer to be sure. What counts is K / N:
-            a smaller `k_end` prepares for slides longer than those of the training.
+            over this share of the steps. If K is small against N from the first step on, the gradient vanishes for some
+            seeds. If K stays large against N, the scorer never learns to separate patches sharply. What counts is K /
+            N: a smaller `k_end` prepares for slides that are longer than those of the training.
     """
 
     num_slide_tokens: int = Field(32, ge=1)
@@ -73,14 +73,15 @@ class Gated(NamedTuple):
 
 
 class SparseLearn(nn.Module):
-    """Gates and denoises patches by their scores. For training alone: `eval()` changes nothing of it.
+    """Gates and denoises patches by their scores. It is used in training only; `eval()` does not switch it off.
 
     `tau` and `num_slide_tokens` follow `set_progress`, and are buffers, so that a resumed run goes on where it was.
 
     Args:
         feature_dim: d.
         settings: of the gate, its denoiser and its schedules.
-        previous: whose denoiser this one begins with, where both are of one kind.
+        previous: the gate of the stage before; its denoiser's weights are taken over where both denoisers are of one
+            kind.
     """
 
     tau: Tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_wsi.errors import SettingsError
+from vllm_wsi.files import new_folder
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
@@ -68,18 +68,18 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     while number < len(settings.stages):
         stage = settings.stages[number]
         trained = run_stage(model, stage, datasets[number], tokenizer, output, number, settings, previous)
-        if trained.is_sharded:  # but a share of the weights is in memory: built again from what the stages saved
+        if (
+            trained.is_sharded
+        ):  # only a shard of the weights is in memory: the model is built again from what the stages saved
             model, _ = start_model(settings.model, settings.seed)
             previous, number = None, 0
         else:
             previous, number = trained.sparselearn or previous, number + 1
     if processes.is_main_process:
-        partial_path = output / "checkpoint.partial"
-        shutil.rmtree(partial_path, ignore_errors=True)
         name_end_of_turn(model, tokenizer)
-        model.save_pretrained(partial_path)
-        tokenizer.save_pretrained(partial_path)
-        os.rename(partial_path, finished)
+        with new_folder(finished) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     processes.wait_for_everyone()
     return finished
 
@@ -87,7 +87,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
 class TrainedStage(NamedTuple):
     """What a stage leaves in memory beside the model."""
 
-    sparselearn: SparseLearn | None  # the gate and its trained denoiser, of which a checkpoint holds nothing
+    sparselearn: SparseLearn | None  # the gate and its trained denoiser; a checkpoint does not hold them
     is_sharded: bool  # by FSDP or DeepSpeed: neither the model nor the gate is whole
 
 
@@ -120,12 +120,11 @@ def run_stage(
         trainer = make_trainer(wrapped, stage, dataset, tokenizer, directory, output / "log.csv", settings)
         last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
-        partial_path = directory / "final.partial"
-        trainer.save_model(str(partial_path))  # gathers in all processes, writes in the main one
-        if trainer.is_world_process_zero():
-            if not (partial_path / WEIGHTS).exists():
-                raise SettingsError(f"{partial_path}: found no whole weights, wanted FSDP to use FULL_STATE_DICT")
-            os.rename(partial_path, final)
+        is_main = trainer.is_world_process_zero()
+        with new_folder(final, is_main) as folder:
+            trainer.save_model(str(folder))  # gathers in all processes, writes in the main one
+            if is_main and not (folder / WEIGHTS).exists():
+                raise SettingsError(f"{folder}: found no whole weights, wanted FSDP to use FULL_STATE_DICT")
         trainer.accelerator.wait_for_everyone()
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not is_sharded:

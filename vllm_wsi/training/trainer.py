@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from vllm_wsi.errors import SettingsError
+from vllm_wsi.files import write_csv
 
 from .model import SparseLearnModel, trainable_state
 
@@ -40,7 +40,7 @@ class SparseLearnTrainer(Trainer):
     def __init__(self, *args: Any, learning_rates: dict[str, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._learning_rates = learning_rates
-        # As they are called before anything shards or flattens them.
+        # The parameters' names before FSDP or DeepSpeed changes them.
         self._names = tuple(trainable_state(self.model))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -119,7 +119,7 @@ class ScheduleCallback(TrainerCallback):
 class CsvLogCallback(TrainerCallback):
     """Appends what is logged to a CSV file, with how sharp the selection has become.
 
-    A stage that goes on from a saved step first takes back the rows after it: they are made again.
+    A stage that resumes from a saved step first removes the rows of later steps, because these steps run again.
     """
 
     def __init__(self, model: SparseLearnModel, path: Path, stage: str) -> None:
@@ -133,12 +133,7 @@ class CsvLogCallback(TrainerCallback):
         kept = [row for row in rows if row["stage"] != self._stage or int(row["step"]) <= state.global_step]
         if len(kept) == len(rows):
             return
-        partial = self._path.with_name(f"{self._path.name}.partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(partial, self._path)
+        write_csv(self._path, kept, LOG_COLUMNS)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs or not state.is_world_process_zero:

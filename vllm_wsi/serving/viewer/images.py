@@ -1,6 +1,5 @@
-"""Slide images of an API server: a few open ones, on threads of their own, and deep-zoom tiles of them.
-
-openslide is imported with the first image, not with the server.
+"""Slide images of an API server: keeps a few open, on threads of their own, and cuts deep-zoom tiles. openslide is
+imported with the first image, not at the server's start.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.serving.connector import naming_the_file_alone, stalls_as_503
+from vllm_wsi.serving.client_errors import naming_the_file_alone, stalls_as_503
 from vllm_wsi.serving.stalling_pool import StallingPool
 from vllm_wsi.slides import SlideIdentity
 
@@ -34,7 +33,7 @@ T = TypeVar("T")
 
 
 class NotThere(SlideError):
-    """A part of an image was asked for that it has not; the image itself is well."""
+    """A client asked for a part that an image does not have; the image itself is sound."""
 
 
 @dataclass
@@ -46,7 +45,8 @@ class _Open:
 
 
 class Threads:
-    """A few threads for work that may be slow: it holds up its own kind, but neither the event loop nor selections."""
+    """A few threads for work that may be slow. It can delay work of its own kind, but neither the event loop nor
+    selections."""
 
     def __init__(self, name: str) -> None:
         self._pool = StallingPool(name, THREADS)

@@ -2,54 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.rendering.geojson import geojson
-from vllm_wsi.selection.selector import NOTHING_SAID
-from vllm_wsi.serving.connector import BY_VALUE, SlideConnector, naming_the_file_alone, parse_fragment
-from vllm_wsi.serving.service import SelectedSlide
 from vllm_wsi.slides import SlideIdentity, open_features
-from vllm_wsi.slides.places import Said, guesses, origin, patch_size, refuse_guesses, settle
-from vllm_wsi.slides.regions import extent, level0_rects, said_size
+from vllm_wsi.slides.places import Said, origin, refuse_guesses, with_image_mpp
+from vllm_wsi.slides.regions import extent, said_size
 from vllm_wsi.slides.units import positive_number
 
+from ..client_errors import naming_the_file_alone
+from ..connector import BY_VALUE, SlideConnector, parse_fragment
+from ..service import SelectedSlide
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
+from .slide_facts import Found, ImageFacts, digest_of, finite_size, mpp_of, place_patches
 from .slide_folder import image_of, image_suffixes, list_slides, qc_picture_of
 
 if TYPE_CHECKING:
-    from openslide import AbstractSlide
+    pass
 
 BOUNDS = "openslide.bounds-"
 PICTURE_CACHE_BYTES = 32 << 20
 MAX_QC_BYTES = 32 << 20
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 NO_IMAGE = "found no slide image of its name beside it, wanted one to show the slide"
-
-
-class ImageFacts(NamedTuple):
-    """A slide image that can be read."""
-
-    path: Path
-    digest: str  # of its identity
-    size_px: tuple[int, int]
-    mpp: float | None
-    bounds: Mapping[str, str]  # openslide.bounds-*
-    tiles: dict[str, Any]
-
-
-class Found(NamedTuple):
-    """The slide image of a URL, or why there is none."""
-
-    image: ImageFacts | None = None
-    missing: str | None = None  # one sentence
 
 
 class SlideView:
@@ -84,13 +65,13 @@ class SlideView:
         record = chosen.record(name, said) | {"encoder": _encoder(url, chosen.metadata), "rects": None}
         record |= {"extent_px": None, "guesses": chosen.guesses(name, said)}
         try:
-            rects = chosen.rects(name, _with_mpp(said, chosen.metadata, image))
+            rects = chosen.rects(name, _said_with_image(said, chosen.metadata, image))
         except SlideError as error:
             return record | {"rects_missing": str(error), "extent_px": None if image is None else image.size_px}
         if image is not None:
             size_px: tuple[float, float] | None = image.size_px
         else:
-            # Without either, only all patches together would tell: the kept ones span less.
+            # Only all patches together would tell the slide's size; the kept ones span less.
             size_px = None if said_size(chosen.metadata) is None else extent(rects, chosen.metadata)
         return record | {"rects": rects.tolist(), "extent_px": size_px}
 
@@ -98,7 +79,7 @@ class SlideView:
         selected = await self._connector.fetch_image_async(url)
         image = (await self._headers.run(self._find_image, url)).image
         chosen, name = selected.selection, _name(selected)
-        said = _with_mpp(said, chosen.metadata, image)
+        said = _said_with_image(said, chosen.metadata, image)
         rects, (unit, size) = chosen.rects(name, said), chosen.settle(name, said)
         assert unit is not None  # or there were no rectangles
         assert size is not None
@@ -109,7 +90,7 @@ class SlideView:
         """(PNG, ETag) of all scores by rank, upon the slide or, as `overlay`, upon nothing."""
         selected = await self._connector.fetch_image_async(url, keep_all_scores=True)
         image = (await self._headers.run(self._find_image, url)).image
-        etag = _digest(selected.digest, overlay, said, None if image is None else image.digest)
+        etag = digest_of(selected.digest, overlay, said, None if image is None else image.digest)
         with self._lock:
             picture = self._pictures.get(etag)
         if picture is None:
@@ -153,13 +134,13 @@ class SlideView:
             path = self._image_path(url)
             with self._images.image(path) as image:
                 zoom = deep_zoom(image)
-                digest = _digest(SlideIdentity.of_file(path))
+                digest = digest_of(SlideIdentity.of_file(path))
                 return Found(
                     ImageFacts(
                         path,
                         digest,
                         (zoom.width_px, zoom.height_px),
-                        _image_mpp(image, path.name),
+                        mpp_of(image, path.name),
                         {key: value for key, value in image.properties.items() if key.startswith(BOUNDS)},
                         {
                             "size_px": TILE_PX,
@@ -169,7 +150,7 @@ class SlideView:
                         },
                     )
                 )
-        except ValueError as error:  # of vLLM too: what is wrong with the image takes no selection away
+        except ValueError as error:  # vLLM raises ValueError too; without an image the selection is shown all the same
             return Found(missing=str(error))
 
     def _describe(self, url: str) -> dict[str, Any]:
@@ -178,7 +159,6 @@ class SlideView:
             raise SlideError(f"url: found {url[:32]!r}, wanted a file:// URL of a slide below the allowed path")
         path = path.resolve()
         found = self._find_image(url)
-        image = found.image
         remarks = [] if found.missing is None else [found.missing]
         try:
             has_qc = self._qc_path(url) is not None
@@ -186,35 +166,16 @@ class SlideView:
             has_qc = False
             remarks.append(str(error))
         with naming_the_file_alone(path), open_features(path, _fragment_encoder(url)) as slide:
-            size_px: tuple[float, float] | None = None
-            if image is not None:
-                size_px = image.size_px
-                said = said_size(slide.metadata)
-                if said is not None and said != size_px:
-                    remarks.append(
-                        f"{image.path.name}: found {size_px[0]} x {size_px[1]} px, wanted {said[0]:g} x {said[1]:g}, "
-                        f"as {path.name} says; the image may be another slide's"
-                    )
-            guessed: list[str] = []
-            try:
-                coords, size = slide.read_coords(), None
-                if coords is not None:
-                    size = patch_size(slide.metadata, coords, slide.coord_unit, path.name)
-                    guessed = guesses(*settle(path.name, slide.coord_unit, slide.unit_source, size, NOTHING_SAID))
-                if image is None:
-                    rects = level0_rects(path.name, coords, slide.coord_unit, size, slide.metadata)
-                    size_px = _finite(path.name, extent(rects, slide.metadata))
-            except SlideError as error:  # the slide is shown all the same
-                remarks.append(str(error))
+            place = place_patches(slide, path.name, found.image, remarks)
             return {
                 "name": path.name,
                 "num_patches": slide.num_patches,
                 "encoder": _encoder(url, slide.metadata),
-                "extent_px": size_px,
-                "mpp": positive_number(slide.metadata.get("mpp")) or (None if image is None else image.mpp),
-                "has_image": image is not None,
-                "tiles": None if image is None else image.tiles,
-                "guesses": guessed,
+                "extent_px": place.size_px,
+                "mpp": positive_number(slide.metadata.get("mpp")) or (found.image and found.image.mpp),
+                "has_image": found.image is not None,
+                "tiles": found.image and found.image.tiles,
+                "guesses": place.guesses,
                 "has_qc": has_qc,
                 "remarks": remarks,
             }
@@ -235,14 +196,14 @@ class SlideView:
                 data = file.read(MAX_QC_BYTES)
             if not data.startswith(PNG_MAGIC):
                 raise SlideError(f"{path}: found no PNG file, wanted a picture of tissue and patches")
-        return data, _digest(identity)
+        return data, digest_of(identity)
 
     def _read(
         self, url: str, read: Callable[..., bytes], what: tuple[Any, ...], if_none_match: str | None
     ) -> tuple[bytes | None, str, str]:
         path = self._image_path(url)
-        version = _digest(SlideIdentity.of_file(path))
-        etag = _digest(version, read.__name__, what)
+        version = digest_of(SlideIdentity.of_file(path))
+        etag = digest_of(version, read.__name__, what)
         if if_none_match is not None and etag in if_none_match:
             return None, etag, version
         with self._images.image(path) as image:
@@ -256,9 +217,9 @@ class SlideView:
         assert chosen.all_scores is not None
         if image is not None:
             refuse_guesses(name, chosen.guesses(name, said))
-        said = _with_mpp(said, chosen.metadata, image)
+        said = _said_with_image(said, chosen.metadata, image)
         rects, kept = chosen.all_rects(name, said), chosen.rects(name, said)
-        size_px = image.size_px if image is not None else _finite(name, extent(rects, chosen.metadata))
+        size_px = image.size_px if image is not None else finite_size(name, extent(rects, chosen.metadata))
         heat = heat_overlay(rects, chosen.all_scores.numpy(), size_px)
         if overlay:
             return png(heat)
@@ -290,28 +251,5 @@ def _encoder(url: str, metadata: Mapping[str, str]) -> str | None:
     return metadata.get("encoder") or _fragment_encoder(url)
 
 
-def _with_mpp(said: Said, metadata: Mapping[str, str], image: ImageFacts | None) -> Said:
-    """mpp is what is given, else what the feature file says (None: it is asked itself), else what the image says."""
-    if said.mpp is not None or positive_number(metadata.get("mpp")) or image is None:
-        return said
-    return said._replace(mpp=image.mpp)
-
-
-def _image_mpp(image: AbstractSlide, name: str) -> float | None:
-    """None where the image says none that can be used: it is shown all the same, only microns are not placed by it."""
-    from vllm_wsi.encoding.image import image_mpp
-
-    try:
-        return image_mpp(image, name)
-    except SlideError:
-        return None
-
-
-def _finite(name: str, size_px: tuple[float, float]) -> tuple[float, float]:
-    if not (all(map(math.isfinite, size_px)) and min(size_px) > 0):
-        raise SlideError(f"{name}: coords: found a slide of {size_px[0]} x {size_px[1]} px, wanted a finite size")
-    return size_px
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+def _said_with_image(said: Said, metadata: Mapping[str, str], image: ImageFacts | None) -> Said:
+    return said if image is None else with_image_mpp(said, metadata, lambda: image.mpp)

@@ -1,0 +1,1 @@
+"""What several benchmarks need: where rows go, tables of a page, and what a server uses."""

@@ -1,0 +1,1 @@
+"""Scoring and Top-K on a GPU, against what people run today."""

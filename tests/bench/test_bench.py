@@ -1,0 +1,94 @@
+"""The benchmarks' harness runs, on the CPU and at tiny sizes; what it measures here says nothing."""
+
+import csv
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: object) -> str:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_kernel_benchmark_compares_every_provider_that_runs_here(tmp_path):
+    out = run("-m", "bench.kernels.score_topk", "--device", "cpu", "--quick", "--csv", tmp_path / "rows.csv")
+    rows = rows_of(tmp_path / "rows.csv")
+    by_part = {part: {row["provider"] for row in rows if row["part"] == part} for part in ("select", "ragged")}
+    assert by_part == {
+        "select": {"copy", "ours", "torch.topk", "torch.topk of keys"},
+        "ragged": {"copy", "gemm", "ours", "eager torch"},
+    }
+    providers = {row["provider"] for row in rows if row["part"] == "score_topk"}
+    assert providers >= by_part["ragged"] | {"our scores + torch.topk", "our scores + torch.topk of keys"}
+    assert all(float(row["median_us"]) > 0 for row in rows)
+    assert "left out: torch.compile: not measured on the CPU" in out
+
+
+def test_the_new_slide_benchmark_gives_a_row_for_each_state_of_the_page_cache(tmp_path):
+    run("-m", "bench.selection.cold_slide", "--device", "cpu", "--quick", "--csv", tmp_path / "rows.csv")
+    rows = rows_of(tmp_path / "rows.csv")
+    assert [row["page_cache"] for row in rows] == ["warm", "dropped"]
+    assert all(float(row["total_over_floor"]) > 0 for row in rows)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_the_selector_benchmark_measures_itself_and_naive_torch():
+    code = "from bench.selection.cpu_selection import bench_shape; print(len(bench_shape(300, 64, 1)))"
+    assert int(run("-c", code)) >= 1
+
+
+@pytest.mark.server
+def test_the_serving_benchmark_compares_every_case_with_vllms_own_client(tmp_path):
+    run("-m", "bench.serving.throughput", "--quick", "--csv", tmp_path / "rows.csv")
+    rows = rows_of(tmp_path / "rows.csv")
+    compared = {(row["case"], row["server"]) for row in rows if row["part"] == "compare"}
+    assert compared == {
+        *itertools.product(("text", "K = 32", "K = 32, known"), ("as it is", "no prefix cache", "2 API servers")),
+        *(("K = 4096", server) for server in ("as it is", "no prefix cache")),
+        ("selected", "as it is"),
+        ("by value", "as it is"),
+    }
+    tokens = {row["case"]: float(row["prompt_tokens"]) for row in rows if row["part"] == "compare"}
+    assert tokens["K = 32"] == tokens["selected"] == tokens["by value"] == tokens["text"] + 32
+    assert tokens["text"] + 1000 <= tokens["K = 4096"] <= tokens["text"] + 4096
+    assert {row["part"] for row in rows} == {"compare", "crowd", "patches", "at once", "slides", "tokens"}
+    for row in rows:
+        assert float(row["requests_per_s"]) > 0
+        known = row["case"] == "K = 32, known"
+        if known and row["server"] == "2 API servers":
+            continue  # either of which may meet a known slide for the first time
+        nothing_to_send = known or row["case"] == "text"
+        assert (float(row["bytes_to_engine"]) > 1000) == (not nothing_to_send)
+        if nothing_to_send:
+            assert int(row["selections"]) == 0
+        else:
+            assert 1 <= int(row["selections"]) <= int(row["requests"])
+
+
+def test_the_slides_that_are_asked_about_are_many_small_ones_and_one_of_the_largest_size():
+    code = """
+from bench.serving.workload import log_normal_sizes, zipf_picks
+sizes = log_normal_sizes(33)
+picks = zipf_picks(10, 10_000)
+print(max(sizes), sorted(sizes)[16], sorted(sizes)[-2] < 200_000, [picks.count(i) for i in (0, 1, 9)])
+"""
+    most, median, tail, counts = run("-c", code).split(" ", 3)
+    assert (int(most), int(median), tail) == (1_000_000, 20_000, "True")
+    first, second, last = map(int, counts.strip(" []\n").split(","))
+    assert 0.8 < first / second / 2 < 1.25
+    assert 0.8 < first / last / 10 < 1.25
