@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from vllm_wsi.errors import SettingsError
 from vllm_wsi.haystack.generator import FINDINGS, LETTERS, STEMS, HaystackSlide, HaystackWorld, haystack_items
 
 WORLD = HaystackWorld()
@@ -214,7 +215,7 @@ def test_haystack_items_of_one_length_are_those_of_the_world():
     wanted = HaystackWorld(noise=0.5).items("test", 5, 33, 2)
     assert [item.turns for item in items] == [item.turns for item in wanted]
     assert {item.slides[0].num_patches for item in items} == {33}
-    with pytest.raises(TypeError, match="loudness"):
+    with pytest.raises(SettingsError, match="haystack: found loudness, wanted some of seed, "):
         haystack_items(count=1, loudness=2)
 
 
