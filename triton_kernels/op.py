@@ -56,8 +56,20 @@ def score_topk(
         tensors = weights.tensors()
         return ScoredTopK(*_operator(features, tensors, weights.norm_eps, k, cu_seqlens, first_row, kept, by_score))
     # Not through the operator: its first call imports PyTorch's compiler, and the first slide would wait for seconds.
-    run = _on_cuda if features.is_cuda else _on_cpu
-    return run(features, weights, k, cu_seqlens, first_row, before, by_score)
+    return _run(features, weights, k, cu_seqlens, first_row, before, by_score)
+
+
+def _run(
+    features: Tensor,
+    weights: ScorerWeights,
+    k: int,
+    cu_seqlens: Tensor | None,
+    first_row: int,
+    running: Running | None,
+    by_score: bool,
+) -> ScoredTopK:
+    on_device = _on_cuda if features.is_cuda else _on_cpu
+    return on_device(features, weights, k, cu_seqlens, first_row, running, by_score)
 
 
 def _on_cpu(
@@ -107,7 +119,8 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """A `ScoredTopK` as PyTorch's operators return it."""
 
 
-def _operator_on_cpu(
+@torch.library.custom_op("vllm_wsi::score_topk", mutates_args=())
+def _operator(
     features: Tensor,
     parameters: Sequence[Tensor],
     norm_eps: float,
@@ -119,26 +132,7 @@ def _operator_on_cpu(
 ) -> Outputs:
     weights = ScorerWeights.of_tensors(parameters, norm_eps)
     before = Running(*running) if running else None
-    return tuple(_on_cpu(features, weights, k, cu_seqlens, first_row, before, by_score))  # type: ignore[return-value]
-
-
-def _operator_on_cuda(
-    features: Tensor,
-    parameters: Sequence[Tensor],
-    norm_eps: float,
-    k: int,
-    cu_seqlens: Tensor | None,
-    first_row: int,
-    running: Sequence[Tensor],
-    by_score: bool,
-) -> Outputs:
-    weights = ScorerWeights.of_tensors(parameters, norm_eps)
-    before = Running(*running) if running else None
-    return tuple(_on_cuda(features, weights, k, cu_seqlens, first_row, before, by_score))  # type: ignore[return-value]
-
-
-_operator = torch.library.custom_op("vllm_wsi::score_topk", _operator_on_cpu, mutates_args=(), device_types="cpu")
-_operator.register_kernel("cuda")(_operator_on_cuda)
+    return tuple(_run(features, weights, k, cu_seqlens, first_row, before, by_score))  # type: ignore[return-value]
 
 
 @_operator.register_fake
