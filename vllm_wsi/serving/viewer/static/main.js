@@ -1,4 +1,4 @@
-// The page: chooses a slide, shows it with its evidence, and hands it to the chat.
+// The page: chooses a slide, shows it with its selection, and hands it to the chat.
 
 import * as api from "./api.js";
 import { Chat } from "./chat.js";
