@@ -19,7 +19,8 @@ from vllm_wsi.selection.positions import SlideSpan, prompt_positions
 from vllm_wsi.selection.selector import Selection
 from vllm_wsi.slides import FeatureFile, features_in_memory, write_features
 from vllm_wsi.study.answering import choose
-from vllm_wsi.training.dataset import SlideDataset, TrainingItem, TrainingSlide, collate
+from vllm_wsi.training.batches import collate
+from vllm_wsi.training.dataset import SlideDataset, TrainingItem, TrainingSlide
 from vllm_wsi.training.model import SparseLearnModel
 
 D = 12

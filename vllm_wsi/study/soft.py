@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SlideItem
-from vllm_wsi.training.dataset import SlideDataset, collate
+from vllm_wsi.training.batches import collate
+from vllm_wsi.training.dataset import SlideDataset
 from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.sparselearn import SparseLearn
 

@@ -1,4 +1,4 @@
-"""From items to batches: features of capped slides, laid-out prompts, positions, labels."""
+"""From items to what training reads of them: features of capped slides, token ids, labels."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
+from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SparseWSIConfig
-from vllm_wsi.model.prompt_layout import PatchRows, lay_out, pad_left
 from vllm_wsi.questions.items import QuestionError, SlideItem, SlideSource
 from vllm_wsi.selection.chunk_reader import ChunkStager
 from vllm_wsi.selection.evenly_spaced import evenly_spaced
@@ -177,43 +176,3 @@ def _no_finite_patch(source: SlideSource) -> str:
 def finite_rows(features: Tensor) -> Tensor:
     """bool [n] of [n, d]: the patches without NaN and infinities."""
     return torch.isfinite(features).all(dim=1)
-
-
-def collate(items: Sequence[TrainingItem], slide_token_id: int, pad_token_id: int) -> dict[str, Tensor]:
-    """One batch for `SparseLearnModel`; S slides in all, T tokens in the longest prompt, padded on the left.
-
-    Returns:
-        features fp32 [S, n, d] and patch_mask bool [S, n], padded on the right; input_ids, attention_mask,
-        position_ids and labels int64 [B, T], with one slide token for each patch.
-    """
-    slides = [slide for item in items for slide in item.slides]
-    most = max(len(slide.features) for slide in slides)
-    features = torch.zeros(len(slides), most, slides[0].features.shape[1])
-    patch_mask = torch.zeros(len(slides), most, dtype=torch.bool)
-    for place, slide in enumerate(slides):
-        features[place, : len(slide.features)] = slide.features
-        patch_mask[place, : len(slide.features)] = True
-    prompts = [_prompt(item, slide_token_id) for item in items]
-    return {
-        "features": features,
-        "patch_mask": patch_mask,
-        "input_ids": pad_left([prompt.ids for prompt in prompts], pad_token_id),
-        "position_ids": pad_left([prompt.positions for prompt in prompts]),
-        "labels": pad_left([prompt.labels for prompt in prompts], IGNORED),
-        "attention_mask": pad_left([torch.ones_like(prompt.ids) for prompt in prompts]),
-    }
-
-
-class _Prompt(NamedTuple):
-    """One prompt whose slide tokens stand once for each patch; int64 [T] each."""
-
-    ids: Tensor
-    positions: Tensor
-    labels: Tensor
-
-
-def _prompt(item: TrainingItem, slide_token_id: int) -> _Prompt:
-    ids, labels = torch.tensor(item.ids), torch.tensor(item.labels)
-    slides = [PatchRows(slide.indices, slide.num_patches) for slide in item.slides]
-    repeats, positions = lay_out(ids, slides, slide_token_id, item.budget)
-    return _Prompt(ids.repeat_interleave(repeats), positions, labels.repeat_interleave(repeats))

@@ -52,7 +52,7 @@ class SparseLearnModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Mean negative log-likelihood of the labelled tokens (over `num_items_in_batch`, where given).
 
-        Shapes as `dataset.collate` makes them.
+        Shapes as `batches.collate` makes them.
         """
         logits, wanted = self.tail_logits(features, patch_mask, input_ids, attention_mask, position_ids, labels)
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -24,7 +24,8 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import QuestionError, SlideItem
 from vllm_wsi.questions.reader import read_questions
 
-from .dataset import SlideDataset, collate
+from .batches import collate
+from .dataset import SlideDataset
 from .model import SparseLearnModel, set_trainable
 from .settings import DataSettings, StageSettings, TrainSettings
 from .sparselearn import SparseLearn
