@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import vllm_wsi.training.stages as stages
 import vllm_wsi.training.train as training
 from vllm_wsi.cli.app import main
 from vllm_wsi.errors import SettingsError, SlideError
@@ -124,7 +125,7 @@ def two_stages(**changes) -> TrainSettings:
 def test_a_run_stopped_between_stages_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     asked = two_stages(steps=3)
     wanted = weights(train(asked, tmp_path / "whole", GENERATORS))
-    make = training.make_trainer
+    make = stages.make_trainer
 
     def stop_at_the_second(wrapped, stage, *arguments):
         if stage.name == "lora":
@@ -132,7 +133,7 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_bits(tmp_path, monkeyp
         return make(wrapped, stage, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "make_trainer", stop_at_the_second)
+        patch.setattr(stages, "make_trainer", stop_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             train(asked, tmp_path / "run", GENERATORS)
     torch.randn(99)  # a new process has another random state

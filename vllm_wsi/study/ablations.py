@@ -24,7 +24,8 @@ from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.sparselearn import SparseLearn
-from vllm_wsi.training.train import Generators, make_dataset, run_stage, train
+from vllm_wsi.training.stages import run_stage
+from vllm_wsi.training.train import Generators, make_dataset, train
 
 from .groups import Groups, longest_slide
 from .judge import judge, select_all

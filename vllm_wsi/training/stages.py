@@ -1,0 +1,127 @@
+"""One stage of a training run: a part of the model learns, what it learned is saved, and a stopped stage goes on."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import get_last_checkpoint
+
+from vllm_wsi.errors import SettingsError
+from vllm_wsi.files import new_folder
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+
+from .batches import collate
+from .dataset import SlideDataset
+from .model import SparseLearnModel, set_trainable
+from .settings import StageSettings, TrainSettings
+from .sparselearn import SparseLearn
+from .start_model import with_lora
+from .trainer import WEIGHTS, CsvLogCallback, ScheduleCallback, SparseLearnTrainer, load_trainable
+
+
+class TrainedStage(NamedTuple):
+    """What a stage leaves in memory beside the model."""
+
+    sparselearn: SparseLearn | None  # the gate and its trained denoiser; a checkpoint does not hold them
+    is_sharded: bool  # by FSDP or DeepSpeed: neither the model nor the gate is whole
+
+
+def run_stage(
+    model: SparseWSIForConditionalGeneration,
+    stage: StageSettings,
+    dataset: SlideDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    number: int,
+    settings: TrainSettings,
+    previous: SparseLearn | None = None,
+) -> TrainedStage:
+    """Trains `model` in place, or restores what this stage gave before. Of several processes all call it.
+
+    Args:
+        previous: of the last stage that had one; a denoiser of the same kind goes on learning.
+    """
+    directory = output / "stages" / f"{number}-{stage.name}"
+    final = directory / "final"
+    is_sharded = False
+    set_seed(settings.seed)  # new weights below are the same, whether this run made the stages before or found them
+    if stage.lora is not None:
+        model.language_model = with_lora(model.language_model, stage.lora)
+    wrapped = SparseLearnModel(model, stage.sparselearn, previous)
+    set_trainable(wrapped, set(stage.train))
+    if final.is_dir():
+        load_trainable(wrapped, final)
+    else:
+        trainer = make_trainer(wrapped, stage, dataset, tokenizer, directory, output / "log.csv", settings)
+        last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+        trainer.train(resume_from_checkpoint=last)
+        is_main = trainer.is_world_process_zero()
+        with new_folder(final, is_main) as folder:
+            trainer.save_model(str(folder))  # gathers in all processes, writes in the main one
+            if is_main and not (folder / WEIGHTS).exists():
+                raise SettingsError(f"{folder}: found no whole weights, wanted FSDP to use FULL_STATE_DICT")
+        trainer.accelerator.wait_for_everyone()
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not is_sharded:
+        if stage.lora is not None:
+            model.language_model = model.language_model.merge_and_unload()
+        model.requires_grad_(True)
+    return TrainedStage(wrapped.sparselearn, is_sharded)
+
+
+def make_trainer(
+    wrapped: SparseLearnModel,
+    stage: StageSettings,
+    dataset: SlideDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    log: Path,
+    settings: TrainSettings,
+) -> SparseLearnTrainer:
+    arguments: dict[str, Any] = {
+        "output_dir": str(directory),
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.batch_size,
+        "learning_rate": max(stage.learning_rate.values()),
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": stage.min_lr_rate},
+        "warmup_steps": stage.warmup_steps,
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "adam_beta2": 0.98,
+        "save_steps": stage.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "report_to": settings.report_to or "none",
+        "seed": settings.seed,
+        "dataloader_num_workers": stage.workers,
+        "remove_unused_columns": False,
+        "disable_tqdm": not os.isatty(2),
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collator = partial(collate, slide_token_id=wrapped.model.config.slide_token_id, pad_token_id=pad)
+    return SparseLearnTrainer(
+        model=wrapped,
+        args=_arguments(arguments | stage.trainer, stage.name),
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[ScheduleCallback(wrapped), CsvLogCallback(wrapped, log, stage.name)],
+        learning_rates={str(part): rate for part, rate in stage.learning_rate.items()},
+    )
+
+
+def _arguments(values: dict[str, Any], stage: str) -> TrainingArguments:
+    try:
+        arguments = TrainingArguments(**values)
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # tells whether its package is there
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:  # a name, a value, a package that is missing
+        raise SettingsError(f"stages: {stage}: trainer, report_to: {error}") from error
+    return arguments
