@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,13 +81,26 @@ class ContextScorer(nn.Module):
         return self.input(self.input_norm(features.to(self.input.weight.dtype)))
 
     def score_tokens(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Scores fp32 [..., n] of all tokens [..., n, w] of a slide.
+        """Scores fp32 [..., n] of all tokens [..., n, w] of a slide; NaN where a token is not finite.
+
+        No other token sees such a one, because its NaN would spread to all.
 
         Args:
             mask: bool [..., n], False where a token is padding that no other may see; None: none is.
         """
+        finite = torch.isfinite(tokens).all(dim=-1)
+        if not finite.all():
+            tokens = tokens.masked_fill(~finite[..., None], 0)
+            mask = finite if mask is None else mask & finite
+        return self._score_finite(tokens, mask).masked_fill(~finite, torch.nan)
+
+    def _score_finite(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         if tokens.ndim == 2:  # without a batch, PyTorch's attention takes the path that needs N * N memory
-            return self.score_tokens(tokens[None], None if mask is None else mask[None])[0]
+            if mask is None:
+                return self._score_finite(tokens[None], None)[0]
+            scores = tokens.new_zeros(len(tokens), dtype=torch.float32)
+            scores[mask] = self._score_finite(tokens[mask][None], None)[0]
+            return scores
         keys = None if mask is None else mask[..., None, None, :]
         for block in self.blocks:
             tokens = block(tokens, keys)
@@ -140,3 +155,29 @@ def seeded_scorer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_scorer(kind, feature_dim, hidden_size, **options)
+
+
+class SlideScores(NamedTuple):
+    """Scores of padded slides in memory."""
+
+    scores: Tensor  # fp32 [..., n]; any value where the mask is False
+    mask: Tensor  # bool [..., n]: the patches that may be kept
+
+
+def score_slides(scorer: PatchScorer | ContextScorer, features: Tensor, mask: Tensor) -> SlideScores:
+    """Scores whole slides for training, by the rule of `SlideSelector`: a patch whose score is not finite is left out.
+
+    In fp32 also under autocast, because bf16 would give thousands of patches the same score. A patch that is left out
+    has no part in the gradient.
+
+    Args:
+        features: [..., n, d], of any floating dtype.
+        mask: bool [..., n], False at padding.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.float()
+        scores = scorer(features, mask)
+        kept = mask & torch.isfinite(scores)
+        if not torch.equal(kept, mask):  # once more without them: 0 * NaN in a gradient is NaN
+            scores = scorer(features.masked_fill(~kept[..., None], 0), kept)
+    return SlideScores(scores, kept)

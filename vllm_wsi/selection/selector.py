@@ -273,10 +273,7 @@ def _select_in_context(
         with stager.on_stream():
             map_blocks(features, start, scorer.embed, tokens[start : start + len(features)], rows)
     with stager.on_stream():
-        # A NaN would spread to every patch, so rows that are not finite are left out.
-        finite = torch.isfinite(tokens).all(dim=1)
-        scores = torch.full((len(tokens),), float("nan"), device=tokens.device)
-        scores[finite] = scorer.score_tokens(tokens[finite])
+        scores = scorer.score_tokens(tokens)
         selected = select_topk(scores, k)
         if all_scores is not None:
             all_scores.copy_(scores)
@@ -284,3 +281,18 @@ def _select_in_context(
     present = selected.indices[0] >= 0
     indices, best = selected.indices[0][present].cpu(), selected.scores[0][present].cpu()
     return _Kept(indices, best, read_tensor_rows(slide, indices)), int((~torch.isfinite(scores)).sum())
+
+
+@torch.no_grad()
+def best_rows(features: Tensor, scorer: FrozenScorer, k: int) -> Tensor:
+    """int64 [m], ascending: the rows that `SlideSelector` keeps of a slide whose features [n, d] are in memory.
+
+    m = min(k, patches with a finite score), and may be 0.
+    """
+    if isinstance(scorer, ContextScorer):
+        tokens = torch.empty(len(features), scorer.hidden_size, device=features.device)
+        map_blocks(features, 0, scorer.embed, tokens, block_rows(max(scorer.feature_dim, scorer.hidden_size)))
+        indices = select_topk(scorer.score_tokens(tokens), k).indices[0]
+    else:
+        indices = score_topk(features, scorer, k).indices[0]
+    return indices[indices >= 0]

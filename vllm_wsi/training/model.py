@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.model.chat_renderer import IGNORED
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.selection.scorer import score_slides
 
 from .sparselearn import SparseLearn, SparseLearnSettings
 
@@ -69,16 +72,27 @@ class SparseLearnModel(nn.Module):
         labels: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """(logits fp32 [B, t, vocabulary], the labels [B, t] that they should give) of the last t tokens, which hold
-        all labelled ones: prompts are padded on the left."""
+        all labelled ones: prompts are padded on the left.
+
+        A patch without a finite score is neither gated nor seen by the decoder, as in service.
+
+        Raises:
+            SlideError: no patch of a slide has a finite score.
+        """
         model = self.model
+        places = (input_ids == model.config.slide_token_id) & attention_mask.bool()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.sparselearn is not None):
+            scores, scored = score_slides(model.scorer, features, patch_mask)
+        if not torch.equal(scored, patch_mask):
+            refuse_unscored(scored)
+            features = features.masked_fill(~scored[..., None], 0)
+            attention_mask = attention_mask.masked_scatter(places, scored[patch_mask].to(attention_mask.dtype))
         patches = model.projector.normalise(features)
         if self.sparselearn is not None:
-            scores = model.scorer(features, patch_mask)
-            patches, alpha = self.sparselearn(patches, scores, patch_mask)
+            patches, alpha = self.sparselearn(patches, scores, scored)
             self.last_alpha = alpha.detach()
         tokens = model.projector.project(patches)
         embeddings = model.get_input_embeddings()(input_ids)
-        places = (input_ids == model.config.slide_token_id) & attention_mask.bool()
         embeddings = embeddings.masked_scatter(places[..., None], tokens[patch_mask].to(embeddings.dtype))
         tail = labels.shape[1] - int((labels != IGNORED).any(dim=0).int().argmax())
         logits = model.language_model(
@@ -89,6 +103,15 @@ class SparseLearnModel(nn.Module):
             use_cache=False,
         ).logits
         return logits[:, -tail - 1 : -1].float(), labels[:, -tail:]
+
+
+def refuse_unscored(scored: Tensor) -> None:
+    """Raises SlideError unless each slide has a patch with a finite score; `scored` is bool [S, n]."""
+    if len(bad := (~scored.any(dim=-1)).nonzero()[:, 0].tolist()):
+        raise SlideError(
+            f"slide {bad[0] + 1} of {len(scored)} in the batch: features: found no patch with a finite score, "
+            "wanted at least one"
+        )
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
