@@ -22,7 +22,14 @@ from .model import SparseLearnModel, set_trainable
 from .settings import StageSettings, TrainSettings
 from .sparselearn import SparseLearn
 from .start_model import with_lora
-from .trainer import WEIGHTS, CsvLogCallback, ScheduleCallback, SparseLearnTrainer, load_trainable
+from .trainer import (
+    WEIGHTS,
+    CsvLogCallback,
+    NoiseSeedCallback,
+    ScheduleCallback,
+    SparseLearnTrainer,
+    load_trainable,
+)
 
 
 class TrainedStage(NamedTuple):
@@ -58,7 +65,8 @@ def run_stage(
     if final.is_dir():
         load_trainable(wrapped, final)
     else:
-        trainer = make_trainer(wrapped, stage, dataset, tokenizer, directory, output / "log.csv", settings)
+        log = output / "log.csv"
+        trainer = make_trainer(wrapped, stage, dataset, tokenizer, directory, log, settings, number)
         last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
         is_main = trainer.is_world_process_zero()
@@ -83,6 +91,7 @@ def make_trainer(
     directory: Path,
     log: Path,
     settings: TrainSettings,
+    number: int,
 ) -> SparseLearnTrainer:
     arguments: dict[str, Any] = {
         "output_dir": str(directory),
@@ -112,7 +121,11 @@ def make_trainer(
         args=_arguments(arguments | stage.trainer, stage.name),
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[ScheduleCallback(wrapped), CsvLogCallback(wrapped, log, stage.name)],
+        callbacks=[
+            NoiseSeedCallback(settings.seed, number),
+            ScheduleCallback(wrapped),
+            CsvLogCallback(wrapped, log, stage.name),
+        ],
         learning_rates={str(part): rate for part, rate in stage.learning_rate.items()},
     )
 

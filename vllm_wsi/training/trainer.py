@@ -6,10 +6,11 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.files import write_csv
@@ -114,6 +115,22 @@ class ScheduleCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._sparselearn is not None:
             self._sparselearn.set_progress(state.global_step / state.max_steps)
+
+
+class NoiseSeedCallback(TrainerCallback):
+    """Gives every process other random numbers when a stage begins: the noise of the gate, and dropout.
+
+    New weights need the same seed in all processes; the same noise for the slides of all of them would be less noise.
+    A resumed stage takes its saved random state instead, which the Trainer restores later; where there is none, because
+    the number of processes changed, the step is in the seed, so that the noise of the first steps does not return.
+    """
+
+    def __init__(self, seed: int, stage: int) -> None:
+        self._seed, self._stage = seed, stage
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        of = np.random.SeedSequence([self._seed, self._stage, args.process_index, state.global_step])
+        set_seed(int(of.generate_state(1)[0]))
 
 
 class CsvLogCallback(TrainerCallback):
