@@ -13,6 +13,10 @@ ARCHITECTURE = "SparseWSIForConditionalGeneration"
 SLIDE_TOKEN = "<|slide|>"
 """The placeholder of one slide in a prompt's text; a checkpoint's tokenizer holds it as one special token."""
 
+FP32_PARTS = ("scorer", "projector")
+"""Parts that are trained, saved and loaded in fp32, whatever the decoder's dtype: together a few MB. In bf16 thousands
+of patches would share a score, and most steps of training would round to nothing."""
+
 POSITION_MODES = ("original", "packed")
 TEXT_POSITIONS = 4096
 """Positions that the default budget leaves to text, in a decoder that has many."""
@@ -37,6 +41,8 @@ class SparseWSIConfig(PreTrainedConfig):
             beyond it places are scaled down (`selection/positions.py`). None: what the decoder has, less 4096 for
             text (half of it in a decoder of fewer than 8192).
         slide_token_id: id of `SLIDE_TOKEN` in the tokenizer.
+        part_dtypes: "float32" for each of `FP32_PARTS`. The key `dtype`, which transformers and vLLM read, is the
+            decoder's.
 
     Raises:
         CheckpointError: a value that no model can have.
@@ -58,6 +64,7 @@ class SparseWSIConfig(PreTrainedConfig):
         position_ids: str = "original",
         max_slide_positions: int | None = None,
         slide_token_id: int = 0,
+        part_dtypes: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         if text_config is None:
@@ -74,6 +81,9 @@ class SparseWSIConfig(PreTrainedConfig):
         for name, value in (("feature_dim", feature_dim), ("num_slide_tokens", num_slide_tokens)):
             if value < 1:
                 raise CheckpointError(f"{name}: found {value}, wanted at least 1")
+        wanted = dict.fromkeys(FP32_PARTS, "float32")
+        if (found := part_dtypes if part_dtypes is not None else wanted) != wanted:
+            raise CheckpointError(f"part_dtypes: found {found}, wanted {wanted}")
         table = getattr(text_config, "max_position_embeddings", None) or 2 * TEXT_POSITIONS
         if max_slide_positions is None:
             max_slide_positions = table - TEXT_POSITIONS if table >= 2 * TEXT_POSITIONS else table // 2
@@ -91,6 +101,7 @@ class SparseWSIConfig(PreTrainedConfig):
         self.position_ids = position_ids
         self.max_slide_positions = max_slide_positions
         self.slide_token_id = slide_token_id
+        self.part_dtypes: dict[str, str] = wanted
         kwargs.setdefault("architectures", [ARCHITECTURE])
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)

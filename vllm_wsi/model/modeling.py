@@ -17,7 +17,7 @@ from vllm_wsi.selection.scorer import build_scorer
 from vllm_wsi.selection.selector import Selection, SlideSelector, frozen_scorer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 
-from .config import SparseWSIConfig
+from .config import FP32_PARTS, SparseWSIConfig
 from .prompt_layout import PatchRows, lay_out
 
 PromptIds: TypeAlias = Tensor | NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
@@ -62,11 +62,14 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     Weights carry the prefixes `scorer.`, `projector.` and `language_model.`. Prompts hold one slide token for each
     slide; `prepare` lays out the kept patches in its place. Selections come from `selector()`.
+
+    Scorer and projector are fp32 (`FP32_PARTS`); `dtype`, in arguments of `from_pretrained` too, is the decoder's.
     """
 
     config_class = SparseWSIConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = list(FP32_PARTS)
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -81,6 +84,11 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for key, value in (self.language_model._tied_weights_keys or {}).items()
         }
         self.post_init()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The decoder's; `save_pretrained` writes it into config.json."""
+        return self.language_model.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

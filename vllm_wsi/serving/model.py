@@ -63,7 +63,8 @@ class SparseWSIForConditionalGeneration(
         self.config = config
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.slide_token_id])
         with self._mark_tower_model(vllm_config, "image"):
-            self.projector = SlideProjector.from_config(config)
+            self.projector = SlideProjector.from_config(config).float()  # as it was trained
+        self._dtype = vllm_config.model_config.dtype
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -80,7 +81,7 @@ class SparseWSIForConditionalGeneration(
         device = self.projector.linear_1.weight.device
         sizes = [len(slide) for slide in rows]
         flat = torch.cat([slide.to(device, torch.float32) for slide in rows])
-        return self.projector(flat).split(sizes)
+        return self.projector(flat).to(self._dtype).split(sizes)
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]

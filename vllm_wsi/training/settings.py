@@ -32,7 +32,8 @@ class ModelSettings(Settings):
     num_slide_tokens: int = Field(32, ge=1)
     position_ids: Literal["original", "packed"] = "original"
     max_slide_positions: int | None = Field(None, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of a frozen decoder
+    # The decoder's, also in the checkpoint that the run makes; None: its own. Scorer and projector are float32.
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @model_validator(mode="after")
     def _one_start(self) -> ModelSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +82,16 @@ def run_stage(
             model.language_model = model.language_model.merge_and_unload()
         model.requires_grad_(True)
     return TrainedStage(wrapped.sparselearn, is_sharded)
+
+
+def refuse_rounded_steps(stages: Sequence[StageSettings], model: SparseWSIForConditionalGeneration) -> None:
+    """Raises SettingsError where a decoder of half precision is to learn: most steps of Adam round to nothing in it."""
+    for stage in stages:
+        if "decoder" in stage.train and model.dtype != torch.float32:
+            raise SettingsError(
+                f"stages: {stage.name}: train: found a decoder in {str(model.dtype).removeprefix('torch.')}, wanted "
+                "float32 (model: dtype), or lora, whose adapters are float32"
+            )
 
 
 def make_trainer(

@@ -20,18 +20,27 @@ from .settings import LoraSettings, ModelSettings
 def start_model(
     settings: ModelSettings, seed: int
 ) -> tuple[SparseWSIForConditionalGeneration, PreTrainedTokenizerBase]:
-    """The model that training starts from, and its tokenizer."""
+    """The model that training starts from, its decoder in the dtype of the settings, and its tokenizer."""
     if settings.new is not None:
-        return new_model(settings.new if settings.new.seed is not None else settings.new.changed(seed=seed))
+        model, tokenizer = new_model(settings.new if settings.new.seed is not None else settings.new.changed(seed=seed))
+        model.language_model.to(getattr(torch, settings.dtype or "float32"))
+        return model, tokenizer
+    options = {"revision": settings.revision, "dtype": settings.dtype or "auto"}
     if settings.checkpoint is not None:
         with loading(settings.checkpoint):
-            model = SparseWSIForConditionalGeneration.from_pretrained(settings.checkpoint, revision=settings.revision)
+            model = SparseWSIForConditionalGeneration.from_pretrained(settings.checkpoint, **options)
             return model, AutoTokenizer.from_pretrained(settings.checkpoint, revision=settings.revision)
+    return _around_decoder(settings, options)
+
+
+def _around_decoder(
+    settings: ModelSettings, options: dict[str, Any]
+) -> tuple[SparseWSIForConditionalGeneration, PreTrainedTokenizerBase]:
+    """A text decoder behind a new scorer and projector; `options` of `from_pretrained`."""
     assert settings.decoder is not None
     assert settings.feature_dim is not None
-    dtype = getattr(torch, settings.dtype)
     with loading(settings.decoder):
-        decoder = AutoModelForCausalLM.from_pretrained(settings.decoder, revision=settings.revision, dtype=dtype)
+        decoder = AutoModelForCausalLM.from_pretrained(settings.decoder, **options)
         tokenizer = AutoTokenizer.from_pretrained(settings.decoder, revision=settings.revision)
     tokenizer.add_special_tokens({"additional_special_tokens": [SLIDE_TOKEN]}, replace_extra_special_tokens=False)
     if len(tokenizer) > decoder.get_input_embeddings().num_embeddings:

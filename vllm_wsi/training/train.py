@@ -21,7 +21,7 @@ from vllm_wsi.questions.reader import read_questions
 from .dataset import SlideDataset
 from .settings import DataSettings, TrainSettings
 from .sparselearn import SparseLearn
-from .stages import run_stage
+from .stages import refuse_rounded_steps, run_stage
 from .start_model import name_end_of_turn, start_model
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     _claim(output, settings, processes)
     set_seed(settings.seed)
     model, tokenizer = start_model(settings.model, settings.seed)
+    refuse_rounded_steps(settings.stages, model)
     datasets = _checked_datasets(settings, ChatRenderer(tokenizer), model.config, generators or {})
     if processes.is_main_process:
         for stage, dataset in zip(settings.stages, datasets, strict=True):
