@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jinja2
 import numpy as np
@@ -23,6 +23,9 @@ from vllm_wsi.questions.items import QuestionError, SlideItem, SlideSource
 from vllm_wsi.selection.chunk_reader import ChunkStager
 from vllm_wsi.selection.evenly_spaced import evenly_spaced
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
+
+if TYPE_CHECKING:
+    from .hard_selection import HardSelection
 
 CPU = torch.device("cpu")
 
@@ -69,6 +72,7 @@ class SlideDataset(Dataset):
         self.items, self.renderer, self.config = items, renderer, config
         self.max_patches, self.stretch_positions = max_patches, stretch_positions
         self.mix_positions, self.seed = mix_positions, seed
+        self.selection: HardSelection | None = None  # of a hard stage: what it keeps of each slide
         self._lengths: dict[SlideSource, int] = {}
         self._encoder_check = EncoderCheck(config.encoder)
         self._encoder_remarks: Counter[str] = Counter()
@@ -146,10 +150,16 @@ class SlideDataset(Dataset):
     def __getitem__(self, number: int) -> TrainingItem:
         item = self.items[number]
         rng = np.random.default_rng([self.seed, number])
-        slides = [self._slide(source, rng) for source in item.slides]
+        slides = [self._kept(source, rng) for source in item.slides]
         ids, labels = self.renderer.conversation(item)
         budget = 0 if self.mix_positions and rng.random() < 0.5 else self.config.slide_position_budget
         return TrainingItem(slides, ids, labels, budget)
+
+    def _kept(self, source: SlideSource, rng: np.random.Generator) -> TrainingSlide:
+        if self.selection is None:
+            return self._slide(source, rng)
+        longest = 0 if self.stretch_positions else self.max_patches
+        return self.selection.keep(source, lambda: self._slide(source, rng), longest)
 
     def _slide(self, source: SlideSource, rng: np.random.Generator) -> TrainingSlide:
         with source.open() as slide:

@@ -79,12 +79,16 @@ class StageSettings(Settings):
 
     `train` names the parts that learn; the gate's denoiser learns with the scorer. `learning_rate` holds a rate for
     scorer, denoiser, projector, decoder and lora as far as they learn.
+
+    `selection: hard` trains on what is served: the frozen scorer's `num_slide_tokens` best patches, clean. Without it
+    every patch reaches the decoder, through the gate of `sparselearn` where that is given.
     """
 
     name: str
     data: DataSettings
     train: list[Part]
-    sparselearn: SparseLearnSettings | None = None  # None: every patch reaches the decoder
+    sparselearn: SparseLearnSettings | None = None
+    selection: Literal["hard"] | None = None
     lora: LoraSettings | None = None
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -106,6 +110,11 @@ class StageSettings(Settings):
             raise ValueError("train: found nothing, wanted some of scorer, projector, decoder")
         if missing := learning - self.learning_rate.keys():
             raise ValueError(f"learning_rate: found none for {', '.join(sorted(missing))}, wanted one for each part")
+        if self.selection == "hard" and (self.sparselearn is not None or "scorer" in self.train):
+            found = "sparselearn" if self.sparselearn is not None else "a scorer to train"
+            raise ValueError(
+                f"selection: found hard beside {found}, wanted a frozen scorer, whose choice has no gradient"
+            )
         if "scorer" in self.train and self.sparselearn is None:
             raise ValueError("found a scorer to train without sparselearn, through which alone it learns")
         if self.lora and "decoder" in self.train:

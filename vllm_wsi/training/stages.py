@@ -19,6 +19,7 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 
 from .batches import collate
 from .dataset import SlideDataset
+from .hard_selection import HardSelection
 from .model import SparseLearnModel, set_trainable
 from .settings import StageSettings, TrainSettings
 from .sparselearn import SparseLearn
@@ -59,6 +60,8 @@ def run_stage(
     final = directory / "final"
     is_sharded = False
     set_seed(settings.seed)  # new weights below are the same, whether this run made the stages before or found them
+    is_hard = stage.selection == "hard"
+    dataset.selection = HardSelection(model.scorer, model.config.num_slide_tokens) if is_hard else None
     if stage.lora is not None:
         model.language_model = with_lora(model.language_model, stage.lora)
     wrapped = SparseLearnModel(model, stage.sparselearn, previous)

@@ -1,0 +1,56 @@
+"""The slides of a hard stage: the patches that service would show the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cachetools import LRUCache
+
+from vllm_wsi.errors import SlideError
+from vllm_wsi.questions.items import SlideSource
+from vllm_wsi.selection.scorer import ContextScorer, PatchScorer
+from vllm_wsi.selection.selector import best_rows, frozen_scorer
+
+from .dataset import TrainingSlide
+
+CACHE_BYTES = 256 << 20
+
+
+class HardSelection:
+    """The K best patches of slides by a scorer's present weights, as `SlideSelector` keeps them; on the CPU.
+
+    What it keeps of a slide it remembers (256 MiB, in each process that reads slides), so that the slide need not be
+    read again while that process lives.
+
+    Args:
+        num_slide_tokens: K.
+    """
+
+    def __init__(self, scorer: PatchScorer | ContextScorer, num_slide_tokens: int) -> None:
+        self._scorer, self._num_slide_tokens = frozen_scorer(scorer).to("cpu"), num_slide_tokens
+        self._kept: LRUCache[SlideSource, TrainingSlide] = LRUCache(CACHE_BYTES, getsizeof=_num_bytes)
+
+    def keep(self, source: SlideSource, read: Callable[[], TrainingSlide], longest: int) -> TrainingSlide:
+        """The best patches, in their order, with their rows among the slide's N.
+
+        Args:
+            read: gives the slide's patches.
+            longest: a slide of at most this many patches is read alike each time, so that it can be remembered.
+
+        Raises:
+            SlideError: no patch has a finite score.
+        """
+        if (kept := self._kept.get(source)) is not None:
+            return kept
+        slide = read()
+        rows = best_rows(slide.features, self._scorer, self._num_slide_tokens)
+        if not len(rows):
+            raise SlideError(f"{source.name}: features: found no patch with a finite score, wanted at least one")
+        kept = TrainingSlide(slide.features[rows], slide.indices[rows], slide.num_patches)
+        if slide.num_patches <= longest and _num_bytes(kept) <= CACHE_BYTES:
+            self._kept[source] = kept
+        return kept
+
+
+def _num_bytes(slide: TrainingSlide) -> int:
+    return slide.features.nbytes + slide.indices.nbytes
