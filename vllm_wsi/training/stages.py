@@ -18,6 +18,7 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 
 from .batches import collate
 from .dataset import SlideDataset
+from .loading import EpochCallback, num_workers
 from .model import SparseLearnModel, set_trainable
 from .settings import StageSettings, TrainSettings
 from .sparselearn import SparseLearn
@@ -100,7 +101,7 @@ def make_trainer(
         "logging_steps": 10,
         "report_to": settings.report_to or "none",
         "seed": settings.seed,
-        "dataloader_num_workers": stage.workers,
+        "dataloader_num_workers": num_workers(stage.workers),
         "remove_unused_columns": False,
         "disable_tqdm": not os.isatty(2),
         "use_cpu": not torch.cuda.is_available(),
@@ -112,7 +113,7 @@ def make_trainer(
         args=_arguments(arguments | stage.trainer, stage.name),
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[ScheduleCallback(wrapped), CsvLogCallback(wrapped, log, stage.name)],
+        callbacks=[EpochCallback(dataset), ScheduleCallback(wrapped), CsvLogCallback(wrapped, log, stage.name)],
         learning_rates={str(part): rate for part, rate in stage.learning_rate.items()},
     )
 
