@@ -13,7 +13,7 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.slides.feature_file import FLOAT_DTYPES
 
 FLOAT8_STEP = 1 << 20  # numbers that are widened at once
-NEAR_BYTES = 48 << 10  # between two rows: reading that many takes about as long as asking twice
+NEAR_BYTES = 32 << 10  # between two rows: reading that many takes about as long as asking twice
 
 
 def near_rows(row_bytes: int) -> int:
