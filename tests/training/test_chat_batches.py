@@ -14,7 +14,6 @@ from vllm_wsi.model.init_checkpoint import TURN_END, byte_tokenizer, new_model
 from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.questions.items import QuestionError, SlideItem, multiple_choice
-from vllm_wsi.selection.evenly_spaced import evenly_spaced
 from vllm_wsi.selection.positions import SlideSpan, prompt_positions
 from vllm_wsi.selection.selector import Selection
 from vllm_wsi.slides import FeatureFile, features_in_memory, write_features
@@ -163,11 +162,17 @@ def dataset(checkpoint, *items: SlideItem, most: int = 50, **options) -> SlideDa
     return SlideDataset(items, chat, model.config, most, **options)
 
 
+def strata_of(rows: torch.Tensor, n: int, k: int = 50) -> list[int]:
+    """Which of min(k, n) equal parts of n rows each row lies in."""
+    k = min(k, n)
+    return (np.searchsorted(np.arange(k + 1) * n // k, rows.numpy(), "right") - 1).tolist()
+
+
 @pytest.mark.parametrize("n", [1, 49, 50, 51, 997])
 def test_a_training_slide_holds_its_rows_and_their_places(checkpoint, n):
     source = Slide(n)
     (slide,) = dataset(checkpoint, talk("<image>\nWhat?", "x", slides=(source,)))[0].slides
-    assert torch.equal(slide.indices, evenly_spaced(50, n))
+    assert strata_of(slide.indices, n) == list(range(min(n, 50)))
     assert torch.equal(slide.features, torch.from_numpy(source.x)[slide.indices])
     assert slide.num_patches == n
 
@@ -178,7 +183,8 @@ def test_a_slide_longer_than_a_chunk_is_read_whole(checkpoint):
     source = Slide(4999, d=1024)
     item = talk("<image>\nWhat?", "x", slides=(source,))
     (slide,) = SlideDataset([item], chat, wide, 333)[0].slides
-    assert torch.equal(slide.features, torch.from_numpy(source.x)[evenly_spaced(333, 4999)])
+    assert len(slide.indices) == 333
+    assert torch.equal(slide.features, torch.from_numpy(source.x)[slide.indices])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -229,7 +235,7 @@ def test_stretched_positions_are_increasing_rows_of_a_slide_of_up_to_that_length
 def test_a_slide_as_long_as_the_stretch_keeps_its_places(checkpoint):
     (slide,) = dataset(checkpoint, talk("<image>\nWhat?", "x", slides=(Slide(60),)), stretch_positions=60)[0].slides
     assert slide.num_patches == 60
-    assert torch.equal(slide.indices, evenly_spaced(50, 60))
+    assert strata_of(slide.indices, 60) == list(range(50))
 
 
 def test_mixed_positions_are_packed_in_about_half_of_the_items(checkpoint):

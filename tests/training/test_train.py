@@ -410,8 +410,8 @@ def test_what_the_cap_takes_away_is_said_of_each_stage(text_decoder, files, tmp_
     train(asked, tmp_path / "run")
     said = [message for message in caplog.messages if message.startswith("stage ")]
     assert [line for line in said if "encoder" not in line] == [
-        "stage scorer: 2 of 3 slides have more than 40 patches (the longest 300) and are thinned to as many, "
-        "evenly spaced"
+        "stage scorer: 2 of 3 slides have more than 40 patches (the longest 300): each epoch takes one of each of as "
+        "many equal parts of them"
     ]
 
 

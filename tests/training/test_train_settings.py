@@ -58,7 +58,7 @@ def test_a_good_file_gives_its_settings_and_the_defaults(tmp_path):
     assert stage.sparselearn == SparseLearnSettings(num_slide_tokens=16, gate="scale", denoiser="none")
     assert stage.learning_rate == {"scorer": 2e-3, "projector": 1e-3}
     assert (stage.train, stage.steps, stage.batch_size) == (["scorer", "projector"], 140, 16)
-    assert (stage.data.max_patches, stage.data.stretch_positions, stage.data.mix_positions) == (4096, 0, False)
+    assert (stage.data.max_patches, stage.data.stretch_positions, stage.data.mix_positions) == (10_240, 0, False)
     assert stage.lora is None
 
 

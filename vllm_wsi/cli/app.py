@@ -18,6 +18,7 @@ import typer
 from vllm_wsi import __version__
 from vllm_wsi.errors import WsiError
 
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .encode import encode
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 for name, command, text in (
     ("encode", encode, "slide images to feature files (extra: slides)"),
+    ("convert", convert, "feature files of any format to safetensors, which are read fast (extra: slides)"),
     ("doctor", doctor, "what is in a feature file, and what is wrong with it"),
     ("select", select, "the patches that a checkpoint keeps of a slide, as JSON"),
     ("demo", demo, "a slide, a real server, an answer and the patches behind it"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,10 +45,11 @@ def encode(
     device: Device = "auto",
 ) -> None:
     with needs_extra("slides"):
-        from tqdm import tqdm
-
-        from vllm_wsi.encoding.encode_many import Outcome, count_by_status, encode_many, find_jobs, write_summary
+        from vllm_wsi.encoding.encode_many import SUMMARY, Encoded, encode_many, find_jobs
         from vllm_wsi.encoding.encode_slide import EncodeSettings
+
+        from .slides_bar import slides_bar
+    from vllm_wsi.slides.many_slides import count_by_status, write_summary
 
     settings = EncodeSettings(
         patch_px=patch_px,
@@ -63,25 +63,14 @@ def encode(
     )
     jobs = find_jobs(slides, out, qc)
     out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(jobs), unit="slide", disable=None) as bar:
-
-        def ended(outcome: Outcome) -> None:
-            bar.update()
-            bar.set_postfix_str("")
-            if outcome.status == "failed":
-                bar.write(f"failed: {outcome.reason}", file=sys.stderr)
-            else:
-                patches = f"{outcome.patches:,} patches in {outcome.seconds:.1f} s"
-                bar.write(f"{outcome.status}: {outcome.slide}: {outcome.reason or patches}")
-            if outcome.warning:
-                bar.write(f"warning: {outcome.slide}: {outcome.warning}", file=sys.stderr)
+    with slides_bar(len(jobs)) as (bar, ended):
 
         def progress(done: int, total: int) -> None:
             bar.set_postfix_str(f"{done:,} of {total:,} patches")
 
         outcomes = encode_many(jobs, encoder, settings, device, workers, ended, progress)
     counts = count_by_status(outcomes)
-    summary = write_summary(out, outcomes)
-    print(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed; see {summary}")
+    write_summary(out / SUMMARY, outcomes, Encoded)
+    print(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed; see {out / SUMMARY}")
     if counts["failed"]:
         raise typer.Exit(1)

@@ -1,29 +1,24 @@
-"""Many slides: which there are, what is done already, several workers, and what became of each."""
+"""Many slide images to feature files: which there are, what is done already, and each slide once."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.files import IMAGE_SUFFIXES, QC_SUFFIX, write_csv
+from vllm_wsi.files import IMAGE_SUFFIXES, QC_SUFFIX
 from vllm_wsi.slides.formats.dispatch import open_features
+from vllm_wsi.slides.many_slides import Outcome, crashed, in_processes, place_slides, why_failed
 from vllm_wsi.slides.units import positive_number
 
 from .encode_slide import EncodeResult, EncodeSettings, encode_slide
 from .encoders import PatchEncoder, load_encoder
 from .same_slide import Sameness, find_same, slide_key
 
-T = TypeVar("T")
 SLIDES_A_STARTER = 50  # of which one process tells the hashes before another is worth its start
 SUMMARY = "encode_summary.csv"
 
@@ -38,16 +33,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one slide; a row of the summary."""
+class Encoded(Outcome):
+    """What became of one slide image."""
 
-    slide: str
-    status: Literal["done", "skipped", "failed"]
-    patches: int = 0
-    seconds: float = 0.0
-    reason: str = ""
     tissue_share: float | None = None  # of what was scanned
-    warning: str = ""  # what may be wrong with the choice of patches
 
 
 def find_jobs(paths: Sequence[Path], out: Path, qc: Path | None = None) -> list[Job]:
@@ -56,28 +45,26 @@ def find_jobs(paths: Sequence[Path], out: Path, qc: Path | None = None) -> list[
     Raises:
         SlideError: a path does not exist, a folder holds no slide, or two slides would share one feature file.
     """
-    jobs: list[Job] = []
-    for path in paths:
-        if not path.is_dir():
-            jobs.append(Job(path, out / f"{path.stem}.safetensors"))
-            continue
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        inner = {p.with_suffix("") for p in found if p.suffix.lower() == ".mrxs"}  # the folder that holds its data
-        found = [p for p in found if inner.isdisjoint(p.parents)]
-        if not found:
-            raise SlideError(f"{path}: found no slide images, wanted {', '.join(sorted(IMAGE_SUFFIXES))}")
-        jobs += [Job(p, (out / p.relative_to(path)).with_suffix(".safetensors")) for p in found]
-    by_out: dict[Path, Path] = {}
-    for job in jobs:
-        other = by_out.setdefault(job.out, job.slide)
-        if other.resolve() != job.slide.resolve():
-            raise SlideError(f"{job.out}: found two slides for it, {other} and {job.slide}, wanted one; rename one")
-    pictures = {place: None if qc is None else (qc / place.relative_to(out)).with_suffix(QC_SUFFIX) for place in by_out}
-    return [Job(slide, place, pictures[place]) for place, slide in by_out.items()]
+    jobs = []
+    for place, slide in place_slides(paths, out, _images_below).items():
+        picture = None if qc is None else (qc / place.relative_to(out)).with_suffix(QC_SUFFIX)
+        jobs.append(Job(slide, place, picture))
+    return jobs
 
 
-def finished(job: Job, encoder_id: str, settings: EncodeSettings) -> Outcome | None:
+def _images_below(path: Path) -> list[Path] | None:
+    if not path.is_dir():
+        return None
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    inner = {p.with_suffix("") for p in found if p.suffix.lower() == ".mrxs"}  # the folder that holds its data
+    found = [p for p in found if inner.isdisjoint(p.parents)]
+    if not found:
+        raise SlideError(f"{path}: found no slide images, wanted {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return found
+
+
+def finished(job: Job, encoder_id: str, settings: EncodeSettings) -> Encoded | None:
     """What the feature file tells that is there already, made the same way; None where there is none.
 
     Raises:
@@ -93,7 +80,7 @@ def finished(job: Job, encoder_id: str, settings: EncodeSettings) -> Outcome | N
         if found.dtype != settings.dtype:
             raise SlideError(f"{job.out}: dtype: found {found.dtype}, wanted {settings.dtype}; choose another --out")
         share = positive_number(found.metadata.get("tissue_share"))
-        return Outcome(str(job.slide), "skipped", found.num_patches, reason="is there already", tissue_share=share)
+        return Encoded(str(job.slide), "skipped", found.num_patches, reason="is there already", tissue_share=share)
 
 
 def encode_many(
@@ -102,9 +89,9 @@ def encode_many(
     settings: EncodeSettings,
     device: str = "auto",
     workers: int | None = None,
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    on_outcome: Callable[[Encoded], None] = lambda outcome: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Outcome]:
+) -> list[Encoded]:
     """Encodes slides, each once; one that fails, or that takes its process down, stops no other.
 
     Args:
@@ -118,11 +105,11 @@ def encode_many(
     encoder = load_encoder(encoder_name, device)  # whatever is wrong with it is wrong once, here
     if workers is None:
         workers = 1 if encoder.on_gpu or encoder.input_px is not None else os.cpu_count() or 1
-    outcomes: dict[Job, Outcome] = {}
+    outcomes: dict[Job, Encoded] = {}
     waiting: list[Job] = []
     notes: dict[Job, str] = {}
 
-    def end(job: Job, outcome: Outcome) -> None:
+    def end(job: Job, outcome: Encoded) -> None:
         if note := notes.get(job):
             outcome = replace(outcome, warning="; ".join(filter(None, (note, outcome.warning))))
         outcomes[job] = outcome
@@ -131,12 +118,12 @@ def encode_many(
     for job, same in zip(jobs, _find_same(jobs, workers), strict=True):
         notes[job] = same.note
         if same.as_slide is not None:
-            end(job, Outcome(str(job.slide), "skipped", reason=f"same slide as {same.as_slide}"))
+            end(job, Encoded(str(job.slide), "skipped", reason=f"same slide as {same.as_slide}"))
             continue
         try:
             there = finished(job, encoder.id, settings)
         except SlideError as error:
-            there = Outcome(str(job.slide), "failed", reason=str(error))
+            there = Encoded(str(job.slide), "failed", reason=str(error))
         if there is None:
             waiting.append(job)
         else:
@@ -158,7 +145,7 @@ def _find_same(jobs: Sequence[Job], workers: int) -> list[Sameness]:
     if workers == 1:
         keys = dict(zip(slides, map(slide_key, slides), strict=True))
     else:
-        keys = dict(_surely(slide_key, slides, min(workers, 1 + len(slides) // SLIDES_A_STARTER)))
+        keys = dict(in_processes(slide_key, slides, min(workers, 1 + len(slides) // SLIDES_A_STARTER)))
     return find_same(slides, [keys[slide] for slide in slides])
 
 
@@ -167,19 +154,16 @@ def _encode(
     encoder: PatchEncoder,
     settings: EncodeSettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Outcome:
+) -> Encoded:
     began = time.perf_counter()
     try:
         result: EncodeResult = encode_slide(job.slide, job.out, encoder, settings, on_progress, job.qc)
-    except (SlideError, OSError, MemoryError) as error:
-        return Outcome(str(job.slide), "failed", reason=str(error) or type(error).__name__)
-    except Exception as error:  # of a library, on a file that nobody foresaw: the other slides go on
-        reason = f"{job.slide}: found a file that its reader trips over ({type(error).__name__}: {error})"
-        return Outcome(str(job.slide), "failed", reason=reason)
+    except Exception as error:  # the other slides go on
+        return Encoded(str(job.slide), "failed", reason=why_failed(job.slide, error))
     seconds = round(time.perf_counter() - began, 2)
     share = None if result.tissue_share is None else round(result.tissue_share, 4)
     warning = "; ".join(result.warnings)
-    return Outcome(str(job.slide), "done", result.num_patches, seconds, tissue_share=share, warning=warning)
+    return Encoded(str(job.slide), "done", result.num_patches, seconds, tissue_share=share, warning=warning)
 
 
 _worker_encoder: PatchEncoder | None = None
@@ -193,62 +177,14 @@ def _start_worker(name: str, device: str) -> None:
     _worker_encoder = load_encoder(name, device)
 
 
-def _encode_in_worker(job: Job, settings: EncodeSettings) -> Outcome:
+def _encode_in_worker(job: Job, settings: EncodeSettings) -> Encoded:
     assert _worker_encoder is not None
     return _encode(job, _worker_encoder, settings)
 
 
 def _in_processes(
     jobs: Sequence[Job], encoder: tuple[str, str], settings: EncodeSettings, workers: int
-) -> Iterator[tuple[Job, Outcome]]:
+) -> Iterator[tuple[Job, Encoded]]:
     work = partial(_encode_in_worker, settings=settings)
-    for job, outcome in _surely(work, jobs, workers, _start_worker, *encoder):
-        crashed = Outcome(str(job.slide), "failed", reason=f"{job.slide}: found a slide that ends its reader")
-        yield job, outcome or crashed
-
-
-def _surely(
-    work: Callable[[Any], T], items: Sequence[Any], workers: int, start: Callable[..., None] | None = None, *given: Any
-) -> Iterator[tuple[Any, T | None]]:
-    """(item, what came of it), None where it ends its process.
-
-    A damaged slide can take a native reader's whole process down, and with it the pool: what the pool had not finished
-    is then tried again, each item in a process of its own.
-    """
-    left = []
-    for item, done in _pool(work, items, workers, start, *given):
-        if done is None:
-            left.append(item)
-        else:
-            yield item, done.result()
-    for item in left:
-        for _, done in _pool(work, [item], 1, start, *given):
-            yield item, None if done is None else done.result()
-
-
-def _pool(
-    work: Callable[[Any], T], items: Iterable[Any], workers: int, start: Callable[..., None] | None, *given: Any
-) -> Iterator[tuple[Any, Future[T] | None]]:
-    """(item, None) where the process ended before the item did."""
-    context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-    with ProcessPoolExecutor(workers, context, start, given) as pool:
-        futures = {}
-        for item in items:
-            try:
-                futures[pool.submit(work, item)] = item
-            except BrokenProcessPool:
-                yield item, None
-        for future in as_completed(futures):
-            broken = isinstance(future.exception(), BrokenProcessPool)
-            yield futures[future], None if broken else future
-
-
-def write_summary(out: Path, outcomes: Sequence[Outcome]) -> Path:
-    """One CSV row for each slide."""
-    path = out / SUMMARY
-    write_csv(path, map(asdict, outcomes), [column.name for column in fields(Outcome)])
-    return path
-
-
-def count_by_status(outcomes: Iterable[Outcome]) -> Counter[str]:
-    return Counter(outcome.status for outcome in outcomes)
+    for job, outcome in in_processes(work, jobs, workers, _start_worker, *encoder):
+        yield job, outcome or Encoded(str(job.slide), "failed", reason=crashed(job.slide))

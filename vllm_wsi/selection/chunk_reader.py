@@ -19,16 +19,18 @@ ROW_STEP = 1024
 
 
 def read_tensor_rows(slide: FeatureFile, indices: Tensor | None = None) -> Tensor:
-    """Single rows [k, d] of a feature file, in its dtype; without indices all of them."""
-    count = slide.num_patches if indices is None else len(indices)
-    rows = torch.empty((count, slide.feature_dim), dtype=getattr(torch, slide.dtype))
-    raw = _storage(rows)
+    """Chosen rows [k, d] of a feature file, in its dtype.
+
+    Args:
+        indices: int64 [k], distinct, in any order; None: all rows.
+    """
     if indices is None:
-        slide.read_rows(0, count, raw)
-        return rows
-    for place, row in enumerate(indices.tolist()):
-        slide.read_rows(row, row + 1, raw[place : place + 1])
-    return rows
+        rows = slide.read_rows(0, slide.num_patches)
+    else:
+        order = indices.argsort()
+        rows = slide.read_at(indices[order].numpy())[order.argsort().numpy()]
+    tensor = torch.from_numpy(rows)
+    return tensor.view(torch.bfloat16) if slide.dtype == "bfloat16" else tensor
 
 
 def _storage(buffer: Tensor) -> NDArray:

@@ -278,7 +278,7 @@ class _UntilClosed:
     """Rows of a slide, as long as the service is open."""
 
     def __init__(self, rows: RowSource, closing: threading.Event) -> None:
-        self._rows, self._closing = rows, closing
+        self._rows, self._closing, self.near_rows = rows, closing, rows.near_rows
 
     def read_into(self, start: int, out: NDArray) -> None:
         if self._closing.is_set():

@@ -29,12 +29,18 @@ CoordUnit = Literal["px", "um"]
 Source = Literal["file", "format", "given", "guess"]
 """file: written in it; format: by the rule of what wrote it; given: by the user; guess: by the numbers alone."""
 
+SPAN_BYTES = 4 << 20  # of rows that are read in one piece to pick some of them
 MAX_METADATA = 1 << 16
 MAX_ARRAY = 16  # numbers of an attribute that are kept one by one
 
 
 class RowSource(Protocol):
     """Where a feature file's rows come from."""
+
+    @property
+    def near_rows(self) -> int:
+        """Rows no further apart than this are read in one piece: to leave out what lies between would save nothing.
+        1: only neighbours."""
 
     def read_into(self, start: int, out: NDArray) -> None:
         """Fills out [n, d], of the file's storage dtype, with the rows start .. start+n-1."""
@@ -103,6 +109,36 @@ class FeatureFile:
             )
         self.rows.read_into(start, out[:n])
         return out[:n]
+
+    def read_at(self, rows: NDArray) -> NDArray:
+        """Chosen rows; of the others no more is read than their format and their distance make necessary.
+
+        Args:
+            rows: int [k], ascending and distinct.
+
+        Returns:
+            [k, d] of `storage_dtype` (bfloat16 as its raw bits).
+        """
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and (rows[0] < 0 or rows[-1] >= self.num_patches or (np.diff(rows) < 1).any()):
+            raise IndexError(f"{self.name}: found rows out of 0 .. {self.num_patches - 1} or out of order")
+        out = np.empty((len(rows), self.feature_dim), self.storage_dtype)
+        near = max(1, self.rows.near_rows)
+        longest = max(near, SPAN_BYTES // (self.feature_dim * self.storage_dtype.itemsize), 1)
+        ends = [*(np.flatnonzero(np.diff(rows) > near) + 1).tolist(), len(rows)] if len(rows) else []
+        begin = 0
+        for end in ends:
+            while begin < end:
+                first = int(rows[begin])
+                stop = end if rows[end - 1] < first + longest else int(np.searchsorted(rows, first + longest))
+                last = int(rows[stop - 1])
+                if last - first < stop - begin:  # neighbours all
+                    self.rows.read_into(first, out[begin:stop])
+                else:
+                    span = self.read_rows(first, last + 1)
+                    np.take(span, rows[begin:stop] - first, axis=0, out=out[begin:stop])
+                begin = stop
+        return out
 
     def close(self) -> None:
         self.rows.close()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ PIXEL_WRITERS = (*LEVEL0_KEYS, "level0_width", "level0_height", "level0_magnific
 
 STAMP_V1_PX, STAMP_V1_UM = 224, 256.0
 """STAMP's first files hold pixels of tiles of 224, which are 256 microns (`get_coords` of its `modeling/data.py`)."""
+
+KEPT_UNIT, KEPT_UNIT_SOURCE = "converted_unit", "converted_unit_source"
+"""Metadata keys of a converted file: the unit in which its source's coordinates were read, and who said it."""
 
 GRID_SAMPLE = 1 << 14  # coordinates that a unit or a spacing is looked up in, for each slide that is selected
 
@@ -87,6 +90,22 @@ def said_unit(name: str, metadata: Mapping[str, str]) -> Unit | None:
     for unit, scale in found.values():
         return Unit(unit, "file", scale)
     return None
+
+
+def kept_unit(name: str, metadata: Mapping[str, str]) -> Unit | None:
+    """The unit of a converted file's coordinates; None: nothing told it in the source either.
+
+    Raises:
+        SlideError: the words are none that `convert` writes.
+    """
+    unit, source = metadata[KEPT_UNIT], metadata.get(KEPT_UNIT_SOURCE)
+    if (unit, source) == ("unknown", None):
+        return None
+    if unit not in get_args(CoordUnit) or source not in get_args(Source):
+        raise SlideError(
+            f"{name}: {KEPT_UNIT}: found {unit!r:.40} by {source!r:.40}, wanted px or um by file or format"
+        )
+    return Unit(cast(CoordUnit, unit), cast(Source, source))
 
 
 def coord_unit(name: str, metadata: Mapping[str, str], stamp: bool, pixels: bool, sample: NDArray) -> Unit | None:

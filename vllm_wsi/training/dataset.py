@@ -20,14 +20,14 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.questions.items import QuestionError, SlideItem, SlideSource
-from vllm_wsi.selection.chunk_reader import ChunkStager
-from vllm_wsi.selection.evenly_spaced import evenly_spaced
+from vllm_wsi.selection.chunk_reader import read_tensor_rows
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
+
+from .slide_check import SLOW_FORMATS, SlideMemory, slow_reading
+from .slide_reading import draw_from_strata, finite_rows, no_finite_patch
 
 if TYPE_CHECKING:
     from .hard_selection import HardSelection
-
-CPU = torch.device("cpu")
 
 
 class TrainingSlide(NamedTuple):
@@ -48,15 +48,19 @@ class TrainingItem(NamedTuple):
 class SlideDataset(Dataset):
     """Conversations about slides, one item each.
 
+    What is random of an item is drawn by the seed, the item's number and the epoch alone: the same in every process and
+    after a resume.
+
     Args:
         items: checked by `check`.
         renderer: of the checkpoint's tokenizer.
         config: of the checkpoint.
-        max_patches: longer slides are thinned to this many evenly spaced patches.
+        max_patches: longer slides are cut into this many equal strata, and one patch of each is taken, another one in
+            each epoch.
         stretch_positions: 0, or the length of slides that positions should be learned for: each slide's patches are
             placed, in their order, at random places of a longer slide of up to that many.
         mix_positions: half of the items get packed positions, whatever the checkpoint's mode.
-        seed: of what is random above, together with the item's number.
+        seed: of all this.
     """
 
     def __init__(
@@ -73,11 +77,22 @@ class SlideDataset(Dataset):
         self.max_patches, self.stretch_positions = max_patches, stretch_positions
         self.mix_positions, self.seed = mix_positions, seed
         self.selection: HardSelection | None = None  # of a hard stage: what it keeps of each slide
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
         self._lengths: dict[SlideSource, int] = {}
         self._encoder_check = EncoderCheck(config.encoder)
         self._encoder_remarks: Counter[str] = Counter()
+        self._slow: SlideSource | None = None
 
-    def check(self, read: bool = True, encoder_mismatch: Mismatch = "refuse") -> None:
+    def check(
+        self, read: bool = True, encoder_mismatch: Mismatch = "refuse", memory: SlideMemory | None = None
+    ) -> None:
+        """Raises QuestionError, which names each item that training could not use; arguments as of `problems`."""
+        if problems := self.problems(read, encoder_mismatch, memory):
+            raise QuestionError(problems)
+
+    def problems(
+        self, read: bool = True, encoder_mismatch: Mismatch = "refuse", memory: SlideMemory | None = None
+    ) -> list[str]:
         """Renders every conversation and opens every slide, once for all questions about it.
 
         Where the checkpoint records no encoder, the first slide that does says which one the others must have.
@@ -85,47 +100,58 @@ class SlideDataset(Dataset):
         Args:
             encoder_mismatch: "allow" takes slides of other encoders too.
             read: each slide is also read once through, which finds the truncated ones and those without a finite patch.
+            memory: of slides that were looked at before.
 
-        Raises:
-            QuestionError: names each item that training could not use.
+        Returns:
+            One sentence for each item that training could not use.
         """
         problems = []
+        memory = memory or SlideMemory()
         self._encoder_check = EncoderCheck(self.config.encoder, encoder_mismatch)
         reasons: dict[SlideSource, str | None] = {}  # why a slide is of no use
-        for item in tqdm(self.items, "checking items", disable=not os.isatty(2)):
-            try:
-                ids = self.renderer.conversation(item).ids
-                if (found := ids.count(self.renderer.slide_token_id)) != len(item.slides):
-                    raise ValueError(f"found {found} slide tokens in its text, wanted {len(item.slides)}")
-                for source in item.slides:
-                    if source not in reasons:
-                        reasons[source] = self._reason_against(source, read)
-                    if (reason := reasons[source]) is not None:
-                        raise SlideError(reason)
-            except (ValueError, jinja2.TemplateError) as error:
-                text = str(error)
-                problems.append(text if text.startswith(item.where) else f"{item.where}: {text}")
-        if problems:
-            raise QuestionError(problems)
-
-    def _reason_against(self, source: SlideSource, read: bool) -> str | None:
         try:
-            with source.open() as slide:
-                if slide.feature_dim != self.config.feature_dim:
-                    return f"{slide.name}: found d = {slide.feature_dim}, wanted {self.config.feature_dim}"
-                match = self._encoder_check(slide.name, slide.metadata)
-                if match.remark is not None:
-                    self._encoder_remarks[match.remark] += 1
-                if self._encoder_check.encoder is None:
-                    reason = "as the slides before it have"
-                    self._encoder_check = replace(self._encoder_check, encoder=match.features, reason=reason)
-                self._lengths[source] = slide.num_patches
-                if read:
-                    finite = [bool(finite_rows(chunk).any()) for _, chunk in ChunkStager(slide, CPU).chunks()]
-                    return None if any(finite) else _no_finite_patch(source)
+            for item in tqdm(self.items, "checking items", disable=not os.isatty(2)):
+                try:
+                    ids = self.renderer.conversation(item).ids
+                    if (found := ids.count(self.renderer.slide_token_id)) != len(item.slides):
+                        raise ValueError(f"found {found} slide tokens in its text, wanted {len(item.slides)}")
+                    for source in item.slides:
+                        if source not in reasons:
+                            reasons[source] = self._reason_against(source, read, memory)
+                        if (reason := reasons[source]) is not None:
+                            raise SlideError(reason)
+                except (ValueError, jinja2.TemplateError) as error:
+                    text = str(error)
+                    problems.append(text if text.startswith(item.where) else f"{item.where}: {text}")
+        finally:  # also what was read before an interrupt
+            memory.save()
+        return problems
+
+    def _reason_against(self, source: SlideSource, read: bool, memory: SlideMemory) -> str | None:
+        try:
+            facts = memory.facts(source, read)
+            if facts.feature_dim != self.config.feature_dim:
+                return f"{facts.name}: found d = {facts.feature_dim}, wanted {self.config.feature_dim}"
+            match = self._encoder_check(facts.name, {} if facts.encoder is None else {"encoder": facts.encoder})
         except (OSError, ValueError) as error:
             return str(error)
+        if match.remark is not None:
+            self._encoder_remarks[match.remark] += 1
+        if self._encoder_check.encoder is None:
+            reason = "as the slides before it have"
+            self._encoder_check = replace(self._encoder_check, encoder=match.features, reason=reason)
+        self._lengths[source] = facts.num_patches
+        if self._slow is None and facts.format in SLOW_FORMATS:
+            self._slow = source
         return None
+
+    def slow_reading(self) -> str | None:
+        """What converting would save of each reading, measured on the first slide of a slow format that `problems`
+        met; None where there is none."""
+        try:
+            return None if self._slow is None else slow_reading(self._slow, self.max_patches)
+        except (OSError, SlideError):  # broken, and not read before: a step will say so, in whichever process meets it
+            return None
 
     def encoder_remarks(self) -> list[str]:
         """Slides whose encoder `check` could not compare, or was told to allow; one sentence each."""
@@ -141,15 +167,19 @@ class SlideDataset(Dataset):
             return None
         return (
             f"{len(long):,} of {len(lengths):,} slides have more than {self.max_patches:,} patches (the longest "
-            f"{max(long):,}) and are thinned to as many, evenly spaced"
+            f"{max(long):,}): each epoch takes one of each of as many equal parts of them"
         )
+
+    def set_epoch(self, epoch: int) -> None:
+        """From here on, items are those of that epoch, in workers of a data loader too."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, number: int) -> TrainingItem:
         item = self.items[number]
-        rng = np.random.default_rng([self.seed, number])
+        rng = np.random.default_rng([self.seed, number, int(self._epoch)])
         slides = [self._kept(source, rng) for source in item.slides]
         ids, labels = self.renderer.conversation(item)
         budget = 0 if self.mix_positions and rng.random() < 0.5 else self.config.slide_position_budget
@@ -164,25 +194,13 @@ class SlideDataset(Dataset):
     def _slide(self, source: SlideSource, rng: np.random.Generator) -> TrainingSlide:
         with source.open() as slide:
             n = slide.num_patches
-            chosen = evenly_spaced(self.max_patches, n)
-            features = torch.empty((len(chosen), slide.feature_dim), dtype=getattr(torch, slide.dtype))
-            for start, chunk in ChunkStager(slide, CPU).chunks():
-                inside = (chosen >= start) & (chosen < start + len(chunk))
-                features[inside] = chunk[chosen[inside] - start]
+            chosen = torch.from_numpy(draw_from_strata(self.max_patches, n, rng))
+            features = read_tensor_rows(slide, chosen)
         finite = finite_rows(features)
         if not finite.any():
-            raise SlideError(_no_finite_patch(source))
+            raise SlideError(no_finite_patch(source.name))
         features, indices = features[finite], chosen[finite]
         if n < self.stretch_positions:
             n = int(math.exp(rng.uniform(math.log(n), math.log(self.stretch_positions))))
             indices = torch.from_numpy(np.sort(rng.choice(n, len(indices), replace=False)))
         return TrainingSlide(features, indices, n)
-
-
-def _no_finite_patch(source: SlideSource) -> str:
-    return f"{source.name}: found no patch with finite features, wanted at least one"
-
-
-def finite_rows(features: Tensor) -> Tensor:
-    """bool [n] of [n, d]: the patches without NaN and infinities."""
-    return torch.isfinite(features).all(dim=1)

@@ -51,7 +51,7 @@ class DataSettings(Settings):
     questions: list[Path] = Field(default_factory=list)  # SlideInstruct .json or SlideBench .csv
     features: Path | None = None  # directory of feature files
     generate: dict[str, Any] | None = None  # instead: {"name": ..., arguments} of a generator
-    max_patches: int = Field(4096, ge=1)  # longer slides are thinned to as many evenly spaced patches
+    max_patches: int = Field(10_240, ge=1)  # of longer slides, one patch of each of as many strata, anew each epoch
     stretch_positions: int = Field(0, ge=0)
     mix_positions: bool = False
     read_first: bool = True  # reads every slide once through before the first step, to name the broken ones
@@ -98,7 +98,7 @@ class StageSettings(Settings):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     save_steps: int = Field(500, ge=1)
-    workers: int = Field(0, ge=0)  # processes that read slides
+    workers: int | None = Field(None, ge=0)  # processes that read slides; None: by cores
     trainer: dict[str, Any] = Field(default_factory=dict)  # further `transformers.TrainingArguments`
 
     @model_validator(mode="after")

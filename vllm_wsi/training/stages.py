@@ -20,6 +20,7 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from .batches import collate
 from .dataset import SlideDataset
 from .hard_selection import HardSelection
+from .loading import EpochCallback, num_workers
 from .model import SparseLearnModel, set_trainable
 from .settings import StageSettings, TrainSettings
 from .sparselearn import SparseLearn
@@ -123,7 +124,7 @@ def make_trainer(
         "logging_steps": 10,
         "report_to": settings.report_to or "none",
         "seed": settings.seed,
-        "dataloader_num_workers": stage.workers,
+        "dataloader_num_workers": num_workers(stage.workers),
         "remove_unused_columns": False,
         "disable_tqdm": not os.isatty(2),
         "use_cpu": not torch.cuda.is_available(),
@@ -137,6 +138,7 @@ def make_trainer(
         data_collator=collator,
         callbacks=[
             NoiseSeedCallback(settings.seed, number),
+            EpochCallback(dataset),
             ScheduleCallback(wrapped),
             CsvLogCallback(wrapped, log, stage.name),
         ],

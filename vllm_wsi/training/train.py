@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,14 @@ from vllm_wsi.questions.reader import read_questions
 
 from .dataset import SlideDataset
 from .settings import DataSettings, TrainSettings
+from .slide_check import SlideMemory, on_main_process
 from .sparselearn import SparseLearn
 from .stages import refuse_rounded_steps, run_stage
 from .start_model import name_end_of_turn, start_model
 
 logger = logging.getLogger(__name__)
+
+REMEMBERED_SLIDES = "slides.json"  # of a run's directory: what the look at the slides found
 
 Generators = Mapping[str, Callable[..., Sequence[SlideItem]]]
 """Makers of items by the `name` of a `generate` entry."""
@@ -34,7 +38,8 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     """Runs all stages; a run that was stopped goes on where it was when it is started again.
 
     Args:
-        output: directory; gets `log.csv`, `stages/` (what a resumed run needs) and, at the end, `checkpoint/`.
+        output: directory; gets `log.csv`, `slides.json` (which slides were found good), `stages/` (what a resumed run
+            needs) and, at the end, `checkpoint/`.
 
     Returns:
         The checkpoint directory.
@@ -50,8 +55,11 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     set_seed(settings.seed)
     model, tokenizer = start_model(settings.model, settings.seed)
     refuse_rounded_steps(settings.stages, model)
-    datasets = _checked_datasets(settings, ChatRenderer(tokenizer), model.config, generators or {})
+    datasets = _checked_datasets(settings, ChatRenderer(tokenizer), model.config, generators or {}, output, processes)
     if processes.is_main_process:
+        slow = (said for dataset in datasets if (said := dataset.slow_reading()) is not None)
+        if (said := next(slow, None)) is not None:
+            logger.warning("%s", said)
         for stage, dataset in zip(settings.stages, datasets, strict=True):
             if (thinning := dataset.thinning()) is not None:
                 logger.info("stage %s: %s", stage.name, thinning)
@@ -79,12 +87,18 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
 
 
 def _checked_datasets(
-    settings: TrainSettings, renderer: ChatRenderer, config: SparseWSIConfig, generators: Generators
+    settings: TrainSettings,
+    renderer: ChatRenderer,
+    config: SparseWSIConfig,
+    generators: Generators,
+    output: Path,
+    processes: PartialState,
 ) -> list[SlideDataset]:
-    """One for each stage; all their bad items are named at once."""
+    """One for each stage; all their bad items are named at once, by all processes."""
     datasets: list[SlideDataset] = []
     problems: list[str] = []
-    for number, stage in enumerate(settings.stages):
+    memory = SlideMemory(output / REMEMBERED_SLIDES)
+    for stage in settings.stages:
         if stage.sparselearn is not None and stage.sparselearn.num_slide_tokens != config.num_slide_tokens:
             found, wanted = stage.sparselearn.num_slide_tokens, config.num_slide_tokens
             raise SettingsError(
@@ -96,14 +110,8 @@ def _checked_datasets(
             problems += error.problems
             dataset = _dataset(error.items, stage.data, renderer, config, settings.seed)
         if stage.data.generate is None:
-            is_seen = any(
-                (earlier.data.questions, earlier.data.features) == (stage.data.questions, stage.data.features)
-                for earlier in settings.stages[:number]
-            )
-            try:
-                dataset.check(stage.data.read_first and not is_seen, settings.encoder_mismatch)
-            except QuestionError as error:
-                problems += error.problems
+            arguments = stage.data.read_first, settings.encoder_mismatch, memory
+            problems += on_main_process(processes, partial(dataset.problems, *arguments))
         datasets.append(dataset)
     if problems:
         raise QuestionError(list(dict.fromkeys(problems)))

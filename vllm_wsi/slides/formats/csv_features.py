@@ -18,6 +18,8 @@ SCAN_BYTES = 1 << 22
 class CsvRows:
     """Rows of a CSV file, found again by the byte at which each line begins."""
 
+    near_rows = 1  # a line that is not wanted is not parsed
+
     def __init__(self, path: Path, line_starts: NDArray, feature_dim: int) -> None:
         self._path, self._starts, self._d = path, line_starts, feature_dim
         self._file = open(path, "rb")
@@ -30,7 +32,7 @@ class CsvRows:
             try:
                 if len(cells) <= self._d:
                     raise ValueError("the line is cut short")
-                out[i] = [float(cell.strip(b'" ')) for cell in cells[: self._d]]
+                out[i] = _numbers(cells[: self._d])
             except ValueError as error:
                 found = "a blank line" if cells == [b""] else f"{len(cells)} cells"
                 raise SlideError(
@@ -39,6 +41,13 @@ class CsvRows:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _numbers(cells: list[bytes]) -> list[float]:
+    try:
+        return list(map(float, cells))
+    except ValueError:  # quoted
+        return [float(cell.strip(b'" ')) for cell in cells]
 
 
 def open_csv(path: Path, identity: SlideIdentity) -> FeatureFile:

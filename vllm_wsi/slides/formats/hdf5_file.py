@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vllm_wsi.errors import SlideError
 from vllm_wsi.slides.feature_file import RowSource
 
-from .rows import RawRows
+from .rows import RawRows, near_rows
 
 MAX_CHUNK_BYTES = 64 << 20
 MAX_UNPACKED = 64 << 20  # bytes of a dataset that is read whole
@@ -32,6 +32,8 @@ class Hdf5Rows:
     def __init__(self, file: h5py.File, dataset: h5py.Dataset, path: Path) -> None:
         self._file, self._dataset, self._path = file, dataset, path
         self._lead = (0,) if dataset.ndim == 3 else ()
+        row_bytes = dataset.shape[-1] * dataset.dtype.itemsize
+        self.near_rows = near_rows(row_bytes) if dataset.chunks is None else dataset.chunks[-2]  # unpacked whole
 
     def read_into(self, start: int, out: NDArray) -> None:
         if not len(out):

@@ -39,6 +39,8 @@ class _Member(NamedTuple):
 class DeflatedRows:
     """Rows of a compressed array: unpacked from the front as they are asked for, and again where one goes back."""
 
+    near_rows = 1 << 10  # what lies between is unpacked in any case
+
     def __init__(self, path: Path, member: _Member, feature_dim: int) -> None:
         self._path, self._begin, self._row_bytes = path, member.offset, feature_dim * member.dtype.itemsize
         self._archive = zipfile.ZipFile(path)

@@ -32,6 +32,8 @@ NOTES = ("pandas", "ARROW:schema", "geo", "huggingface")  # of the schema's meta
 class ParquetRows:
     """Rows in the file's order, batch by batch; going back begins again at the row group."""
 
+    near_rows = 1 << 10  # a batch is unpacked whole
+
     def __init__(self, table: ParquetTable, columns: Sequence[str], feature_dim: int, is_list: bool) -> None:
         self._table, self._columns, self._d, self._is_list = table, columns, feature_dim, is_list
         self._batches: Iterator[tuple[int, pa.RecordBatch]] | None = None

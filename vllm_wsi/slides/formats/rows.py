@@ -13,6 +13,12 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.slides.feature_file import FLOAT_DTYPES
 
 FLOAT8_STEP = 1 << 20  # numbers that are widened at once
+NEAR_BYTES = 32 << 10  # between two rows: reading that many takes about as long as asking twice
+
+
+def near_rows(row_bytes: int) -> int:
+    """How far apart rows of a plain matrix are still read in one piece."""
+    return 1 + NEAR_BYTES // max(1, row_bytes)
 
 
 class RawRows:
@@ -24,6 +30,7 @@ class RawRows:
 
     def __init__(self, path: Path, offset: int, dtype: np.dtype, num_rows: int, feature_dim: int) -> None:
         self._row_bytes = dtype.itemsize * feature_dim
+        self.near_rows = near_rows(self._row_bytes)
         self._path, self._offset = path, offset
         self._file = open(path, "rb", buffering=0)  # a file object: garbage collection closes it too
         size = os.fstat(self._file.fileno()).st_size
@@ -50,6 +57,8 @@ class RawRows:
 class ArrayRows:
     """A matrix in memory."""
 
+    near_rows = 1 << 10
+
     def __init__(self, array: NDArray) -> None:
         self._array = array
 
@@ -67,6 +76,7 @@ class Float8Rows:
     def __init__(self, path: Path, offset: int, dtype: str, num_rows: int, feature_dim: int) -> None:
         self._values, self._d = FLOAT8[dtype](), feature_dim
         self._raw = RawRows(path, offset, np.dtype(np.uint8), num_rows, feature_dim)
+        self.near_rows = self._raw.near_rows
 
     def read_into(self, start: int, out: NDArray) -> None:
         step = max(1, FLOAT8_STEP // self._d)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vllm_wsi.errors import SlideError
 from vllm_wsi.slides.feature_file import FLOAT_DTYPES, FeatureFile, check_matrix, metadata_strings
 from vllm_wsi.slides.identity import SlideIdentity
-from vllm_wsi.slides.units import GRID_SAMPLE, coord_unit, unit_fields, unit_remarks
+from vllm_wsi.slides.units import GRID_SAMPLE, KEPT_UNIT, coord_unit, kept_unit, unit_fields, unit_remarks
 
 from .named_arrays import features_key
 from .rows import FLOAT8, read_as, stored_rows, widened
@@ -59,7 +59,10 @@ def open_safetensors(path: Path, identity: SlideIdentity) -> FeatureFile:
     unit = None
     remarks = [*widened(key, dtype)]
     if load_coords is not None:
-        unit = coord_unit(str(path), metadata, False, True, load_coords(GRID_SAMPLE))
+        if KEPT_UNIT in metadata:
+            unit = kept_unit(str(path), metadata)
+        else:
+            unit = coord_unit(str(path), metadata, False, True, load_coords(GRID_SAMPLE))
         remarks += unit_remarks(unit)
     return FeatureFile(
         str(path), "safetensors", key, n, d, read_as(dtype), rows, identity, metadata,

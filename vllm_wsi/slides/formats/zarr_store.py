@@ -105,6 +105,7 @@ class ZarrArray:
     def __init__(self, store: ZarrStore, key: str, layout: Layout) -> None:
         self._store, self._key, self._layout = store, key, layout
         self.shape, self.dtype = layout.shape, layout.dtype
+        self.near_rows = layout.chunks[-2] if len(layout.chunks) > 1 else 1  # a chunk is unpacked whole
 
     def check_whole(self) -> None:
         """Raises SlideError where a chunk has no file, which zarr reads as fill values."""

@@ -1,0 +1,50 @@
+"""How a training run's batches are loaded: by how many processes, and in which epoch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+MAX_WORKERS = 8  # for each training process: each of them holds some batches
+LEAST_SHARED_MEMORY = 1 << 30  # bytes; batches come from the workers through it
+
+
+def num_workers(asked: int | None) -> int:
+    """Processes that read slides for one training process.
+
+    Args:
+        asked: None: this process's share of the cores, at most `MAX_WORKERS`; 0, where the machine has little shared
+            memory, as in a container without `--shm-size`.
+    """
+    if asked is not None:
+        return asked
+    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < LEAST_SHARED_MEMORY:
+        return 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun on this machine
+    return min(MAX_WORKERS, max(1, (os.cpu_count() or 1) // processes))
+
+
+class EpochDataset(Protocol):
+    """Items that are others in each epoch."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class EpochCallback(TrainerCallback):
+    """Tells dataset and sampler which epoch begins, before anything of it is read.
+
+    accelerate's loader itself tells the dataset only in one process and without a resume, and the sampler not where a
+    run of several processes is resumed: that run would then go on with the order of the first epoch.
+    """
+
+    def __init__(self, dataset: EpochDataset) -> None:
+        self._dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        epoch = int(state.epoch or 0)
+        self._dataset.set_epoch(epoch)
+        if hasattr(train_dataloader, "set_epoch"):
+            train_dataloader.set_epoch(epoch)
