@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -26,8 +26,10 @@ from vllm_wsi.questions.reader import read_questions
 
 from .batches import collate
 from .dataset import SlideDataset
+from .grouping import EpochCallback, GroupedDataset
 from .model import SparseLearnModel, set_trainable
 from .settings import DataSettings, StageSettings, TrainSettings
+from .shared_prefix import attend_to_shared_prefix
 from .sparselearn import SparseLearn
 from .start_model import name_end_of_turn, start_model, with_lora
 from .trainer import WEIGHTS, CsvLogCallback, ScheduleCallback, SparseLearnTrainer, load_trainable
@@ -57,6 +59,8 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     _claim(output, settings, processes)
     set_seed(settings.seed)
     model, tokenizer = start_model(settings.model, settings.seed)
+    if any(stage.questions_per_sequence > 1 for stage in settings.stages):
+        attend_to_shared_prefix(model.language_model)  # refuses a decoder that cannot, before slides are read
     datasets = _checked_datasets(settings, ChatRenderer(tokenizer), model.config, generators or {})
     if processes.is_main_process:
         for stage, dataset in zip(settings.stages, datasets, strict=True):
@@ -167,12 +171,19 @@ def make_trainer(
     }
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = partial(collate, slide_token_id=wrapped.model.config.slide_token_id, pad_token_id=pad)
+    callbacks: list[TrainerCallback] = [ScheduleCallback(wrapped), CsvLogCallback(wrapped, log, stage.name)]
+    grouped: SlideDataset | GroupedDataset = dataset
+    if stage.questions_per_sequence > 1:
+        grouped = GroupedDataset(dataset, stage.questions_per_sequence, settings.seed)
+        callbacks.append(EpochCallback(grouped))
+        if PartialState().is_main_process:
+            logger.info("stage %s: %s", stage.name, grouped.summary())
     return SparseLearnTrainer(
         model=wrapped,
         args=_arguments(arguments | stage.trainer, stage.name),
-        train_dataset=dataset,
+        train_dataset=grouped,
         data_collator=collator,
-        callbacks=[ScheduleCallback(wrapped), CsvLogCallback(wrapped, log, stage.name)],
+        callbacks=callbacks,
         learning_rates={str(part): rate for part, rate in stage.learning_rate.items()},
     )
 
