@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
@@ -35,7 +36,8 @@ class GroupedDataset(Dataset):
         for number, item in enumerate(dataset.items):
             alike.setdefault(self._beginning(item) or number, []).append(number)
         self._alike = list(alike.values())
-        self.set_epoch(0)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+        self._drawn_for = -1
 
     def _beginning(self, item: SlideItem) -> tuple[Any, ...] | None:
         """What items must have in common to share a sequence; None for one that must stay alone."""
@@ -46,12 +48,22 @@ class GroupedDataset(Dataset):
         return (item.slides, *ids[:length]) if 0 < length < len(ids) else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws which items go together in an epoch, counted from 0."""
-        rng = np.random.default_rng([self.seed, epoch])
-        self._sequences: list[list[int]] = []
-        for numbers in self._alike:
-            count = -(-len(numbers) // self.questions_per_sequence)
-            self._sequences += [part.tolist() for part in np.array_split(rng.permutation(numbers), count)]
+        """From here on, sequences are those of that epoch, counted from 0, in workers of a data loader too."""
+        self._epoch.fill_(epoch)
+
+    def _counts(self) -> list[int]:
+        """How many sequences hold each set of items that are alike."""
+        return [-(-len(numbers) // self.questions_per_sequence) for numbers in self._alike]
+
+    def _sequences(self) -> list[list[int]]:
+        """Item numbers of each sequence of this epoch."""
+        if (epoch := int(self._epoch)) != self._drawn_for:
+            rng = np.random.default_rng([self.seed, epoch])
+            pairs = zip(self._alike, self._counts(), strict=True)
+            split = [np.array_split(rng.permutation(numbers), count) for numbers, count in pairs]
+            self._drawn = [part.tolist() for parts in split for part in parts]
+            self._drawn_for = epoch
+        return self._drawn
 
     def summary(self) -> str:
         """In one sentence, how many questions share a sequence."""
@@ -59,10 +71,10 @@ class GroupedDataset(Dataset):
         return f"{len(self.dataset):,} conversations go in {len(self):,} sequences of up to {most:,}"
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return sum(self._counts())
 
     def __getitem__(self, number: int) -> TrainingItem:
-        first, *others = self._sequences[number]
+        first, *others = self._sequences()[number]
         renderer, items = self.dataset.renderer, self.dataset.items
         return self.dataset[first]._replace(siblings=tuple(renderer.conversation(items[other]) for other in others))
 
