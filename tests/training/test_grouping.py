@@ -212,6 +212,34 @@ def test_the_mask_by_hand():
     assert mask.any(dim=-1).all()  # a row without a key would be NaN
 
 
+def test_the_mask_of_a_prefix_with_a_gap_by_hand():
+    mask = branch_mask(torch.tensor([[0, 1, 0, 1, 1, 1], [1, 1, 0, 0, 1, 1]]), torch.tensor([[1, 2], [0, 1]]))
+    assert mask.shape == (2, 1, 6, 6)
+    rows = [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0]]
+    assert mask[0, 0].int().tolist() == [*rows, [0, 1, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1]]
+    assert mask.any(dim=-1).all()
+
+
+def test_a_patch_that_is_left_out_of_the_attention_is_seen_by_no_token():
+    model, chat = start()
+    data = SlideDataset(about(Slide(9)), chat, model.config, 1000)
+    items = [data[i] for i in range(len(data))]
+    wrapped = SparseLearnModel(model, None)
+    losses = []
+    for made in (items, [group(items)]):
+        batch = collate(made, chat.slide_token_id, 0)
+        for row, ids in zip(batch["attention_mask"], batch["input_ids"], strict=True):
+            row[(ids == chat.slide_token_id).nonzero()[[0, 4], 0]] = 0
+        # Their tokens are no patches then: the projector's places are those of the patches that are left.
+        batch["patch_mask"][:, [0, 4]] = False
+        with torch.no_grad():
+            losses.append(float(wrapped(**batch)["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    with torch.no_grad():
+        whole = float(wrapped(**collate([group(items)], chat.slide_token_id, 0))["loss"])
+    assert abs(whole - losses[0]) > 1e-4
+
+
 def test_siblings_that_differ_before_their_slide_are_refused():
     model, chat = start()
     said = [("Which?<image>", "x"), ("What?<image>", "y")]

@@ -5,7 +5,8 @@ precedes it. A token of a branch sees the whole prefix and what precedes it in i
 branches. Positions are those of each conversation alone, and so are the hidden states.
 
 Only the branches need a mask. The prefix, where a slide's thousands of patches are, is plain causal attention, which
-needs none: its padding stands behind its tokens, where none of them looks.
+needs none: its padding stands behind its tokens, where none of them looks. (A patch that is left out would be a gap
+before tokens that must not see it: then all of the sequence gets a mask.)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,20 +27,27 @@ SHARED_PREFIX = "shared_prefix"
 
 
 def branch_mask(attention_mask: Tensor, branches: Tensor) -> Tensor:
-    """What the tokens of the branches see. It takes Tb * T bytes for each sequence: 3.4 MB for a prefix of 10,240
-    tokens and eight branches of 40. PyTorch makes a float copy of it in each layer.
+    """What the tokens of the branches see, and those of the prefix where it has gaps.
+
+    It takes Tb * T bytes for each sequence: 3.4 MB for a prefix of 10,240 tokens and eight branches of 40. PyTorch
+    makes a float copy of it in each layer. With a gap it takes T * T bytes: 112 MB.
 
     Args:
-        attention_mask: [B, T], 0 at padding.
+        attention_mask: [B, T], 0 at padding. A gap is a 0 within a prefix, with a token behind it: a patch left out.
         branches: int64 [B, Tb]: which branch each of the last Tb tokens belongs to, from 1; 0 at padding.
 
     Returns:
-        bool [B, 1, Tb, T], True where the query (a row) sees the key.
+        bool [B, 1, Tb, T], True where the query (a row) sees the key; [B, 1, T, T] where a prefix has a gap.
     """
     size = branches.shape[1]
     own = (branches[:, :, None] == branches[:, None, :]).tril_()
-    prefix = attention_mask[:, None, : attention_mask.shape[1] - size].bool().expand(-1, size, -1)
-    return torch.cat([prefix, own], dim=-1)[:, None]
+    prefix = attention_mask[:, : attention_mask.shape[1] - size].bool()
+    mask = torch.cat([prefix[:, None].expand(-1, size, -1), own], dim=-1)
+    if (prefix[:, 1:] & ~prefix[:, :-1]).any():
+        before = prefix[:, None].expand(-1, prefix.shape[1], -1).tril()
+        before.diagonal(dim1=1, dim2=2).fill_(True)  # a row without a key would be NaN
+        mask = torch.cat([F.pad(before, (0, size)), mask], dim=1)
+    return mask[:, None]
 
 
 def attend_to_shared_prefix(decoder: Any) -> None:
