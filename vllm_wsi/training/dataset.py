@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.model.chat_renderer import ChatRenderer
+from vllm_wsi.model.chat_renderer import ChatRenderer, EncodedChat
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.questions.items import QuestionError, SlideItem, SlideSource
 from vllm_wsi.selection.chunk_reader import read_tensor_rows
@@ -43,6 +43,7 @@ class TrainingItem(NamedTuple):
     ids: list[int]
     labels: list[int]
     budget: int  # of slide positions: 0 packs them
+    siblings: tuple[EncodedChat, ...] = ()  # further conversations about these slides, for the same sequence
 
 
 class SlideDataset(Dataset):

@@ -13,6 +13,7 @@ from vllm_wsi.model.chat_renderer import IGNORED
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.scorer import score_slides
 
+from .shared_prefix import attend_to_shared_prefix, branch_mask
 from .sparselearn import SparseLearn, SparseLearnSettings
 
 
@@ -51,13 +52,16 @@ class SparseLearnModel(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         labels: Tensor,
+        branches: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Mean negative log-likelihood of the labelled tokens (over `num_items_in_batch`, where given).
 
         Shapes as `batches.collate` makes them.
         """
-        logits, wanted = self.tail_logits(features, patch_mask, input_ids, attention_mask, position_ids, labels)
+        logits, wanted = self.tail_logits(
+            features, patch_mask, input_ids, attention_mask, position_ids, labels, branches
+        )
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
         count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
@@ -70,11 +74,14 @@ class SparseLearnModel(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         labels: Tensor,
+        branches: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(logits fp32 [B, t, vocabulary], the labels [B, t] that they should give) of the last t tokens, which hold
         all labelled ones: prompts are padded on the left.
 
-        A patch without a finite score is neither gated nor seen by the decoder, as in service.
+        A patch without a finite score is neither gated nor seen by the decoder, as in service. With `branches`, several
+        conversations share their slides' tokens: each labelled token gets the logits that its conversation gives
+        alone, except that the gate draws one noise for all of them.
 
         Raises:
             SlideError: no patch of a slide has a finite score.
@@ -95,9 +102,11 @@ class SparseLearnModel(nn.Module):
         embeddings = model.get_input_embeddings()(input_ids)
         embeddings = embeddings.masked_scatter(places[..., None], tokens[patch_mask].to(embeddings.dtype))
         tail = labels.shape[1] - int((labels != IGNORED).any(dim=0).int().argmax())
+        if branches is not None:
+            attend_to_shared_prefix(model.language_model)
         logits = model.language_model(
             inputs_embeds=embeddings,
-            attention_mask=attention_mask,
+            attention_mask=attention_mask if branches is None else branch_mask(attention_mask, branches),
             position_ids=position_ids,
             logits_to_keep=tail + 1,
             use_cache=False,

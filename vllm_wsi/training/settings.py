@@ -91,7 +91,8 @@ class StageSettings(Settings):
     selection: Literal["hard"] | None = None
     lora: LoraSettings | None = None
     steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1)  # sequences
+    questions_per_sequence: int = Field(1, ge=1)  # about the same slides, which are computed once for all of them
     learning_rate: dict[Literal["scorer", "denoiser", "projector", "decoder", "lora"], float]
     warmup_steps: int = Field(20, ge=0)
     min_lr_rate: float = 0.05  # the cosine ends at this share of the rate

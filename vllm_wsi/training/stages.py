@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
@@ -19,6 +21,7 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 
 from .batches import collate
 from .dataset import SlideDataset
+from .grouping import GroupedDataset
 from .hard_selection import HardSelection
 from .loading import EpochCallback, num_workers
 from .model import SparseLearnModel, set_trainable
@@ -33,6 +36,8 @@ from .trainer import (
     SparseLearnTrainer,
     load_trainable,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedStage(NamedTuple):
@@ -131,14 +136,19 @@ def make_trainer(
     }
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = partial(collate, slide_token_id=wrapped.model.config.slide_token_id, pad_token_id=pad)
+    train_dataset: SlideDataset | GroupedDataset = dataset
+    if stage.questions_per_sequence > 1:
+        train_dataset = GroupedDataset(dataset, stage.questions_per_sequence, settings.seed)
+        if PartialState().is_main_process:
+            logger.info("stage %s: %s", stage.name, train_dataset.summary())
     return SparseLearnTrainer(
         model=wrapped,
         args=_arguments(arguments | stage.trainer, stage.name),
-        train_dataset=dataset,
+        train_dataset=train_dataset,
         data_collator=collator,
         callbacks=[
             NoiseSeedCallback(settings.seed, number),
-            EpochCallback(dataset),
+            EpochCallback(train_dataset),
             ScheduleCallback(wrapped),
             CsvLogCallback(wrapped, log, stage.name),
         ],

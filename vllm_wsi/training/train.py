@@ -21,6 +21,7 @@ from vllm_wsi.questions.reader import read_questions
 
 from .dataset import SlideDataset
 from .settings import DataSettings, TrainSettings
+from .shared_prefix import attend_to_shared_prefix
 from .slide_check import SlideMemory, on_main_process
 from .sparselearn import SparseLearn
 from .stages import refuse_rounded_steps, run_stage
@@ -55,6 +56,8 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     set_seed(settings.seed)
     model, tokenizer = start_model(settings.model, settings.seed)
     refuse_rounded_steps(settings.stages, model)
+    if any(stage.questions_per_sequence > 1 for stage in settings.stages):
+        attend_to_shared_prefix(model.language_model)  # refuses a decoder that cannot, before slides are read
     datasets = _checked_datasets(settings, ChatRenderer(tokenizer), model.config, generators or {}, output, processes)
     if processes.is_main_process:
         slow = (said for dataset in datasets if (said := dataset.slow_reading()) is not None)
