@@ -6,8 +6,9 @@ All are views of features in memory: no file is written. Each knows which of its
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,34 +27,45 @@ class PatchPool:
         name: of the pool, unique among pools: slides are named after it.
         encoder: id@revision, as feature files record it.
         views: features float16 [n, d] of each view; all views hold the same patches.
-        labels: bool [n], True: tumour.
-        patients: [n].
+        labels: [n]: bool, True for tumour; or the number of each patch's class.
+        patients: [n], or slides where there is one of each patient.
         coords_px: int64 [n, 2], places on each patient's own slide.
         rows: int64, those of the n patches that are in this pool, ascending.
+        patch_px, mpp: edge of a patch in pixels, and micrometres per pixel.
     """
 
     name: str
     encoder: str
     views: tuple[NDArray[np.float16], ...]
-    labels: NDArray[np.bool_]
+    labels: NDArray[Any]
     patients: NDArray[np.str_]
     coords_px: NDArray[np.int64]
     rows: NDArray[np.int64]
-    tumour: NDArray[np.int64] = field(init=False, repr=False)  # rows of the pool that are tumour
-    other: NDArray[np.int64] = field(init=False, repr=False)  # the rest
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tumour", self.rows[self.labels[self.rows]])
-        object.__setattr__(self, "other", self.rows[~self.labels[self.rows]])
+    patch_px: int = PATCH_PX
+    mpp: float = PATCH_MPP
 
     @property
     def feature_dim(self) -> int:
         return self.views[0].shape[1]
 
-    def most_patches(self, share: float, views: int = 1) -> int:
-        """The longest slide of this share of tumour in which no patch stands twice in one of `views` views."""
-        limits = [int(len(self.other) * views / (1 - share))] if share < 1 else []
-        limits += [int(len(self.tumour) * views / share)] if share > 0 else []
+    @cached_property
+    def tumour(self) -> NDArray[np.int64]:
+        """Rows of the pool whose label is True."""
+        return self.of_label(True)
+
+    @cached_property
+    def other(self) -> NDArray[np.int64]:
+        """Rows of the pool whose label is False."""
+        return self.of_label(False)
+
+    def of_label(self, label: bool | int) -> NDArray[np.int64]:
+        """Rows of the pool with a label, ascending."""
+        return self.rows[self.labels[self.rows] == label]
+
+    def most_patches(self, share: float) -> int:
+        """The longest slide of this share of tumour on which no patch stands twice."""
+        limits = [int(len(self.other) / (1 - share) + 1e-9)] if share < 1 else []
+        limits += [int(len(self.tumour) / share + 1e-9)] if share > 0 else []
         return min(limits)
 
 
@@ -81,15 +93,20 @@ class TissueSlide:
         """Which patches the slide holds; the same at every call."""
         raise NotImplementedError
 
-    @property
-    def key_patches(self) -> NDArray[np.int64]:
-        """Rows of the slide that are tumour, ascending; none on a slide without tumour."""
-        return np.flatnonzero(self.pool.labels[self.draw().rows])
+    def lots(self) -> np.random.Generator:
+        """Random numbers that follow from the slide's name."""
+        seed = hashlib.blake2b(self.name.encode(), digest_size=16).digest()
+        return np.random.default_rng(int.from_bytes(seed, "little"))
 
-    @property
-    def share(self) -> float:
-        """Share of the slide's patches that are tumour, in [0, 1]."""
-        return len(self.key_patches) / self.num_patches
+    def grid_px(self) -> NDArray[np.int64]:
+        """[N, 2] places on a square grid, row by row."""
+        width = int(np.ceil(np.sqrt(self.num_patches)))
+        places = np.arange(self.num_patches)
+        return np.stack((places % width, places // width), axis=1) * self.pool.patch_px
+
+    def labels(self) -> NDArray[Any]:
+        """[N] the label of each patch, as the pool has them."""
+        return self.pool.labels[self.draw().rows]
 
     @property
     def num_repeated(self) -> int:
@@ -100,7 +117,7 @@ class TissueSlide:
     def open(self) -> FeatureFile:
         """The slide as an open feature file: patches are drawn when it is opened, and gathered when they are read."""
         drawn, pool = self.draw(), self.pool
-        width, height = (int(end) + PATCH_PX for end in drawn.coords_px.max(axis=0))
+        width, height = (int(end) + pool.patch_px for end in drawn.coords_px.max(axis=0))
         digest = hashlib.blake2b(f"{pool.encoder} {self.name}".encode(), digest_size=20).hexdigest()
         return FeatureFile(
             name=self.name,
@@ -114,8 +131,8 @@ class TissueSlide:
             metadata={
                 "slide_id": self.name,
                 "encoder": pool.encoder,
-                "patch_size_level0": str(PATCH_PX),
-                "mpp": str(PATCH_MPP),
+                "patch_size_level0": str(pool.patch_px),
+                "mpp": str(pool.mpp),
                 "width": str(width),
                 "height": str(height),
             },
@@ -141,7 +158,21 @@ class _GatheredRows:
         pass
 
 
-class PooledSlide(TissueSlide):
+class TumourSlide(TissueSlide):
+    """A slide of a pool whose labels say what is tumour."""
+
+    @property
+    def key_patches(self) -> NDArray[np.int64]:
+        """Rows of the slide that are tumour, ascending; none on a slide without tumour."""
+        return np.flatnonzero(self.labels())
+
+    @property
+    def share(self) -> float:
+        """Share of the slide's patches that are tumour, in [0, 1]."""
+        return len(self.key_patches) / self.num_patches
+
+
+class PooledSlide(TumourSlide):
     """N patches drawn from all patients of a pool, in random order on a square grid.
 
     No patch stands twice on a slide while there are enough of its kind (tumour or not) in the pool. A longer slide
@@ -173,23 +204,15 @@ class PooledSlide(TissueSlide):
                 )
 
     @property
-    def key_patches(self) -> NDArray[np.int64]:
-        return np.flatnonzero(self.pool.labels[self.draw().rows]) if self.num_tumour else np.empty(0, np.int64)
-
-    @property
     def share(self) -> float:
-        return self.num_tumour / self.num_patches
+        return self.num_tumour / self.num_patches  # what is drawn has as many
 
     def draw(self) -> Drawn:
-        seed = hashlib.blake2b(self.name.encode(), digest_size=16).digest()
-        rng = np.random.default_rng(int.from_bytes(seed, "little"))
+        rng = self.lots()
         kinds = ((self.pool.tumour, self.num_tumour), (self.pool.other, self.num_patches - self.num_tumour))
         rows, views = (np.concatenate(parts) for parts in zip(*(self._lots(rng, *kind) for kind in kinds), strict=True))
         order = rng.permutation(self.num_patches)
-        width = int(np.ceil(np.sqrt(self.num_patches)))
-        places = np.arange(self.num_patches)
-        grid = np.stack((places % width, places // width), axis=1) * PATCH_PX
-        return Drawn(rows[order], views[order], grid)
+        return Drawn(rows[order], views[order], self.grid_px())
 
     def _lots(
         self, rng: np.random.Generator, rows: NDArray[np.int64], count: int
@@ -208,7 +231,7 @@ class PooledSlide(TissueSlide):
         return chosen, (first[chosen] + number) % num_views
 
 
-class NaturalSlide(TissueSlide):
+class NaturalSlide(TumourSlide):
     """All patches of one patient, at their places on its slide, in view 0. They are a sample of the slide's tissue.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import cache as remember
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +12,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from vllm_wsi.encoding.encoders import PatchEncoder, load_encoder
+from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.settings import Settings
 
 from .folds import Side, patient_folds, rows_of_side
-from .pooled_slides import PatchPool, PooledSlide, TissueSlide, natural_slides
+from .kather import kather_items
+from .pooled_slides import PatchPool, PooledSlide, TumourSlide, natural_slides
 from .tissue_patches import IDC_PATCHES, IDC_SLIDE, TissuePatches, read_patches
 from .tissue_questions import Kind, TissueItem, ask, tissue_item
 from .view_features import view_features
@@ -85,7 +88,7 @@ def tissue_pool(split: TissueSplit, encoder: PatchEncoder | None = None) -> Patc
     return _pool(name, patches, split, rows, encoder)
 
 
-def near_whole_slide(split: TissueSplit, encoder: PatchEncoder | None = None) -> TissueSlide:
+def near_whole_slide(split: TissueSplit, encoder: PatchEncoder | None = None) -> TumourSlide:
     """The slide of a patient who is in no fold, nearly whole, with its true map; arguments as of `tissue_pool`."""
     patches = _read(split.data.resolve(), IDC_SLIDE)
     pool = _pool("idc-slide", patches, split.changed(num_views=1), np.arange(len(patches)), encoder)
@@ -122,7 +125,7 @@ def tissue_items(**recipe: Any) -> list[TissueItem]:
     items = []
     for number in range(settings.first, settings.first + settings.count):
         rng = np.random.default_rng([settings.split_seed, number, 13])
-        slide: TissueSlide
+        slide: TumourSlide
         if natural and rng.random() < settings.natural_rate:
             slide = natural[rng.integers(len(natural))]
         else:
@@ -135,7 +138,7 @@ def tissue_items(**recipe: Any) -> list[TissueItem]:
     return items
 
 
-GENERATORS = {"tissue": tissue_items}
+GENERATORS: dict[str, Callable[..., Sequence[SlideItem]]] = {"tissue": tissue_items, "kather": kather_items}
 """Makers of questions that a training recipe calls by name (`generate: {name: tissue, ...}`)."""
 
 
