@@ -3,12 +3,13 @@ import logging
 import numpy as np
 import pytest
 
-from .tissue_archives import write_archive
 from vllm_wsi.encoding.encoders import load_encoder
 from vllm_wsi.errors import SlideError
 from vllm_wsi.tissue.patch_views import flipped, stained, view_of
 from vllm_wsi.tissue.tissue_patches import IDC_PATCHES, read_patches
 from vllm_wsi.tissue.view_features import view_features
+
+from .tissue_archives import write_archive
 
 IMAGES = np.random.default_rng(0).integers(1, 256, (3, 6, 6, 3)).astype(np.uint8)
 

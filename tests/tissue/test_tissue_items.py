@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import yaml
 
-from .tissue_archives import write_archive
 from vllm_wsi.benchmark.parsing import parse_label
 from vllm_wsi.cli.app import main
 from vllm_wsi.errors import SettingsError
@@ -12,6 +11,8 @@ from vllm_wsi.questions.items import SLIDE_MARK
 from vllm_wsi.tissue.tissue_generator import TissueSplit, near_whole_slide, tissue_items, tissue_pool
 from vllm_wsi.tissue.tissue_patches import IDC_PATCHES, IDC_SLIDE
 from vllm_wsi.tissue.tissue_questions import KINDS, SHARE_CLASSES, STEMS, ask, share_class
+
+from .tissue_archives import write_archive
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from .tissue_archives import write_archive
 from vllm_wsi.errors import SettingsError, SetupError, SlideError
 from vllm_wsi.tissue.folds import patient_folds, rows_of_side
 from vllm_wsi.tissue.tissue_patches import IDC_PATCHES, IDC_SLIDE, read_patches
+
+from .tissue_archives import write_archive
 
 
 def test_the_real_archives_hold_what_their_notes_say_less_the_patches_that_are_too_small(tissue_folder):
