@@ -26,6 +26,7 @@ from vllm_wsi.questions.reader import read_questions
 
 from .batches import collate
 from .dataset import SlideDataset
+from .export_parts import export_parts
 from .model import SparseLearnModel, set_trainable
 from .settings import DataSettings, StageSettings, TrainSettings
 from .sparselearn import SparseLearn
@@ -42,7 +43,8 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     """Runs all stages; a run that was stopped goes on where it was when it is started again.
 
     Args:
-        output: directory; gets `log.csv`, `stages/` (what a resumed run needs) and, at the end, `checkpoint/`.
+        output: directory; gets `log.csv`, `stages/` (what a resumed run needs) and, at the end, `checkpoint/` and, over
+            a plain decoder, `trained/` (what was trained, without the decoder).
 
     Returns:
         The checkpoint directory.
@@ -78,6 +80,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
             previous, number = trained.sparselearn or previous, number + 1
     if processes.is_main_process:
         name_end_of_turn(model, tokenizer)
+        export_parts(settings, model, tokenizer, output)
         with new_folder(finished) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
