@@ -20,11 +20,12 @@ from vllm_wsi.selection.scorer import PatchScorer
 from vllm_wsi.selection.selector import Selection, frozen_scorer
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import Mismatch
-from vllm_wsi.stats import bootstrap_mean, gaussian_mutual_information, mcnemar, paired_bootstrap
+from vllm_wsi.stats import mean_interval, paired_interval, paired_p
 from vllm_wsi.training.sparselearn import SparseLearn, SparseLearnSettings
 
 from .groups import Groups, longest_slide
 from .judge import Judged, best_constant, judge, judge_blind, kept_and_dropped_means, select_all, with_positions
+from .mutual_information import gaussian_mutual_information
 from .soft import judge_soft
 
 LEARNED = "learned"
@@ -118,10 +119,10 @@ class Study:
                 right[f"always {letter}"] = constant
                 for name, correct in right.items():
                     row = self._accuracy(correct, slides)
-                    less = paired_bootstrap(correct, right[LEARNED], slides, seed=self.seed)
+                    less = paired_interval(correct, right[LEARNED], slides, seed=self.seed)
                     difference = ("minus_learned", "minus_learned_low", "minus_learned_high")
                     row |= dict(zip(difference, map(rounded, less), strict=True))
-                    row["mcnemar_p"] = rounded(mcnemar(correct, right[LEARNED]))
+                    row["p"] = significant(paired_p(correct, right[LEARNED], slides, self.seed))
                     if name in found:
                         row["key_patch_recall"] = mean_recall(found[name])
                         row["redundancy"] = rounded(float(np.nanmean(found[name].redundancy)))
@@ -156,7 +157,7 @@ class Study:
             gate = SparseLearn(self.model.config.feature_dim, settings)
             soft = judge_soft(self.model, self.renderer, items, gate, SOFT_PATCHES, self.seed)
             hard = self._learned(length, items).correct
-            gap = paired_bootstrap(hard, soft.correct, slides, seed=self.seed)
+            gap = paired_interval(hard, soft.correct, slides, seed=self.seed)
             names = ("hard_minus_soft", "hard_minus_soft_low", "hard_minus_soft_high")
             rows.append(
                 {"length": length, "questions": len(items), "k": self.k, "tau": settings.tau_end, "denoiser": "none"}
@@ -191,7 +192,7 @@ class Study:
         return self.judged[length, LEARNED]
 
     def _accuracy(self, correct: np.ndarray, slides: list[str]) -> dict[str, Any]:
-        accuracy = bootstrap_mean(correct, slides, seed=self.seed)
+        accuracy = mean_interval(correct, slides, seed=self.seed)
         names = ("accuracy", "low", "high")
         return {"questions": len(correct)} | dict(zip(names, map(rounded, accuracy), strict=True))
 
@@ -204,3 +205,8 @@ def mean_recall(judged: Judged) -> float | str:
 def rounded(value: float) -> float:
     """A share as the tables show it."""
     return round(float(value), 4)
+
+
+def significant(p: float) -> float:
+    """A p-value as the tables show it: three significant digits, so that none becomes 0."""
+    return float(f"{p:.3g}")
