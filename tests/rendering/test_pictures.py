@@ -42,11 +42,33 @@ def test_a_patch_is_painted_on_its_own_pixels_and_all_else_is_transparent():
     assert overlay[..., 3].sum() == 2 * 100 * 255
 
 
-def test_of_overlapping_patches_the_higher_score_is_seen():
+def test_of_overlapping_patches_the_one_whose_middle_is_nearest_is_seen():
     for order in ([0, 1], [1, 0]):
         rects = Level0Rects(squares((0, 0), (50, 0))[order])
-        overlay = heat_overlay(rects, np.array([1.0, 2.0])[order], (200, 100), max_side=20)
-        assert (overlay[:, 5:15] == [*HIGH, 255]).all()
+        overlay = heat_overlay(rects, np.array([1.0, 2.0])[order], (200, 100), max_side=80)
+        assert (overlay[15:25, :30] == [*LOW, 255]).all()
+        assert (overlay[15:25, 30:60] == [*HIGH, 255]).all()
+        assert (overlay[:, 60:] == 0).all()
+
+
+def test_a_high_score_does_not_cover_its_neighbours_on_a_grid_of_overlapping_patches():
+    """A step of a fifth of the edge: each middle cell shows its own patch, not the best of the 25 patches on it."""
+    coords = [(20.0 * x, 20.0 * y) for y in range(11) for x in range(11)]
+    scores = np.zeros(121)
+    scores[60] = 1  # in the middle of all
+    overlay = heat_overlay(squares(*coords), scores, (300, 300), max_side=300)
+    high = (overlay[..., :3] == HIGH).all(axis=-1)
+    assert (overlay[..., 3] == 255).all()
+    assert high[141:159, 141:159].all()
+    assert high.sum() <= 21**2
+
+
+def test_of_patches_in_one_place_the_higher_score_is_seen():
+    for order in ([0, 1], [1, 0]):
+        overlay = heat_overlay(squares((0, 0), (0, 0)), np.array([1.0, 2.0])[order], (100, 100), max_side=20)
+        assert (overlay == [*HIGH, 255]).all()
+        overlay = heat_overlay(squares((3, 3), (4, 4), size=1), np.array([1.0, 2.0])[order], (100, 100), max_side=10)
+        assert overlay[0, 0].tolist() == [*HIGH, 255]  # smaller than a pixel
 
 
 def test_a_patch_smaller_than_a_pixel_is_still_seen():

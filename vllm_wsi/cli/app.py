@@ -18,6 +18,7 @@ import typer
 from vllm_wsi import __version__
 from vllm_wsi.errors import WsiError
 
+from .assemble import assemble
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
@@ -49,6 +50,7 @@ for name, command, text in (
     ("demo", demo, "a slide, a real server, an answer and the patches behind it"),
     ("init-checkpoint", init_checkpoint, "write a small checkpoint with random weights"),
     ("train", train, "train a checkpoint (extra: train)"),
+    ("assemble", assemble, "trained parts and their decoder to a checkpoint that vllm serves"),
     ("study", study, "tables and figures: what a selection is worth (extra: study)"),
     ("eval", evaluate, "a benchmark's questions to any endpoint, scored (extra: eval)"),
 ):

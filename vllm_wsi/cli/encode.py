@@ -12,9 +12,12 @@ from vllm_wsi.errors import needs_extra
 from .options import Device, argument, option
 
 ENCODER_HELP = (
-    "colour-texture (built in, for trying things out), a name such as uni2, conch, virchow2 or gigapath, "
-    "hf-hub:OWNER/REPO, or a model's directory"
+    "colour-texture (built in, for trying things out), efficientnet-lite0 (ImageNet weights, fetched once), a name "
+    "such as uni2, conch, virchow2 or gigapath, hf-hub:OWNER/REPO, or a model's directory"
 )
+PATCH_PX_HELP = "edge of a patch in pixels (default: the encoder's, 224 where it takes any)"
+PATCH_MPP_HELP = "microns of such a pixel (default: the encoder's, 0.5 where it takes any: 20x)"
+STEP_HELP = "such pixels from one patch to the next; fewer than the edge make patches overlap (default: the edge)"
 TISSUE_HELP = "by its distance from the glass, or the whole slide (default otsu)"
 CHANNELS_HELP = (
     "names or numbers from 0 of the three that are encoded as red, green and blue, of fluorescence and the like "
@@ -31,8 +34,9 @@ def encode(
     mpp: Annotated[
         float | None, option("--mpp", help="microns per pixel of the slides, instead of what they say")
     ] = None,
-    patch_px: Annotated[int, option("--patch-px", help="edge of a patch in pixels (default 224)")] = 224,
-    patch_mpp: Annotated[float, option("--patch-mpp", help="microns of such a pixel (default 0.5: 20x)")] = 0.5,
+    patch_px: Annotated[int | None, option("--patch-px", help=PATCH_PX_HELP)] = None,
+    patch_mpp: Annotated[float | None, option("--patch-mpp", help=PATCH_MPP_HELP)] = None,
+    step: Annotated[int | None, option("--step", metavar="PX", help=STEP_HELP)] = None,
     tissue: Annotated[Literal["otsu", "none"], option("--tissue", help=TISSUE_HELP)] = "otsu",
     channels: Annotated[str | None, option("--channels", metavar="A,B,C", help=CHANNELS_HELP)] = None,
     qc: Annotated[Path | None, option("--qc", metavar="DIR", help=QC_HELP)] = None,
@@ -54,6 +58,7 @@ def encode(
     settings = EncodeSettings(
         patch_px=patch_px,
         patch_mpp=patch_mpp,
+        step_px=step,
         mpp=mpp,
         tissue=tissue,
         background=background,

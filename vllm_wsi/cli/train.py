@@ -20,6 +20,7 @@ def train(
 ) -> None:
     hide_transformers_progress()
     from vllm_wsi.haystack.recipe import GENERATORS, recipe
+    from vllm_wsi.tissue.tissue_generator import GENERATORS as TISSUE_GENERATORS
 
     with needs_extra("train"):
         from vllm_wsi.training import train as training
@@ -30,5 +31,5 @@ def train(
         settings.seed = seed
     if encoder_mismatch == "allow":
         settings.encoder_mismatch = "allow"
-    checkpoint = training.train(settings, out, GENERATORS)
+    checkpoint = training.train(settings, out, {**GENERATORS, **TISSUE_GENERATORS})
     print(f"{checkpoint}: serve it with\n  vllm serve {checkpoint} --plugin vllm_wsi --allowed-local-media-path DIR")

@@ -13,6 +13,8 @@ from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 from skimage.filters import sobel
 from skimage.measure import shannon_entropy
 
+from .encoders import PatchScale
+
 FEATURE_DIM = 64
 QUANTILES = (0.1, 0.5, 0.9)
 LBP_POINTS = 8
@@ -32,6 +34,7 @@ class ColourTexture:
     id = "colour-texture@1"
     feature_dim = FEATURE_DIM
     input_px: int | None = None  # any
+    patch: PatchScale | None = None
     on_gpu = False
 
     def encode(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:

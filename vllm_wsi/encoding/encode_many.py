@@ -67,6 +67,9 @@ def _images_below(path: Path) -> list[Path] | None:
 def finished(job: Job, encoder_id: str, settings: EncodeSettings) -> Encoded | None:
     """What the feature file tells that is there already, made the same way; None where there is none.
 
+    Args:
+        settings: resolved for the encoder.
+
     Raises:
         SlideError: something else is there.
     """
@@ -103,6 +106,7 @@ def encode_many(
         In the order of the jobs.
     """
     encoder = load_encoder(encoder_name, device)  # whatever is wrong with it is wrong once, here
+    settings = settings.resolved(encoder)
     if workers is None:
         workers = 1 if encoder.on_gpu or encoder.input_px is not None else os.cpu_count() or 1
     outcomes: dict[Job, Encoded] = {}

@@ -12,16 +12,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from openslide import AbstractSlide
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.settings import Settings
 from vllm_wsi.slides.feature_file import write_features
 from vllm_wsi.slides.places import bounds_metadata
 
-from .encoders import PatchEncoder
+from .encoders import USUAL_PATCH, PatchEncoder, PatchScale
 from .image import image_mpp, open_image, read_scaled
-from .patches import TissueMethod, find_patches
+from .patches import Tiling, TissueMethod, find_patches
 from .qc import write_qc
 from .tissue import MASK_VERSION
 
@@ -31,8 +31,9 @@ MAX_UPSAMPLING = 1.1  # slides of 0.55 mpp serve as 0.5 mpp; coarser ones are ov
 class EncodeSettings(Settings, frozen=True):
     """What decides the patches of a slide, and how their features are kept."""
 
-    patch_px: int = Field(224, ge=1)  # edge of a patch as the encoder sees it
-    patch_mpp: float = Field(0.5, gt=0)  # microns per pixel of those pixels: 20x
+    patch_px: int | None = Field(None, ge=1)  # edge of a patch before the encoder scales it; None: the encoder's own
+    patch_mpp: float | None = Field(None, gt=0)  # microns per pixel of those pixels; None: the encoder's own
+    step_px: int | None = Field(None, ge=1)  # from patch to patch, in those pixels; None: no patch overlaps another
     mpp: float | None = Field(None, gt=0)  # microns per level-0 pixel, instead of what the slide says
     tissue: TissueMethod = "otsu"
     background: float = Field(0.3, ge=0, le=1)  # largest share of a patch beside the tissue
@@ -40,11 +41,35 @@ class EncodeSettings(Settings, frozen=True):
     dtype: Literal["float16", "float32"] = "float16"  # of the features
     batch_size: int = Field(32, ge=1)
 
+    @model_validator(mode="after")
+    def _check_step(self) -> EncodeSettings:
+        if self.step_px is not None and self.patch_px is not None and self.step_px > self.patch_px:
+            raise ValueError(f"step_px: found {self.step_px}, wanted at most the patch's edge, {self.patch_px}")
+        return self
+
+    def resolved(self, encoder: PatchEncoder) -> EncodeSettings:
+        """With the encoder's own patches where none are said (224 px at 0.5 um where it takes any).
+
+        Raises:
+            SettingsError: a step that is longer than a patch.
+        """
+        own = encoder.patch or USUAL_PATCH
+        px, mpp = self.patch_px or own.px, self.patch_mpp or own.mpp
+        return self.changed(patch_px=px, patch_mpp=mpp, step_px=self.step_px or px)
+
+    @property
+    def patch(self) -> PatchScale:
+        """Of settings that are resolved."""
+        assert self.patch_px is not None
+        assert self.patch_mpp is not None
+        return PatchScale(self.patch_px, self.patch_mpp)
+
     def record(self) -> dict[str, str]:
-        """What of this a feature file's metadata says."""
+        """What of this a feature file's metadata says, once it is resolved."""
         return {
-            "patch_size": str(self.patch_px),
-            "patch_mpp": f"{self.patch_mpp:g}",
+            "patch_size": str(self.patch.px),
+            "patch_mpp": f"{self.patch.mpp:g}",
+            "step_size": str(self.step_px),
             "tissue": MASK_VERSION if self.tissue == "otsu" else self.tissue,
             "background": f"{self.background:g}",
             "channels": "RGB" if self.channels is None else ",".join(self.channels),
@@ -76,6 +101,7 @@ def encode_slide(
     Args:
         path: slide image.
         out: feature file (`write_features`), with coordinates in level-0 pixels and metadata that says how it was made.
+        settings: what they leave open is the encoder's own.
         on_progress: called with patches done and in all.
         qc: PNG file of what was taken for tissue, and of the patches.
 
@@ -84,17 +110,12 @@ def encode_slide(
             bright glass and no channels were named.
     """
     name, seconds = str(path), dict.fromkeys(("reading", "tissue", "encoding", "writing"), 0.0)
+    settings = settings.resolved(encoder)
     with open_image(path, settings.channels) as image:
         mpp = image_mpp(image, name, settings.mpp)
-        if settings.patch_mpp / mpp < 1 / MAX_UPSAMPLING:
-            raise SlideError(
-                f"{name}: mpp: found {mpp:g}, an overview, wanted at most {settings.patch_mpp * MAX_UPSAMPLING:g}; "
-                "--mpp corrects a wrong number, --patch-mpp asks for coarser patches"
-            )
-        size_px = round(settings.patch_px * settings.patch_mpp / mpp)
         began = time.perf_counter()
-        dark_ground = settings.channels is not None
-        tiling = find_patches(image, name, mpp, size_px, settings.tissue, settings.background, dark_ground)
+        tiling = _tile(image, name, mpp, settings)
+        size_px = tiling.patch_px
         if qc is not None:
             write_qc(qc, tiling)
         seconds["tissue"] = time.perf_counter() - began
@@ -111,12 +132,34 @@ def encode_slide(
     share = None if tiling.tissue is None else tiling.tissue.share
     metadata = settings.record() | about_image
     metadata |= {"encoder": encoder.id, "mpp": f"{mpp:g}", "patch_size_level0": str(size_px)}
+    warnings = (*tiling.warnings, *_unusual_patches(encoder, settings.patch))
     metadata |= {} if share is None else {"tissue_share": f"{share:.4f}"}
     began = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_features(out, features, tiling.corners, metadata)
     seconds["writing"] = time.perf_counter() - began
-    return EncodeResult(len(features), share, tiling.warnings, seconds)
+    return EncodeResult(len(features), share, warnings, seconds)
+
+
+def _tile(image: AbstractSlide, name: str, mpp: float, settings: EncodeSettings) -> Tiling:
+    """The slide's patches; `mpp` is of level 0."""
+    patch = settings.patch
+    if patch.mpp / mpp < 1 / MAX_UPSAMPLING:
+        raise SlideError(
+            f"{name}: mpp: found {mpp:g}, an overview, wanted at most {patch.mpp * MAX_UPSAMPLING:g}; "
+            "--mpp corrects a wrong number, --patch-mpp asks for coarser patches"
+        )
+    size_px, step_px = (max(1, round(edge * patch.mpp / mpp)) for edge in (patch.px, settings.step_px or patch.px))
+    dark_ground = settings.channels is not None
+    return find_patches(image, name, mpp, size_px, settings.tissue, settings.background, dark_ground, step_px)
+
+
+def _unusual_patches(encoder: PatchEncoder, patch: PatchScale) -> tuple[str, ...]:
+    """Says where an encoder is given other patches than its own: a checkpoint that knows it will not know these."""
+    if encoder.patch is None or encoder.patch == patch:
+        return ()
+    found, wanted = (f"{one.px} px at {one.mpp:g} um" for one in (patch, encoder.patch))
+    return (f"patches of {found}, and not of {wanted}, as checkpoints of {encoder.id} expect them",)
 
 
 def _about_image(path: Path, image: AbstractSlide) -> dict[str, str]:
@@ -139,7 +182,7 @@ def _batches(
     image: AbstractSlide, name: str, patches: NDArray[np.int32], size_px: int, settings: EncodeSettings
 ) -> Iterator[tuple[int, NDArray[np.uint8], float]]:
     """(first patch, RGB [n, patch_px, patch_px, 3], seconds of reading), one batch ahead of its use."""
-    target = (settings.patch_px, settings.patch_px)
+    target = (settings.patch.px, settings.patch.px)
 
     def read(start: int) -> tuple[NDArray[np.uint8], float]:
         began = time.perf_counter()

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BUILT_IN = "colour-texture"
+LITE = "efficientnet-lite0"
 HUB = "hf-hub:"
 HUB_SECONDS = 10  # to find out that no hub can be reached; its own client tries for a minute
 DIGEST_CHARS = 12
+
+
+class PatchScale(NamedTuple):
+    """Patches as an encoder is to see them."""
+
+    px: int  # edge in pixels
+    mpp: float  # microns per pixel
+
+
+USUAL_PATCH = PatchScale(224, 0.5)  # 20x, as most encoders of this field take them
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 
 
@@ -29,6 +40,7 @@ class PatchEncoder(Protocol):
     id: str  # id@revision, as feature files record it
     feature_dim: int
     input_px: int | None  # edge of the patches that it was made for; None: any
+    patch: PatchScale | None  # that it is used with in this project; None: any, by default `USUAL_PATCH`
     on_gpu: bool
 
     def encode(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -40,13 +52,14 @@ def load_encoder(name: str, device: str = "auto") -> PatchEncoder:
     """An encoder by its name.
 
     Args:
-        name: "colour-texture" (built in, no weights); a name in lazyslide's zoo ("uni2", "conch", "virchow2",
-            "gigapath" ...); "hf-hub:OWNER/REPO" of that zoo or of any timm model; a directory with a timm or
-            transformers vision model. No code of a repository is run.
+        name: "colour-texture" (built in, no weights); "efficientnet-lite0" (ImageNet weights, fetched once); a name in
+            lazyslide's zoo ("uni2", "conch", "virchow2", "gigapath" ...); "hf-hub:OWNER/REPO" of that zoo or of any
+            timm model; a directory with a timm or transformers vision model. No code of a repository is run.
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     Raises:
         EncoderError: there is no such encoder, or it cannot be loaded here.
+        SetupError: weights that have to be fetched could not be.
     """
     if name == BUILT_IN:
         from .colour_texture import ColourTexture
@@ -56,6 +69,12 @@ def load_encoder(name: str, device: str = "auto") -> PatchEncoder:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == LITE:
+        from vllm_wsi.parts.fetch import EFFICIENTNET_LITE0, fetch_file
+
+        from .efficientnet_lite0 import efficientnet_lite0
+
+        return efficientnet_lite0(fetch_file(EFFICIENTNET_LITE0), EFFICIENTNET_LITE0.sha256, device)
     if Path(name).is_dir():
         return _from_directory(Path(name), device)
     if name.startswith(HUB):
@@ -73,8 +92,9 @@ class TorchEncoder:
         transform: Callable[[NDArray[np.uint8]], Tensor],
         device: str,
         input_px: int | None,
+        patch: PatchScale | None = None,
     ) -> None:
-        self.id, self.input_px, self.on_gpu = identity, input_px, device == "cuda"
+        self.id, self.input_px, self.patch, self.on_gpu = identity, input_px, patch, device == "cuda"
         self._encode, self._transform, self._device = encode, transform, device
         edge = input_px or 224
         self.feature_dim = self.encode(np.zeros((1, edge, edge, 3), np.uint8)).shape[1]
@@ -94,7 +114,7 @@ def _from_zoo(name: str, device: str) -> TorchEncoder:
     if name not in models.MODEL_REGISTRY:
         known = ", ".join(sorted({*models.list_models("vision"), *models.list_models("multimodal")}))
         raise EncoderError(
-            f"encoder: found {name!r}, wanted {BUILT_IN}, hf-hub:OWNER/REPO, a directory, or one of {known}"
+            f"encoder: found {name!r}, wanted {BUILT_IN}, {LITE}, hf-hub:OWNER/REPO, a directory, or one of {known}"
         )
     card = models.MODEL_REGISTRY[name]
     repo = str(getattr(card, "hf_url", None) or "").rstrip("/").split("huggingface.co/")[-1]

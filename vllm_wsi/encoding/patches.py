@@ -29,6 +29,7 @@ class Tiling:
     warnings: tuple[str, ...]
 
 
+# Many parameters: what decides the patches of a slide.
 def find_patches(
     image: AbstractSlide,
     name: str,
@@ -37,8 +38,9 @@ def find_patches(
     method: TissueMethod = "otsu",
     background: float = 0.3,
     dark_ground: bool = False,
+    step_px: int | None = None,
 ) -> Tiling:
-    """Patches on tissue, none of which overlaps another.
+    """Patches on tissue, on a grid.
 
     Args:
         mpp: microns per level-0 pixel.
@@ -46,10 +48,13 @@ def find_patches(
         method: how tissue is told from glass; "none" takes the whole slide.
         background: the largest share of a patch that may lie beside the tissue.
         dark_ground: take light on a dark ground too, as of fluorescence.
+        step_px: from one patch to the next in level-0 pixels; less than `patch_px`, they overlap. None: `patch_px`,
+            no patch overlaps another.
 
     Raises:
         SlideError: no tissue, no patch fits on it, or a dark ground that was not asked for.
     """
+    step_px = patch_px if step_px is None else step_px
     width, height = image.dimensions
     if min(width, height) < patch_px:
         raise SlideError(
@@ -63,10 +68,10 @@ def find_patches(
             "--channels says which three channels are to be encoded all the same"
         )
     if method == "none":
-        return Tiling(_grid(image, overview, patch_px, None), patch_px, overview, None, ())
+        return Tiling(_grid(image, overview, patch_px, step_px, None), patch_px, overview, None, ())
     rgb = 255 - overview.rgb if dark else overview.rgb
     tissue = find_tissue(rgb, overview.scanned, name, patch_px / max(overview.scale))
-    corners = _grid(image, overview, patch_px, tissue.mask)
+    corners = _grid(image, overview, patch_px, step_px, tissue.mask)
     shares = covered(tissue.mask, overview, corners, patch_px)
     corners = corners[shares >= 1 - background]
     if not len(corners):
@@ -76,12 +81,14 @@ def find_patches(
         )
     area = tissue.mask.sum() * overview.scale[0] * overview.scale[1]
     warnings = tissue.warnings
-    if (part := len(corners) * patch_px**2 / area) < FEW_PATCHES:
+    if (part := _area(corners, patch_px, step_px, overview) / area) < FEW_PATCHES:
         warnings += (f"patches cover {part:.0%} of the tissue found, which lies in pieces smaller than they",)
     return Tiling(corners, patch_px, overview, tissue, warnings)
 
 
-def _grid(image: AbstractSlide, overview: Overview, patch_px: int, mask: NDArray[np.bool_] | None) -> NDArray[np.int32]:
+def _grid(
+    image: AbstractSlide, overview: Overview, patch_px: int, step_px: int, mask: NDArray[np.bool_] | None
+) -> NDArray[np.int32]:
     """[n, 2] corners of all patches that lie within the slide; the first lies where the tissue or the scan begins."""
     starts, ends = [], []
     for axis, (origin, scale) in enumerate(zip((overview.x_px, overview.y_px), overview.scale, strict=True)):
@@ -91,9 +98,21 @@ def _grid(image: AbstractSlide, overview: Overview, patch_px: int, mask: NDArray
         starts.append(min(start, max(origin, end - patch_px)))  # tissue at the very end, less than a patch
         ends.append(end)
     x, y = (
-        np.arange(start, end - patch_px + 1, patch_px, dtype=np.int32) for start, end in zip(starts, ends, strict=True)
+        np.arange(start, end - patch_px + 1, step_px, dtype=np.int32) for start, end in zip(starts, ends, strict=True)
     )
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def _area(corners: NDArray[np.int32], patch_px: int, step_px: int, overview: Overview) -> float:
+    """Level-0 pixels that lie in at least one patch; of patches that overlap, to the overview's pixels."""
+    if step_px >= patch_px:
+        return float(len(corners) * patch_px**2)
+    scale, origin = np.array(overview.scale), np.array([overview.x_px, overview.y_px])
+    starts, ends = (np.rint((corners + add - origin) / scale).astype(int) for add in (0, patch_px))
+    inside = np.zeros(overview.scanned.shape, bool)
+    for (x0, y0), (x1, y1) in zip(starts.tolist(), ends.tolist(), strict=True):
+        inside[y0:y1, x0:x1] = True
+    return float(inside.sum() * scale.prod())
 
 
 def covered(

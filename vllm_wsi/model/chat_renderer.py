@@ -22,6 +22,16 @@ class EncodedChat(NamedTuple):
     labels: list[int]
 
 
+def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer's chat template puts the slide token where a message's parts hold an image."""
+    probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    try:
+        rendered = tokenizer.apply_chat_template(probe, add_generation_prompt=False, tokenize=False)
+    except Exception:  # a template that expects text may fail in any way on a list of parts
+        return False
+    return rendered.count(SLIDE_TOKEN) == 1
+
+
 class ChatRenderer:
     """Renders items by a checkpoint's chat template.
 
@@ -37,11 +47,7 @@ class ChatRenderer:
         if len(ids) != 1:
             raise CheckpointError(f"{tokenizer.name_or_path}: found {SLIDE_TOKEN} as {ids}, wanted one special token")
         self.slide_token_id: int = ids[0]
-        probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
-        try:
-            self._takes_parts = self._render(probe, False).count(SLIDE_TOKEN) == 1
-        except Exception:  # a template that expects text may fail in any way on a list of parts
-            self._takes_parts = False
+        self._takes_parts = takes_parts(tokenizer)
 
     def question(self, item: SlideItem) -> list[int]:
         """Ids of the first question, up to where the answer begins."""

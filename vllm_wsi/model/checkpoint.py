@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import cached_file
 
 from vllm_wsi.errors import CheckpointError, WsiError
 from vllm_wsi.selection.scorer import build_scorer
@@ -17,8 +14,8 @@ from vllm_wsi.selection.selector import FrozenScorer, SlideSelector, frozen_scor
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 
 from .config import SparseWSIConfig
+from .weight_files import weight_files
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCORER_PREFIX = "scorer."
 
 
@@ -58,15 +55,8 @@ def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
         CheckpointError: the checkpoint has no scorer, or one that its config does not describe.
     """
     config = read_config(model, revision)
-    find = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    if (single := cached_file(model, SINGLE, **find)) is not None:
-        files = {Path(single)}
-    elif (index := cached_file(model, INDEX, **find)) is not None:
-        names = json.loads(Path(index).read_text())["weight_map"]
-        shards = {file for key, file in names.items() if key.startswith(SCORER_PREFIX)}
-        files = {Path(cached_file(model, shard, revision=revision)) for shard in shards}
-    else:
-        raise CheckpointError(f"{model}: found neither {SINGLE} nor {INDEX}, wanted a checkpoint in safetensors")
+    with loading(model):
+        files = weight_files(model, revision, lambda name: name.startswith(SCORER_PREFIX))
     state: dict[str, Tensor] = {}
     for file in files:
         with loading(model), safe_open(file, "pt") as tensors:

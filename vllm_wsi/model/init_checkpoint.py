@@ -14,10 +14,11 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFa
 from vllm_wsi.errors import CheckpointError, SettingsError
 from vllm_wsi.selection.scorer import seeded_scorer
 
-from .checkpoint import SCORER_PREFIX, SINGLE
+from .checkpoint import SCORER_PREFIX
 from .config import SLIDE_TOKEN, SparseWSIConfig
 from .modeling import SparseWSIForConditionalGeneration
 from .tiny_settings import SlideSettings, TinySettings
+from .weight_files import SINGLE
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [TURN_END, TURN_START, SLIDE_TOKEN]

@@ -50,6 +50,9 @@ def heat_overlay(
 ) -> NDArray[np.uint8]:
     """RGBA [h, w, 4] over the whole slide: patches in the colour of their score's rank, all else transparent.
 
+    Where patches overlap, each pixel shows the patch whose middle is nearest, to a pixel, and of equally near ones the
+    higher score: a high score does not cover its neighbours, and nothing is averaged.
+
     Args:
         rects, scores: of all N patches.
         size_px: (width, height) of the slide at level 0.
@@ -58,7 +61,7 @@ def heat_overlay(
     width, height = (max(1, round(side / scale)) for side in size_px)
     overlay = np.zeros((height, width, 4), np.uint8)
     values = rank_normalise(scores)
-    order = np.argsort(np.where(np.isnan(values), -1, values), kind="stable")  # where patches overlap, the higher wins
+    order = np.argsort(np.where(np.isnan(values), -1, values), kind="stable")  # the highest is painted last
     paint = np.concatenate([colours(values), np.full((len(values), 1), 255, np.uint8)], axis=1)[order]
     # What lies beyond the slide is cut off; coordinates may be anything.
     corners = np.clip(rects[order], -max(size_px), 2 * max(size_px))
@@ -67,7 +70,27 @@ def heat_overlay(
     places = np.concatenate([np.maximum(left_top, 0), np.maximum(right_bottom, 0)], axis=1).tolist()
     for (left, top, right, bottom), colour in zip(places, paint, strict=True):
         overlay[top:bottom, left:right] = colour
+    drawn = np.clip(places, 0, [width, height, width, height]) if len(places) else np.zeros((0, 4), int)
+    if (drawn[:, 2:] - drawn[:, :2]).clip(0).prod(axis=1).sum() > (overlay[..., 3] > 0).sum():
+        middles = ((corners[:, :2] + corners[:, 2:] / 2) / scale).tolist()
+        _paint_by_nearness(overlay, places, middles, paint)
     return overlay
+
+
+def _paint_by_nearness(
+    overlay: NDArray[np.uint8], places: list[list[int]], middles: list[list[float]], paint: NDArray[np.uint8]
+) -> None:
+    """Paints each pixel in the colour of the patch on it whose middle is nearest, along the farther of the two axes."""
+    height, width = overlay.shape[:2]
+    nearest = np.full((height, width), np.inf, np.float32)
+    columns, rows = np.arange(width, dtype=np.float32) + 0.5, np.arange(height, dtype=np.float32) + 0.5
+    for (left, top, right, bottom), (x, y), colour in zip(places, middles, paint, strict=True):
+        part = np.s_[top:bottom, left:right]
+        # In whole pixels, so that of several patches within one pixel the highest is seen.
+        away = np.floor(np.maximum(np.abs(rows[top:bottom] - y)[:, None], np.abs(columns[left:right] - x)[None]))
+        nearer = away <= nearest[part]
+        nearest[part][nearer] = away[nearer]
+        overlay[part][nearer] = colour
 
 
 def heat_map(

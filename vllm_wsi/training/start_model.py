@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from vllm_wsi.errors import needs_extra
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.checkpoint import loading
-from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.init_checkpoint import new_model
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.slide_token import add_slide_token
+from vllm_wsi.parts.smollm2 import resolve_decoder
 
 from .settings import LoraSettings, ModelSettings
 
@@ -39,12 +41,11 @@ def _around_decoder(
     """A text decoder behind a new scorer and projector; `options` of `from_pretrained`."""
     assert settings.decoder is not None
     assert settings.feature_dim is not None
+    name = resolve_decoder(settings.decoder)
     with loading(settings.decoder):
-        decoder = AutoModelForCausalLM.from_pretrained(settings.decoder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(settings.decoder, revision=settings.revision)
-    tokenizer.add_special_tokens({"additional_special_tokens": [SLIDE_TOKEN]}, replace_extra_special_tokens=False)
-    if len(tokenizer) > decoder.get_input_embeddings().num_embeddings:
-        decoder.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+        decoder = AutoModelForCausalLM.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.revision)
+    slide_token_id = add_slide_token(decoder, tokenizer)
     config = SparseWSIConfig(
         text_config=decoder.config,
         feature_dim=settings.feature_dim,
@@ -54,7 +55,7 @@ def _around_decoder(
         projector=settings.projector,
         position_ids=settings.position_ids,
         max_slide_positions=settings.max_slide_positions,
-        slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),
+        slide_token_id=slide_token_id,
     )
     model = SparseWSIForConditionalGeneration(config, language_model=decoder)
     model.generation_config = decoder.generation_config

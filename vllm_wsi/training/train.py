@@ -20,6 +20,7 @@ from vllm_wsi.questions.items import QuestionError, SlideItem
 from vllm_wsi.questions.reader import read_questions
 
 from .dataset import SlideDataset
+from .export_parts import export_parts
 from .settings import DataSettings, TrainSettings
 from .shared_prefix import attend_to_shared_prefix
 from .slide_check import SlideMemory, on_main_process
@@ -40,7 +41,8 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
 
     Args:
         output: directory; gets `log.csv`, `slides.json` (which slides were found good), `stages/` (what a resumed run
-            needs) and, at the end, `checkpoint/`.
+            needs) and, at the end, `checkpoint/` and, over a plain decoder, `trained/` (what was trained, without the
+            decoder).
 
     Returns:
         The checkpoint directory.
@@ -82,6 +84,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
             previous, number = trained.sparselearn or previous, number + 1
     if processes.is_main_process:
         name_end_of_turn(model, tokenizer)
+        export_parts(settings, model, tokenizer, output)
         with new_folder(finished) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
