@@ -107,6 +107,7 @@ def test_the_checkpoint_is_the_decoder_with_its_adapter_merged_and_the_parts_as_
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.convert_tokens_to_ids("<|slide|>") == model.config.slide_token_id == 258
     assert tokenizer.chat_template == parts.chat_template
+    assert (out / "README.md").read_text() == "# card\n"
 
 
 def test_the_same_input_gives_the_same_bytes(made, tmp_path):

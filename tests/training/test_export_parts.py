@@ -104,3 +104,20 @@ def test_a_decoder_that_is_gone_takes_no_checkpoint_with_it(run, tmp_path, caplo
     gone = settings(stage("first"), decoder=str(tmp_path / "nosuch"), feature_dim=D)
     assert export_parts(gone, None, None, tmp_path) is None
     assert "trained: not written" in caplog.text
+
+
+def test_adapters_on_the_real_language_model_ship_as_a_few_megabytes(smollm2, tmp_path):
+    lora = {"r": 2, "alpha": 2, "target_modules": ["q_proj", "v_proj"]}
+    one = stage("only", lora=lora, steps=2, trainer={"use_cpu": True})
+    asked = settings(one, decoder="smollm2-135m-instruct", feature_dim=D, num_slide_tokens=4)
+    checkpoint = train(asked, tmp_path / "run", GENERATORS)
+    trained = tmp_path / "run" / "trained"
+    assert read_trained_parts(trained).base.name == "smollm2-135m-instruct"
+    assert sum(file.stat().st_size for file in trained.iterdir()) < 4e6
+    found = load_file(assemble(trained, tmp_path / "assembled") / "model.safetensors")
+    wanted, plain = load_file(checkpoint / "model.safetensors"), load_file(smollm2 / "model.safetensors")
+    assert found.keys() == wanted.keys() >= {f"language_model.{name}" for name in plain}
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.float(), wanted[name].float(), rtol=2**-8, atol=1e-6)
+    q = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(wanted[f"language_model.{q}"], plain[q].float())

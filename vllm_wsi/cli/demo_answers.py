@@ -28,7 +28,6 @@ COUNTED = {  # stages of a request whose seconds the server counts
 def show(server: VllmServer, slide: DemoSlide, checkpoint: Path, out: Path) -> None:
     """Two questions, the selection between them, and what each stage took."""
     print(f"\nslide      {slide.features.name}: {slide.facts}")
-    print(f"model      {checkpoint.name}")
     url = slide.features.as_uri()
     first = _ask(server, url, slide.questions[0], slide)
     selection = _post(f"{server.api}/wsi/select", {"url": url})

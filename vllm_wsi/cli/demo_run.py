@@ -9,15 +9,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_wsi.errors import SetupError
 from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.model.checkpoint import read_config
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch, recorded_encoder
 
 from .demo_answers import show
-from .demo_slides import DemoSlide, Progress, slides_to_show
+from .demo_slides import UNFAMILIAR, DemoSlide, Progress, Scene, photograph, users_slide, virtual_slide
+from .demo_tissue import fits_tissue, tissue_scene, tissue_slides
 
 UNTRAINED = "random weights: the answer is noise, the path is real"
+VIRTUAL_MODEL = "the demo checkpoint, trained on virtual slides alone"
 SERVER_ARGS = ("--max-model-len", "2048", "--max-num-seqs", "8", "--enforce-eager")
 
 
@@ -26,13 +29,13 @@ class DemoOptions:
     """What the demo is asked to show.
 
     Args:
-        slide: feature file or slide image; None: a photograph of tissue and a virtual slide of 100,000 patches.
+        slide: feature file or slide image; None: real tissue, and a virtual slide of 100,000 patches.
         question: instead of the demo's own.
-        checkpoint: None: the trained demo checkpoint, or random weights for a slide of the user's.
+        checkpoint: None: the package's own; for a slide of the user's of another encoder, random weights.
         encoder: of a slide image.
         encoder_mismatch: of the slide; the demo's own photograph is allowed it with the demo checkpoint, and says so.
         out: directory for the pictures of the selection.
-        view: the server goes on, with its viewer, until it is interrupted.
+        view: the last server goes on, with its viewer, until it is interrupted.
     """
 
     slide: Path | None
@@ -45,36 +48,64 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions) -> None:
-    """Runs the demo.
+    """Runs the demo: one server for each checkpoint, one after the other.
 
     Raises:
         SlideError, EncoderError, CheckpointError: of what was given, before a server is started.
+        SetupError: something that the user asked for cannot be fetched.
         ServerError: the server did not start.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-wsi-demo-") as folder:
         work = Path(folder)
-        shown = slides_to_show(options.slide, options.encoder, work)
-        is_untrained = options.checkpoint is None and options.slide is not None
-        checkpoint = options.checkpoint or DEMO_CHECKPOINT
-        if is_untrained:
-            checkpoint = _random_weights(work / "checkpoint", shown[0])
-        wanted = read_config(str(checkpoint)).encoder
-        for one in shown:
-            _prepare(one, options, checkpoint, wanted)
-            if is_untrained:
-                one.note = UNTRAINED
-        progress = Progress("starting vllm serve")
-        args = [*SERVER_ARGS, *(("--dtype", "float32") if is_untrained else ())]
-        if any(one.encoder_mismatch == "allow" for one in shown):
-            args += ["--mm-processor-kwargs", json.dumps({"encoder_mismatch": "allow"})]
-        media = shown[0].features.parent
-        with VllmServer(checkpoint, media, work / "server.log", args, on_wait=progress.tick) as server:
-            progress.done()
-            for one in shown:
-                show(server, one, checkpoint, options.out)
-            if options.view:
-                print(f"\nviewer     {server.root}/wsi/   (Ctrl-C ends it)", flush=True)
-                _wait_for_interrupt(server)
+        scenes = _scenes(options, work)
+        for scene in scenes:
+            _prepare(scene, options)
+        for scene in scenes:
+            _play(scene, work, options, is_last=scene is scenes[-1])
+
+
+def _scenes(options: DemoOptions, work: Path) -> list[Scene]:
+    if options.slide is None:
+        if options.checkpoint is not None:
+            return [Scene(options.checkpoint, options.checkpoint.name, [photograph(work), virtual_slide(work)])]
+        scenes = _own_scenes(work)
+        return scenes[::-1] if options.view else scenes  # the viewer is to show tissue
+    slide = users_slide(options.slide, options.encoder, work)
+    if options.checkpoint is not None:
+        slide.note = UNFAMILIAR if slide.image is not None else ""
+        return [Scene(options.checkpoint, options.checkpoint.name, [slide])]
+    if fits_tissue(slide):
+        return [tissue_scene([slide])]
+    slide.note = UNTRAINED
+    checkpoint = _random_weights(work / "checkpoint", slide)
+    return [Scene(checkpoint, "random weights", [slide], server_args=("--dtype", "float32"))]
+
+
+def _own_scenes(work: Path) -> list[Scene]:
+    """Real tissue and the virtual slide; where the parts cannot be fetched, a photograph takes the tissue's place."""
+    try:
+        tissue = tissue_scene(tissue_slides(work))
+    except SetupError as error:
+        print(f"{error}\nthe demo goes on without a tissue model, with a photograph of tissue", file=sys.stderr)
+        return [Scene(DEMO_CHECKPOINT, VIRTUAL_MODEL, [photograph(work), virtual_slide(work)])]
+    return [tissue, Scene(DEMO_CHECKPOINT, VIRTUAL_MODEL, [virtual_slide(work)])]
+
+
+def _play(scene: Scene, work: Path, options: DemoOptions, is_last: bool) -> None:
+    """Starts a server, and asks it about the scene's slides."""
+    args = [*SERVER_ARGS, *scene.server_args]
+    if any(one.encoder_mismatch == "allow" for one in scene.slides):
+        args += ["--mm-processor-kwargs", json.dumps({"encoder_mismatch": "allow"})]
+    media = scene.slides[0].features.parent
+    progress = Progress("starting vllm serve")
+    with VllmServer(scene.checkpoint, media, work / "server.log", args, on_wait=progress.tick) as server:
+        progress.done()
+        print(f"\nmodel      {scene.model}", *scene.about, sep="\n           ")
+        for one in scene.slides:
+            show(server, one, scene.checkpoint, options.out)
+        if options.view and is_last:
+            print(f"\nviewer     {server.root}/wsi/   (Ctrl-C ends it)", flush=True)
+            _wait_for_interrupt(server)
 
 
 def _random_weights(path: Path, slide: DemoSlide) -> Path:
@@ -89,16 +120,17 @@ def _random_weights(path: Path, slide: DemoSlide) -> Path:
     return path
 
 
-def _prepare(slide: DemoSlide, options: DemoOptions, checkpoint: Path, wanted: str | None) -> None:
-    """Sets questions, note and rule for encoders; raises EncoderError where the checkpoint's is another one."""
-    is_photograph = options.slide is None and slide.image is not None
-    on_purpose = is_photograph and checkpoint == DEMO_CHECKPOINT
-    slide.encoder_mismatch = "allow" if on_purpose else options.encoder_mismatch
-    EncoderCheck(wanted, slide.encoder_mismatch)(str(slide.features), slide.metadata)
-    if checkpoint != DEMO_CHECKPOINT:
-        slide.note = ""
-    if options.question is not None:
-        slide.questions = (options.question, options.question)
+def _prepare(scene: Scene, options: DemoOptions) -> None:
+    """Sets questions and rule for encoders; raises EncoderError where the checkpoint's is another one."""
+    wanted = read_config(str(scene.checkpoint)).encoder
+    for slide in scene.slides:
+        on_purpose = options.slide is None and slide.image is not None and scene.checkpoint == DEMO_CHECKPOINT
+        slide.encoder_mismatch = "allow" if on_purpose else options.encoder_mismatch
+        EncoderCheck(wanted, slide.encoder_mismatch)(str(slide.features), slide.metadata)
+        if options.checkpoint not in (None, DEMO_CHECKPOINT):
+            slide.note = ""
+        if options.question is not None:
+            slide.questions = (options.question, options.question)
 
 
 def _wait_for_interrupt(server: VllmServer) -> None:

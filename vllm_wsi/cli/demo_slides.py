@@ -1,4 +1,4 @@
-"""The slides of `vllm-wsi demo`: a photograph of tissue, a virtual slide, or one of the user's."""
+"""The slides of `vllm-wsi demo`: a virtual slide, a photograph of tissue, or one of the user's."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 from vllm_wsi.errors import needs_extra
 from vllm_wsi.haystack.generator import HaystackSlide, HaystackWorld
 from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.encoder_names import Mismatch
 from vllm_wsi.slides.formats.dispatch import is_image
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 BUILT_IN = "colour-texture"
 VIRTUAL_PATCHES = 100_000
@@ -61,20 +65,33 @@ class DemoSlide:
             self.feature_dim, self.metadata = opened.feature_dim, opened.metadata
 
 
-def slides_to_show(slide: Path | None, encoder: str, work: Path) -> list[DemoSlide]:
-    """What the demo asks about.
+@dataclass
+class Scene:
+    """Slides that one server is asked about."""
+
+    checkpoint: Path
+    model: str  # as the demo calls it
+    slides: list[DemoSlide]
+    about: tuple[str, ...] = ()  # lines on what the model was trained on
+    server_args: tuple[str, ...] = ()
+
+
+def users_slide(path: Path, encoder: str, work: Path) -> DemoSlide:
+    """A slide of the user's.
 
     Args:
-        slide: feature file or slide image; None: the photograph and the virtual slide.
+        path: feature file or slide image.
         encoder: of a slide image.
-        work: folder for what is made of them.
+        work: folder for its features.
     """
-    if slide is None:
-        photograph = _encoded(write_photograph(work), BUILT_IN, work, PHOTOGRAPH_PATCH_PX, "none")
-        return [photograph, _virtual_slide(work)]
-    if _is_image(slide):
-        return [_encoded(slide.resolve(), encoder, work)]
-    return [DemoSlide(slide.resolve())]
+    return encoded(path.resolve(), encoder, work) if _is_image(path) else DemoSlide(path.resolve())
+
+
+def photograph(work: Path) -> DemoSlide:
+    """The photograph of tissue, by the built-in encoder; the model of virtual slides can make nothing of it."""
+    slide = encoded(write_photograph(work), BUILT_IN, work, patch_px=PHOTOGRAPH_PATCH_PX, tissue="none")
+    slide.note = UNFAMILIAR
+    return slide
 
 
 def _is_image(path: Path) -> bool:
@@ -87,37 +104,37 @@ def _is_image(path: Path) -> bool:
 def write_photograph(folder: Path) -> Path:
     """scikit-image's photograph of stained colon (FHL2 by DAB, and haematoxylin) as a slide image of 512 x 512."""
     with needs_extra("slides"):
-        import tifffile
         from skimage import data
 
-    path, per_cm = folder / "immunohistochemistry.tiff", 1e4 / PHOTOGRAPH_MPP
+    return write_slide_image(folder / "immunohistochemistry.tiff", data.immunohistochemistry(), PHOTOGRAPH_MPP)
+
+
+def write_slide_image(path: Path, pixels: NDArray[np.uint8], mpp: float) -> Path:
+    """RGB pixels [h, w, 3] as a tiled TIFF that says its scale, microns per pixel."""
+    with needs_extra("slides"):
+        import tifffile
+
+    per_cm = 1e4 / mpp
     with tifffile.TiffWriter(path) as file:
-        file.write(
-            data.immunohistochemistry(),
-            tile=(256, 256),
-            photometric="rgb",
-            resolution=(per_cm, per_cm),
-            resolutionunit="CENTIMETER",
-        )
+        file.write(pixels, tile=(256, 256), photometric="rgb", resolution=(per_cm, per_cm), resolutionunit="CENTIMETER")
     return path
 
 
-def _encoded(
-    image: Path, encoder_name: str, work: Path, patch_px: int = 224, tissue: Literal["otsu", "none"] = "otsu"
-) -> DemoSlide:
+def encoded(image: Path, encoder_name: str, work: Path, **settings: Any) -> DemoSlide:
+    """A slide image with its features, which are written to `work`; `settings` are those of `encode`."""
     with needs_extra("slides"):
         from vllm_wsi.encoding.encode_slide import EncodeSettings, encode_slide
         from vllm_wsi.encoding.encoders import load_encoder
 
-    progress = Progress(f"encoding {image.name} with {encoder_name}")
     encoder = load_encoder(encoder_name)
+    progress = Progress(f"encoding {image.name} with {encoder_name}")
     features = work / f"{image.stem}.safetensors"
-    encode_slide(image, features, encoder, EncodeSettings(patch_px=patch_px, tissue=tissue))
+    encode_slide(image, features, encoder, EncodeSettings(**settings))
     progress.done()
-    return DemoSlide(features, image, note=UNFAMILIAR)
+    return DemoSlide(features, image)
 
 
-def _virtual_slide(work: Path) -> DemoSlide:
+def virtual_slide(work: Path) -> DemoSlide:
     progress = Progress(f"making a virtual slide of {VIRTUAL_PATCHES:,} patches")
     virtual = HaystackWorld().slide("test", VIRTUAL_SLIDE, VIRTUAL_PATCHES)
     features = virtual.write(work / f"{virtual.name}.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from .checkpoint import SCORER_PREFIX, loading
 from .lora import merge_lora, write_lora
 from .modeling import SparseWSIForConditionalGeneration
 from .slide_token import add_slide_token
-from .trained_parts import PROJECTOR_PREFIX, TrainedParts, over_decoder, read_trained_parts
+from .trained_parts import CARD, PROJECTOR_PREFIX, TrainedParts, over_decoder, read_trained_parts
 from .weight_files import weights_sha256
 
 ADAPTER_FOLDER = "adapter"
@@ -73,6 +74,8 @@ def assemble(
     with new_folder(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if (Path(parts) / CARD).is_file():
+            shutil.copyfile(Path(parts) / CARD, partial / CARD)
         if found.lora and not merge:
             (partial / ADAPTER_FOLDER).mkdir()
             write_lora(partial / ADAPTER_FOLDER, found.lora, found.base.name)
