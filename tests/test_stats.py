@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from vllm_wsi.stats import (
-    LENGTH_BINS,
     Interval,
     holm,
-    length_bin,
     mcnemar,
     mean_interval,
     p_text,
@@ -19,16 +17,6 @@ from vllm_wsi.stats import (
     paired_p,
     proportion_interval,
 )
-
-
-def test_lengths_fall_into_the_bins_of_the_papers_figure_and_an_edge_into_the_bin_above_it():
-    assert LENGTH_BINS == (
-        "<64", "64-128", "128-256", "256-512", "512-1024", "1024-2048", "2048-4096", ">=4096",
-    )  # fmt: skip
-    lengths = (1, 63, 64, 127, 128, 4095, 4096, 10**6)
-    assert [length_bin(n) for n in lengths] == [
-        "<64", "<64", "64-128", "64-128", "128-256", "2048-4096", ">=4096", ">=4096",
-    ]  # fmt: skip
 
 
 def clustered(rng: np.random.Generator, slides: int, questions: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
@@ -208,6 +196,17 @@ def test_coverage_is_nominal_where_every_slide_may_look_alike():
         found = mean_interval(values, seed=seed, draws=400)
         hits += found.low <= 0.968 <= found.high
     assert hits / 300 >= 0.94
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second"), [(1, 0), (3, 0), (5, 0), (6, 0), (0, 6), (9, 2), (8, 2), (60, 30)]
+)
+def test_paired_interval_of_right_and_wrong_holds_zero_where_mcnemars_p_says_so(only_first, only_second):
+    first, second = answers(150 - only_first - only_second, only_first, only_second, 42)
+    found = paired_interval(first, second)
+    assert found.estimate == pytest.approx((only_first - only_second) / 192)
+    assert (found.low <= 0 <= found.high) == (mcnemar(first, second) > 0.05)
+    assert found.low < found.estimate < found.high
 
 
 def test_one_slide_says_next_to_nothing():

@@ -1,11 +1,9 @@
-"""Statistics of a report: length bins, intervals over groups and paired tests."""
+"""Statistics of a report: intervals over groups, paired tests, and corrections for many tests."""
 
 from __future__ import annotations
 
 import sys
-from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Sequence
-from itertools import pairwise
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -13,16 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vllm_wsi.errors import needs_extra
-
-LENGTH_EDGES = (64, 128, 256, 512, 1024, 2048, 4096)
-"""In patches; an edge belongs to the bin above it. The bins are those of the paper's figure."""
-
-LENGTH_BINS = (
-    f"<{LENGTH_EDGES[0]}",
-    *(f"{low}-{high}" for low, high in pairwise(LENGTH_EDGES)),
-    f">={LENGTH_EDGES[-1]}",
-)
-"""Names of the bins of slide length, shortest first: "<64", "64-128", ..., ">=4096"."""
 
 EXACT_GROUPS = 16
 """The most groups of which `paired_p` counts every pattern of signs."""
@@ -34,11 +22,6 @@ class Interval(NamedTuple):
     estimate: float
     low: float
     high: float
-
-
-def length_bin(num_patches: int) -> str:
-    """The name, of `LENGTH_BINS`, of the bin that a slide of so many patches belongs to."""
-    return LENGTH_BINS[bisect_right(LENGTH_EDGES, num_patches)]
 
 
 def proportion_interval(successes: int, n: int, level: float = 0.95) -> Interval:
@@ -127,6 +110,10 @@ def paired_interval(
 ) -> Interval:
     """The mean of first - second over the same questions, as `mean_interval`; both see the same resamples.
 
+    Where few questions differ, and all to one side, resamples never see the other side. So for right or wrong with one
+    question a group the interval also holds the exact one that belongs to `mcnemar`: of those that differ, the share
+    that is right in the first alone, by Clopper and Pearson. It holds 0 wherever that p exceeds 1 - level.
+
     Args:
         first: [questions], as the values of `mean_interval`.
         second: [questions], of the same questions in the same order.
@@ -137,8 +124,15 @@ def paired_interval(
         ValueError: as in `mean_interval`.
     """
     first, second = _pairs(first, second)
+    groups = list(range(len(first)) if groups is None else groups)
     span = bounds[1] - bounds[0]
-    return mean_interval(first - second, groups, (-span, span), seed, draws, level)
+    found = mean_interval(first - second, groups, (-span, span), seed, draws, level)
+    differ = int((first != second).sum())
+    if differ and len(set(groups)) == len(first) and np.isin([first, second], (0, 1)).all():
+        exact = proportion_interval(int((first > second).sum()), differ, level)
+        low, high = (differ / len(first) * (2 * end - 1) for end in exact[1:])
+        found = Interval(found.estimate, min(low, found.low), max(high, found.high))
+    return found
 
 
 def paired_p(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from bench.common.record import RESULTS
 from bench.common.tables import table, write_tables
+from vllm_wsi.stats import p_text
 
 PAGE = RESULTS / "study" / "README.md"
 POLICIES = {
@@ -31,7 +32,13 @@ Row = dict[str, str]
 
 
 def main() -> None:
-    tables = {"policies": policies(), "ablations": ablations(), "recipe_seeds": recipe_seeds()}
+    tables = {
+        "policies": policies(),
+        "policies_tests": policies_tests(),
+        "ablations": ablations(),
+        "ablation_tests": ablation_tests_table(),
+        "recipe_seeds": recipe_seeds(),
+    }
     write_tables(PAGE, {f"study:{name}": table for name, table in tables.items()})
 
 
@@ -43,27 +50,86 @@ def policies() -> str:
     for row in rows:
         if row["positions"] == "original":
             kept = f" ({float(row['key_patch_recall']):.2f})" if row["key_patch_recall"] else ""
-            interval = f"{float(row['accuracy']):.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
-            policy = "always" if row["policy"].startswith("always") else row["policy"]  # "always A"
-            cells[policy, row["length"]] = interval + kept
+            cells[policy_of(row), row["length"]] = interval(row, "accuracy", "low", "high") + kept
     return table(
         ["selection", *(f"{int(n):,}" for n in lengths)],
         ([shown, *(cells[policy, n] for n in lengths)] for policy, shown in POLICIES.items()),
     )
 
 
+def policies_tests() -> str:
+    """Each policy against the learned one, at the checkpoint's own positions."""
+    rows = [row for row in rows_of("policies") if row["positions"] == "original" and row["p"]]
+    lengths = dict.fromkeys(row["length"] for row in rows)
+    names = ("minus_learned", "minus_learned_low", "minus_learned_high")
+    cells = {
+        (policy_of(row), row["length"]): f"{interval(row, *names)}; {p_and_corrected(row, 'p', 'p_holm')}"
+        for row in rows
+    }
+    return table(
+        ["selection, less the learned", *(f"{int(n):,}" for n in lengths)],
+        ([shown, *(cells[policy, n] for n in lengths)] for policy, shown in POLICIES.items() if policy != "learned"),
+    )
+
+
 def ablations() -> str:
+    """Means over seeds; leakage where the rows have it."""
     rows = rows_of("ablations")
     arms, lengths = (dict.fromkeys(row[name] for row in rows) for name in ("arm", "length"))
-    longest = list(lengths)[-1]
-    lines = []
+    longest, lines = list(lengths)[-1], []
+    of_soft = ["soft_accuracy", "hard_accuracy_of_the_same"] + ["soft_mass_on_hard"] * ("soft_mass_on_hard" in rows[0])
     for arm in arms:
         at = {n: [row for row in rows if (row["arm"], row["length"]) == (arm, n)] for n in lengths}
         soft = [row for found in at.values() for row in found if row["soft_accuracy"]]
-        of_all = [*(spread(at[n], "accuracy") for n in lengths), spread(at[longest], "key_patch_recall")]
-        lines.append([arm, *of_all, *(spread(soft, name) for name in ("soft_accuracy", "hard_accuracy_of_the_same"))])
-    kept, same = f"key patches kept at {int(longest):,}", "hard, same questions"
-    return table(["arm", *(f"N = {int(n):,}" for n in lengths), kept, "soft, N = 1,000", same], lines)
+        tuned = " (schedules tuned for it)" if soft[0]["schedules"] == "tuned for this arm" else ""
+        line = [arm + tuned, *(spread(at[n], "accuracy") for n in lengths), spread(at[longest], "key_patch_recall")]
+        line += [spread(soft, name) for name in of_soft]
+        if "leakage_mean" in rows[0]:
+            for name in ("leakage", "leakage_rescored"):
+                mean = sum(float(row[f"{name}_mean"]) for row in soft) / len(soft)
+                line.append(f"{mean:.2g} / {max(float(row[f'{name}_max']) for row in soft):.2g}")
+        lines.append(line)
+    head = ["arm", *(f"N = {int(n):,}" for n in lengths), f"key patches kept at {int(longest):,}"]
+    head += ["soft, N = 1,000", "hard, same questions", "soft mass on hard"][: len(of_soft)]
+    if "leakage_mean" in rows[0]:
+        head += ["leakage by the denoiser, mean / most", "by the scores too"]
+    return table(head, lines)
+
+
+def ablation_tests_table() -> str:
+    """Each arm less the paper's; the tests over slides where they were made."""
+    rows = rows_of("ablation_tests")
+    cells = {(row["arm"], row["length"], row["measure"]): row for row in rows}
+    lines = []
+    for arm, length in dict.fromkeys((row["arm"], row["length"]) for row in rows):
+        line = [arm, f"{int(length):,}"]
+        for measure in ("accuracy", "key_patch_recall"):
+            row = cells[arm, length, measure]
+            mean, least, most = (
+                f"{float(row[name]):.3f}" for name in ("difference", "least_of_seeds", "most_of_seeds")
+            )
+            line.append(f"{mean} ({least} to {most})")
+            line.append(p_and_corrected(row, "seeds_p", "seeds_p_holm"))
+            if row["slides_p"]:
+                line[-2] += f"; {interval(row, 'difference', 'low', 'high')}"
+                line[-1] += f"; {p_and_corrected(row, 'slides_p', 'slides_p_holm')}"
+        lines.append(line)
+    return table(["arm, less the first of the table above", "N", "accuracy", "p", "key patches kept", "p"], lines)
+
+
+def interval(row: Row, *names: str) -> str:
+    """estimate [low, high]"""
+    estimate, low, high = (f"{float(row[name]) + 0.0:.2f}" for name in names)
+    return f"{estimate} [{low}, {high}]"
+
+
+def p_and_corrected(row: Row, name: str, corrected: str) -> str:
+    """p (p corrected)"""
+    return f"{p_text(float(row[name]))} ({p_text(float(row[corrected]))})"
+
+
+def policy_of(row: Row) -> str:
+    return "always" if row["policy"].startswith("always") else row["policy"]  # "always A"
 
 
 def recipe_seeds() -> str:

@@ -14,7 +14,8 @@ import numpy as np
 
 from vllm_wsi.errors import SettingsError, SetupError
 from vllm_wsi.files import write_atomically, write_csv
-from vllm_wsi.stats import LENGTH_BINS, holm, length_bin, mean_interval, paired_interval, paired_p
+from vllm_wsi.questions.length_bins import LENGTH_BINS, length_bin
+from vllm_wsi.stats import holm, mean_interval, paired_interval, paired_p
 
 from .report_figure import draw_lengths
 from .report_page import page

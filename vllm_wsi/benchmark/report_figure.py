@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm_wsi.questions.length_bins import LENGTH_BINS
 from vllm_wsi.rendering.figure import save_figure
-from vllm_wsi.stats import LENGTH_BINS
 
 from .runner import MAIN
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vllm_wsi.questions.items import SlideItem
-from vllm_wsi.stats import LENGTH_BINS, length_bin
+from vllm_wsi.questions.length_bins import LENGTH_BINS, length_bin
 
 Groups = Mapping[str, Sequence[SlideItem]]
 """Name of a group, say a length or a bin of lengths -> its questions; the shortest slides first."""
 
 
 def by_length(items: Sequence[SlideItem]) -> dict[str, list[SlideItem]]:
-    """Questions in the bins of slide length of the paper's figure (`stats.LENGTH_BINS`); empty bins are left out."""
+    """Questions in the bins of slide length of the paper's figure (`LENGTH_BINS`); empty bins are left out."""
     groups: dict[str, list[SlideItem]] = {name: [] for name in LENGTH_BINS}
     for item in items:
         groups[length_bin(longest_slide(item))].append(item)

@@ -100,7 +100,10 @@ def _ablations(axes: Any, rows: list[Row]) -> None:
             axes.plot(x[0] + np.array([-0.08, 0.08]), [np.mean(y)] * 2, color=f"C{number}", linewidth=2)
     axes.axhline(0.25, **CHANCE_STYLE)
     axes.set_xticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms], fontsize=6)
+    tuned = next((row["arm"] for row in rows if row["schedules"] == "tuned for this arm"), None)
+    note = "" if tuned is None else f"schedules of tau and K tuned for «{tuned}»"
     axes.set(ylabel="accuracy by Hard Top-K, one dot a seed", ylim=(0, 1.03))
+    axes.set_xlabel(note, fontsize=7)
     axes.legend(frameon=False, fontsize=8)
 
 

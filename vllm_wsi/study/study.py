@@ -217,9 +217,15 @@ def mean_recall(judged: Judged) -> float | str:
 
 
 def with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each p with Holm's correction for all p-values of these rows."""
+    """The rows; behind each p stands Holm's correction of it for all p-values of these rows."""
     corrected = iter(holm([row["p"] for row in rows if "p" in row]))
-    return [row | {"p_holm": significant(next(corrected))} if "p" in row else row for row in rows]
+    found = []
+    for row in rows:
+        pairs = list(row.items())
+        if "p" in row:
+            pairs.insert(list(row).index("p") + 1, ("p_holm", significant(next(corrected))))
+        found.append(dict(pairs))
+    return found
 
 
 def _named(name: str, interval: Interval) -> dict[str, float]:
