@@ -53,3 +53,26 @@ def rows_of_side(folds: NDArray[np.int64], fold: int, side: Side) -> NDArray[np.
         raise SettingsError(f"side: found {side!r}, wanted one of {', '.join(get_args(Side))}")
     chosen = {"train": folds != fold, "test": folds == fold, "all": np.ones(len(folds), bool)}[side]
     return np.flatnonzero(chosen)
+
+
+def part_of_patients(
+    rows: NDArray[np.int64], patients: NDArray[np.str_], part: tuple[float, float], seed: int = 0
+) -> NDArray[np.int64]:
+    """Those of `rows` whose patients stand in this part of the rows' patients, which are put in an order by lot.
+
+    Two parts that meet, such as (0, 0.6) and (0.6, 1), share no patient and leave none out.
+
+    Args:
+        rows: of patches, ascending.
+        patients: of all patches.
+        part: where the part begins and ends, in [0, 1].
+
+    Raises:
+        SettingsError: the part holds no patient.
+    """
+    names = np.unique(patients[rows])
+    order = np.random.default_rng([seed, 7]).permutation(names)
+    first, last = (round(edge * len(names)) for edge in part)
+    if first >= last:
+        raise SettingsError(f"part: found {part[0]:g} to {part[1]:g} of {len(names)} patients, wanted at least one")
+    return rows[np.isin(patients[rows], order[first:last])]

@@ -15,7 +15,7 @@ from vllm_wsi.encoding.encoders import PatchEncoder, load_encoder
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.settings import Settings
 
-from .folds import Side, patient_folds, rows_of_side
+from .folds import Side, part_of_patients, patient_folds, rows_of_side
 from .kather import kather_items
 from .pooled_slides import PatchPool, PooledSlide, TumourSlide, natural_slides
 from .tissue_patches import IDC_PATCHES, IDC_SLIDE, TissuePatches, read_patches
@@ -37,6 +37,7 @@ class TissueSplit(Settings, frozen=True):
     num_folds: int = Field(3, ge=2)
     fold: int = Field(0, ge=0)
     side: Side = "train"
+    part: tuple[Share, Share] = (0.0, 1.0)  # of the side's patients, in an order by lot: from here, up to there
     split_seed: int = 0  # of the folds and of the views' stains
     cache: Path | None = None  # of features; None: the package's cache
 
@@ -83,8 +84,9 @@ def tissue_pool(split: TissueSplit, encoder: PatchEncoder | None = None) -> Patc
     """
     patches = _read(split.data.resolve(), IDC_PATCHES)
     folds = patient_folds(patches.patients, patches.labels, split.num_folds, split.split_seed)
-    rows = rows_of_side(folds, split.fold, split.side)
-    name = f"idc-{split.split_seed}-{split.fold}of{split.num_folds}-{split.side}"
+    rows = part_of_patients(rows_of_side(folds, split.fold, split.side), patches.patients, split.part, split.split_seed)
+    part = "" if split.part == (0, 1) else f"-{split.part[0]:g}to{split.part[1]:g}"
+    name = f"idc-{split.split_seed}-{split.fold}of{split.num_folds}-{split.side}{part}"
     return _pool(name, patches, split, rows, encoder)
 
 
