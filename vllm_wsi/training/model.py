@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SettingsError, SlideError
 from vllm_wsi.model.chat_renderer import IGNORED
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.scorer import score_slides
@@ -85,8 +85,14 @@ class SparseLearnModel(nn.Module):
 
         Raises:
             SlideError: no patch of a slide has a finite score.
+            SettingsError: FSDP hands out the scorer's weights in half precision.
         """
         model = self.model
+        if (dtype := next(model.scorer.parameters()).dtype) != torch.float32:
+            raise SettingsError(
+                f"trainer: found the scorer in {str(dtype).removeprefix('torch.')} within a step, wanted float32; "
+                "under FSDP leave out bf16 and fp16, and give the decoder its dtype (model: dtype)"
+            )
         places = (input_ids == model.config.slide_token_id) & attention_mask.bool()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.sparselearn is not None):
             scores, scored = score_slides(model.scorer, features, patch_mask)
