@@ -253,7 +253,7 @@ def test_ablations_beside_questions_are_judged_on_them_broken_patches_and_all(tm
     assert main(["study", *arguments, "--out", str(tmp_path / "out")]) == 0
     rows = rows_of(tmp_path / "out" / "ablations.csv")
     assert {(row["length"], row["questions"]) for row in rows} == {("<64", "33"), ("128-256", "1")}
-    assert {row["leakage_slides"] for row in rows} == {"0", "1"}  # of the short ones nothing is dropped
+    assert {row["leakage_slides"] for row in rows} == {"16", "1"}  # K is 4
     assert len(rows_of(tmp_path / "out" / "ablation_questions.csv")) == 34 * len(ARMS)
     tests = rows_of(tmp_path / "out" / "ablation_tests.csv")  # key patches are not known here
     assert [(row["arm"], row["measure"]) for row in tests[::2]] == [
