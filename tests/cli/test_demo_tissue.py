@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from vllm_wsi.cli import demo_run, demo_tissue
 from vllm_wsi.cli.app import main
@@ -25,7 +25,7 @@ from vllm_wsi.parts.fetch import CMU_SMALL_REGION, EFFICIENTNET_LITE0, HGSC_NEST
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.slides import open_features, write_features
 
-from ..model.text_decoder import text_decoder, text_tokenizer, write_text_decoder
+from ..model.text_decoder import text_decoder, text_tokenizer
 
 ENCODER = "efficientnet-lite0@sha256-579344248a93-112px"
 MAKERS = {demo_tissue.skin: CMU_SMALL_REGION, demo_tissue.ovary_nest: HGSC_NEST, demo_tissue.ovary_stroma: HGSC_STROMA}
@@ -49,14 +49,15 @@ def no_pypi(monkeypatch, tmp_path):
 def stand_in(tmp_path_factory):
     """Trained parts of random weights over a small text decoder: the tissue checkpoint's form, not its knowledge."""
     folder = tmp_path_factory.mktemp("stand-in")
-    decoder = write_text_decoder(folder / "small-decoder")
-    settings = json.loads((decoder / "config.json").read_text())
-    (decoder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 4096}))
-    model, tokenizer = text_decoder(), text_tokenizer()
+    # A head of 32 is the smallest that vLLM has on CPUs; the demo's server asks for 2,048 positions.
+    changed = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 4096}
+    model, tokenizer = LlamaForCausalLM(LlamaConfig(**text_decoder().config.to_dict() | changed)), text_tokenizer()
+    model.to(torch.bfloat16).save_pretrained(folder / "small-decoder")
+    tokenizer.save_pretrained(folder / "small-decoder")
     slide_token_id = add_slide_token(model, tokenizer)
     scorer = {"kind": "patch", "hidden_size": 8}
     config = SparseWSIConfig(
-        text_config=model.config.__class__(**settings | {"max_position_embeddings": 4096}), feature_dim=1280,
+        text_config=model.config, feature_dim=1280,
         encoder=ENCODER, slide_token_id=slide_token_id, scorer=scorer,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -65,7 +66,7 @@ def stand_in(tmp_path_factory):
         "projector": SlideProjector.from_config(config),
     }
     weights = {f"{part}.{name}": one for part, module in made.items() for name, one in module.state_dict().items()}
-    base = BaseDecoder(str(decoder), None, weights_sha256(str(decoder)))
+    base = BaseDecoder(str(folder / "small-decoder"), None, weights_sha256(str(folder / "small-decoder")))
     ends = GenerationConfig(eos_token_id=256, pad_token_id=256)
     parts = TrainedParts(config, base, weights, {}, tokenizer.chat_template, ends)
     write_trained_parts(folder / "parts", parts, "# stand-in\n")

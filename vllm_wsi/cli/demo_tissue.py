@@ -25,8 +25,8 @@ ABOUT = (
     "2014), as an ImageNet encoder sees them. It is for research and no diagnosis; of other tissue it knows nothing.",
 )
 QUESTIONS = (
-    "Is there invasive carcinoma on this slide?",
-    "How much of the tissue on this slide is invasive carcinoma?",
+    "Is there invasive carcinoma on this slide? Answer in a sentence.",
+    "How much of this slide is invasive carcinoma? Answer in a sentence.",
 )
 STEP_PX = 10  # of 50: a small image has few patches of 200 um, and the model is shown 32
 OVARY_MPP = 0.5  # assumed: the images say none
