@@ -1,9 +1,9 @@
-"""The tests of two runs against statsmodels, on tables that are known."""
+"""Intervals and tests against statsmodels, on tables that are known."""
 
 import numpy as np
 import pytest
 
-from vllm_wsi.stats import bootstrap_mean, mcnemar
+from vllm_wsi.stats import holm, mcnemar, proportion_interval
 
 
 @pytest.mark.parametrize("table", [(101, 59, 121, 33), (10, 3, 1, 5), (0, 12, 12, 0), (7, 0, 5, 2), (40, 25, 43, 900)])
@@ -16,11 +16,15 @@ def test_mcnemar_is_that_of_statsmodels(table):
     assert mcnemar(first, second) == pytest.approx(wanted.pvalue, rel=1e-9)
 
 
-def test_an_interval_over_single_questions_is_near_wilsons():
+@pytest.mark.parametrize(("successes", "n"), [(1080, 1473), (48, 79), (24, 24), (0, 1)])
+def test_the_interval_of_a_share_is_that_of_statsmodels(successes, n):
     proportion = pytest.importorskip("statsmodels.stats.proportion").proportion_confint
-    right = np.arange(1473) < 1080  # the paper's overall number
-    found = bootstrap_mean(right, range(1473), draws=8000)
-    low, high = proportion(1080, 1473, method="wilson")
-    assert found.estimate == pytest.approx(0.7332, abs=5e-5)
-    assert found.low == pytest.approx(low, abs=0.002)
-    assert found.high == pytest.approx(high, abs=0.002)
+    found = proportion_interval(successes, n)
+    assert found[1:] == pytest.approx(proportion(successes, n, method="beta"), abs=1e-9)
+    assert found.estimate == successes / n
+
+
+def test_holms_correction_is_that_of_statsmodels():
+    reference = pytest.importorskip("statsmodels.stats.multitest").multipletests
+    ps = np.random.default_rng(0).random(30) ** 4
+    assert holm(ps.tolist()) == pytest.approx(reference(ps, method="holm")[1])

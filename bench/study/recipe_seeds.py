@@ -21,7 +21,8 @@ from vllm_wsi.haystack.recipe import GENERATORS, groups_of_length, recipe
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.study.judge import judge, select_all, with_positions
-from vllm_wsi.study.study import LEARNED, rounded
+from vllm_wsi.study.study import LEARNED
+from vllm_wsi.study.table_numbers import rounded
 from vllm_wsi.training.settings import load_settings
 from vllm_wsi.training.train import train
 

@@ -18,6 +18,7 @@ from vllm_wsi.benchmark.results import ResultsFile, Row, read_results
 from vllm_wsi.cli.app import main
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.slides import open_features, write_features
+from vllm_wsi.stats import holm
 
 
 class FakeServer:
@@ -134,7 +135,8 @@ def test_a_whole_run_with_baselines(bench, capsys):
     assert (bench / "out/lengths.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(csv.DictReader(open(bench / "out/table.csv")))) == len(summary["table"])
     gap = next(one for one in summary["comparisons"] if one["second"] == "blind")
-    assert (gap["difference"], gap["mcnemar_p"], gap["questions"]) == (0, 1, 18)
+    assert (gap["difference"], gap["p"], gap["p_holm"], gap["questions"]) == (0, 1, 1, 18)
+    assert "| 18 | 0 | 0 | 0.0 [-33.6, 33.6] | 1 | 1 |" in page  # nine slides that all agree: not [0.0, 0.0]
 
 
 def test_what_a_server_is_sent(bench):
@@ -260,7 +262,7 @@ def test_a_run_of_other_settings_is_not_mixed_in(bench, capsys):
         args = ["--baselines", "none", "--compare", str(bench / "out")]
         assert main(command(bench, "--endpoint", server.url, *args, out="again")) == 0
     (gap,) = json.loads((bench / "again/summary.json").read_text())["comparisons"]
-    assert (gap["only_first"], gap["only_second"], gap["mcnemar_p"]) == (0, 0, 1)
+    assert (gap["only_first"], gap["only_second"], gap["p"]) == (0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -323,3 +325,30 @@ def test_measures_by_hand():
     assert found["balanced_accuracy"] == pytest.approx((1 / 4 + 1) / 2)
     assert measure(rows[4:5], 0)["asked"] == 0
     assert compare(rows, rows[4:5], 0) is None
+
+
+def rows_of_slides(right, per_slide=1):
+    answer = {"status": "answered", "gold": "A", "label": "A", "rule": "label", "options": 4}
+    return [Row(key=str(n), slide=str(n // per_slide), correct=bool(one), **answer) for n, one in enumerate(right)]
+
+
+def test_all_right_has_the_exact_interval_and_not_one_of_no_width():
+    found = measure(rows_of_slides([1] * 24), 0)
+    assert (found["accuracy"], found["high"]) == (1, 1)
+    assert found["low"] == pytest.approx(0.8575, abs=5e-5)
+    found = measure(rows_of_slides([1] * 72, per_slide=3), 0)
+    assert found["low"] == pytest.approx(0.8575, abs=5e-5)  # 24 slides, whatever each of them is asked
+
+
+def test_questions_of_one_slide_count_once_in_the_paired_test():
+    first, second = [1] * 20, [0] * 10 + [1] * 10
+    assert compare(rows_of_slides(first), rows_of_slides(second), 0)["p"] == pytest.approx(2 / 2**10)
+    assert compare(rows_of_slides(first, 5), rows_of_slides(second, 5), 0)["p"] == 2 / 2**2
+
+
+def test_several_comparisons_are_corrected(bench):
+    with FakeServer() as server:
+        assert main(command(bench, "--endpoint", server.url, "--mode", "both")) == 0
+    found = json.loads((bench / "out/summary.json").read_text())["comparisons"]
+    assert [one["p_holm"] for one in found] == holm([one["p"] for one in found])
+    assert len(found) == 8

@@ -18,9 +18,11 @@ from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.questions.items import SLIDE_MARK, multiple_choice
+from vllm_wsi.stats import holm, proportion_interval
 from vllm_wsi.study import ablations, soft, write_study
-from vllm_wsi.study.ablations import ARMS, SWITCHES, run_ablations
+from vllm_wsi.study.ablations import ARMS, REFERENCE, SWITCHES, run_ablations
 from vllm_wsi.study.groups import by_length
+from vllm_wsi.study.judge import select_all
 from vllm_wsi.study.study import LEARNED, POLICY_NAMES, Study
 from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.settings import TrainSettings
@@ -52,14 +54,32 @@ def test_every_policy_is_judged_on_every_length_in_both_position_modes(out):
     assert {name for *_, name in found} - policies <= {f"always {letter}" for letter in "ABCD"}
 
 
-def test_learned_beats_the_blind_answer_and_its_own_difference_is_zero(out):
+def test_learned_beats_the_blind_answer_and_is_not_compared_with_itself(out):
     rows = {(row["length"], row["positions"], row["policy"]): row for row in rows_of(out / "policies.csv")}
     learned, blind = (rows["100", "original", name] for name in (LEARNED, "blind"))
     assert float(learned["accuracy"]) > 0.9 > 0.5 > float(blind["accuracy"])
-    assert float(learned["minus_learned"]) == 0
+    assert learned["minus_learned"] == learned["p"] == learned["p_holm"] == ""
     assert float(blind["minus_learned_high"]) < 0
-    assert float(blind["mcnemar_p"]) < 0.001
-    assert float(learned["low"]) <= float(learned["accuracy"]) <= float(learned["high"])
+    assert float(blind["p"]) < float(blind["p_holm"]) < 0.001
+    correct = round(40 * float(learned["accuracy"]))
+    assert [float(learned[end]) for end in ("low", "high")] == pytest.approx(
+        proportion_interval(correct, 40)[1:], abs=1e-4
+    )
+
+
+def test_no_interval_of_the_tables_has_no_width_and_no_p_is_zero(out):
+    for table in ("policies", "k_sweep", "soft_hard"):
+        for row in rows_of(out / f"{table}.csv"):
+            ends = [name.removesuffix("low") for name in row if name.endswith("low") and row[name] != ""]
+            assert ends
+            assert all(float(row[f"{name}low"]) < float(row[f"{name}high"]) for name in ends)
+            assert all(0 < float(row[name]) <= 1 for name in ("p", "p_holm") if row.get(name))
+
+
+def test_every_p_of_a_table_is_corrected_for_all_of_it(out):
+    rows = [row for row in rows_of(out / "policies.csv") if row["p"] != ""]
+    wanted = holm([float(row["p"]) for row in rows])
+    assert [float(row["p_holm"]) for row in rows] == pytest.approx(wanted, rel=0.01)
 
 
 def test_more_patches_hold_more_of_the_key_patches_and_all_of_them_hold_it_all(out):
@@ -71,7 +91,7 @@ def test_more_patches_hold_more_of_the_key_patches_and_all_of_them_hold_it_all(o
 def test_soft_and_hard_and_information_have_their_tables(out):
     (row, other) = rows_of(out / "soft_hard.csv")
     assert (row["length"], other["length"]) == ("100", "600")
-    assert 0 < float(row["soft_mass_on_hard"]) <= 1
+    assert 0 < float(row["soft_mass_on_hard_low"]) < float(row["soft_mass_on_hard"]) < 1
     assert {row["length"] for row in rows_of(out / "information.csv")} == {"100"}  # 8 slides are too few
 
 
@@ -146,11 +166,22 @@ def question_files(path, lengths, world, break_slide=lambda x: x):
 def test_every_arm_is_trained_from_the_same_start_for_every_seed(tmp_path):
     settings = TrainSettings.model_validate(tiny_recipe(tau_start=1.0, k_fraction=0.3))
     groups = groups_of_length("50:4", HaystackWorld(feature_dim=16))
-    rows = list(run_ablations(settings, groups, GENERATORS, [1, 2], tmp_path / "work"))
+    results = list(run_ablations(settings, groups, GENERATORS, [1, 2], tmp_path / "work"))
+    rows = [row for row, _ in results]
     assert [(row["seed"], row["arm"]) for row in rows] == [(seed, arm) for seed in (1, 2) for arm in ARMS]
     assert all(0 <= row[name] <= 1 for row in rows for name in ("accuracy", "soft_accuracy"))
     assert all(row["soft_questions"] == 4 and row["hard_accuracy_of_the_same"] == row["accuracy"] for row in rows)
     assert all(np.isfinite(row["key_patch_recall"]) for row in rows)
+    assert all(0 < row["soft_mass_on_hard"] < 1 for row in rows)  # Gumbel's too: it draws other patches
+    assert {row["arm"] for row in rows if row["schedules"] == "tuned for this arm"} == {REFERENCE}
+    moved = {row["arm"] for row in rows if row["leakage_max"] > 0}
+    assert moved == {"noise gate, global denoiser"}
+    for row, questions in results:
+        assert np.mean([one["correct"] for one in questions]) == pytest.approx(row["accuracy"])
+        assert np.mean([one["key_patch_recall"] for one in questions]) == pytest.approx(
+            row["key_patch_recall"], abs=1e-3
+        )
+        assert {(one["arm"], one["seed"], one["length"]) for one in questions} == {(row["arm"], row["seed"], "50")}
     assert [path.name for path in (tmp_path / "work").iterdir() if path.name.startswith("tmp")] == []
 
 
@@ -187,7 +218,9 @@ def test_the_soft_path_is_judged_through_its_own_denoiser_at_the_k_that_is_serve
             return super().tail_logits(**batch)
 
     monkeypatch.setattr(soft, "SparseLearnModel", Noted)
-    found = soft.judge_soft(model, encoder, HaystackWorld().items("test", 2, 300), gate)
+    items = HaystackWorld().items("test", 2, 300)
+    chosen = select_all(items, {LEARNED: model.selector()}, 32)[LEARNED]
+    found = soft.judge_soft(model, encoder, items, gate, chosen)
     assert len(found.correct) == len(seen) == 2
     assert (int(seen[0].num_slide_tokens), float(seen[0].tau)) == (32, pytest.approx(0.1))
     assert torch.equal(seen[0].denoiser.down.weight, gate.denoiser.down.weight)
@@ -220,6 +253,13 @@ def test_ablations_beside_questions_are_judged_on_them_broken_patches_and_all(tm
     assert main(["study", *arguments, "--out", str(tmp_path / "out")]) == 0
     rows = rows_of(tmp_path / "out" / "ablations.csv")
     assert {(row["length"], row["questions"]) for row in rows} == {("<64", "33"), ("128-256", "1")}
+    assert {row["leakage_slides"] for row in rows} == {"0", "1"}  # of the short ones nothing is dropped
+    assert len(rows_of(tmp_path / "out" / "ablation_questions.csv")) == 34 * len(ARMS)
+    tests = rows_of(tmp_path / "out" / "ablation_tests.csv")  # key patches are not known here
+    assert [(row["arm"], row["measure"]) for row in tests[::2]] == [
+        (arm, "accuracy") for arm in ARMS if arm != REFERENCE
+    ]
+    assert {(row["seeds"], row["seeds_p"]) for row in tests} == {("1", "1.0")}
     assert (tmp_path / "out" / "umap.png").read_bytes().startswith(PNG)
     # All 32 finite patches of the short slides are kept: nothing is dropped to inform of.
     assert not (tmp_path / "out" / "information.csv").exists()

@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_wsi.errors import SettingsError, SetupError
 from vllm_wsi.files import write_atomically, write_csv
-from vllm_wsi.stats import LENGTH_BINS, bootstrap_mean, length_bin, mcnemar, paired_bootstrap
+from vllm_wsi.stats import LENGTH_BINS, holm, length_bin, mean_interval, paired_interval, paired_p
 
 from .report_figure import draw_lengths
 from .report_page import page
@@ -87,6 +87,8 @@ def summarise(evaluation: Evaluation, others: Sequence[Path] = ()) -> dict[str, 
         for name, other_rows in against:
             if gap := compare(main, other_rows, settings.seed):
                 comparisons.append({"mode": mode, "first": MAIN, "second": name, **gap})
+    for one, corrected in zip(comparisons, holm([one["p"] for one in comparisons]), strict=True):
+        one["p_holm"] = corrected
     missing = [row for row in next(iter(runs.values())) if row.status == "missing"]
     return {
         "run": {name: value for name, value in header.items() if name not in ("mode", "arm")},
@@ -147,7 +149,7 @@ def measure(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     }
     if not asked:
         return counts
-    interval = bootstrap_mean([row.correct for row in asked], [row.slide for row in asked], seed)
+    interval = mean_interval([row.correct for row in asked], [row.slide for row in asked], seed=seed)
     parsed = counts["asked"] - counts["unparsed"] - counts["errors"]
     by_gold = defaultdict(list)
     for row in asked:
@@ -179,13 +181,17 @@ def table(runs: Runs, seed: int) -> list[dict[str, Any]]:
 
 
 def compare(first: Sequence[Row], second: Sequence[Row], seed: int) -> dict[str, Any] | None:
-    """First against second on the closed questions that both were asked; None where there is none."""
+    """First against second on the closed questions that both were asked; None where there is none.
+
+    `p` is of the paired test over slides; where every slide has one question, that is the exact McNemar test.
+    """
     others = {row.key: row for row in second if row.options and row.status != "missing"}
     pairs = [(row, others[row.key]) for row in first if row.options and row.status != "missing" and row.key in others]
     if not pairs:
         return None
     a, b = [one.correct for one, _ in pairs], [two.correct for _, two in pairs]
-    gap = paired_bootstrap(a, b, [one.slide for one, _ in pairs], seed)
+    slides = [one.slide for one, _ in pairs]
+    gap = paired_interval(a, b, slides, seed=seed)
     return {
         "questions": len(pairs),
         "only_first": sum(x and not y for x, y in zip(a, b, strict=True)),
@@ -193,7 +199,7 @@ def compare(first: Sequence[Row], second: Sequence[Row], seed: int) -> dict[str,
         "difference": gap.estimate,
         "low": gap.low,
         "high": gap.high,
-        "mcnemar_p": mcnemar(a, b),
+        "p": paired_p(a, b, slides, seed),
     }
 
 

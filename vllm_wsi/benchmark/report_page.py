@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_wsi.stats import p_text
+
 MAX_SLIDES_NAMED = 10
 
 
@@ -91,12 +93,15 @@ def _comparisons(summary: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Against the others, on the same questions",
         "",
-        "| mode | run | against | questions | right alone | other alone | difference | McNemar p |",
-        "|---|---|---|--:|--:|--:|--:|--:|",
+        "Paired by question; p by sign flips of slides (McNemar's exact test where each slide has one question), and "
+        "the same corrected for all rows of this table (Holm).",
+        "",
+        "| mode | run | against | questions | right alone | other alone | difference | p | p, corrected |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
         f"| {one['mode']} | {one['first']} | {one['second']} | {one['questions']} | {one['only_first']} | "
-        f"{one['only_second']} | {_interval(one, 'difference')} | {one['mcnemar_p']:.2g} |"
+        f"{one['only_second']} | {_interval(one, 'difference')} | {p_text(one['p'])} | {p_text(one['p_holm'])} |"
         for one in summary["comparisons"]
     ]
     return [*lines, ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, set_seed
@@ -20,16 +21,20 @@ from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.checkpoint import read_config
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
+from vllm_wsi.training.dataset import SlideDataset
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.sparselearn import SparseLearn
 from vllm_wsi.training.train import Generators, make_dataset, run_stage, train
 
 from .groups import Groups, longest_slide
-from .judge import judge, select_all
-from .soft import judge_soft
-from .study import LEARNED, mean_recall, rounded
+from .judge import Judged, judge, select_all
+from .leakage import measure_leakage
+from .soft import judge_soft, served_gate
+from .study import LEARNED, mean_recall
+from .table_numbers import rounded
 
 ARMS: dict[str, dict[str, str]] = {
     "noise gate, diagonal denoiser": {},
@@ -41,6 +46,10 @@ ARMS: dict[str, dict[str, str]] = {
 }
 """What each arm changes in `SWITCHES`. Everything else, such as the schedules of tau and K, is the recipe's."""
 
+REFERENCE = "noise gate, diagonal denoiser"
+"""The paper's arm, with which all others are compared. The schedules of tau and K that the recipes of this project have
+were tuned for it; no schedule was tuned for another arm, so a difference may be the schedule's."""
+
 SWITCHES = {"gate": "noise", "denoiser": "diagonal", "relaxation": "lapsum"}
 """As the paper has them."""
 
@@ -49,6 +58,23 @@ SOFT_LENGTH = 1024
 
 SOFT_QUESTIONS = 64
 """Questions that are judged through the soft path, at most."""
+
+LEAKAGE_QUESTIONS = 16
+"""Questions on whose slides leakage is measured, at most."""
+
+
+SOFT_COLUMNS = (
+    *("soft_questions", "soft_accuracy", "hard_accuracy_of_the_same", "soft_mass_on_hard"),
+    *("leakage_slides", "leakage_mean", "leakage_max", "leakage_rescored_mean", "leakage_rescored_max"),
+)
+"""Columns that are filled where the slides are no longer than `SOFT_LENGTH`."""
+
+
+class ArmResult(NamedTuple):
+    """What one arm did, by one seed, on the questions of one length."""
+
+    row: dict[str, Any]  # of ablations.csv
+    questions: list[dict[str, Any]]  # of ablation_questions.csv: one row for each question
 
 
 def check_recipe(settings: TrainSettings, groups: Groups) -> None:
@@ -78,8 +104,8 @@ def check_recipe(settings: TrainSettings, groups: Groups) -> None:
 
 def run_ablations(
     settings: TrainSettings, groups: Groups, generators: Generators, seeds: Sequence[int], work: Path
-) -> Iterator[dict[str, Any]]:
-    """Trains the last stage of `settings` once for every arm and seed; yields one row for each and each length.
+) -> Iterator[ArmResult]:
+    """Trains the last stage of `settings` once for every arm and seed; yields a result for each and each length.
 
     On CPUs, seeds are trained side by side, each on its share of the cores: small models gain little from many.
 
@@ -114,7 +140,7 @@ def _start_worker(threads: int) -> None:
 
 def _run_arm(
     settings: TrainSettings, groups: Groups, generators: Generators, base: Path, arm: str, seed: int
-) -> list[dict[str, Any]]:
+) -> list[ArmResult]:
     stage = settings.stages[-1]
     assert stage.sparselearn is not None
     changed = stage.model_copy(
@@ -138,9 +164,13 @@ def _run_arm(
         shutil.rmtree(folder)
     seconds = time.monotonic() - began
     assert gate is not None
-    origin = {"arm": arm, "seed": seed, "training_seconds": round(seconds, 1)}
-    rows = _judge_arm(model.to(device).eval(), renderer, groups, gate, settings.encoder_mismatch)
-    return [origin | row for row in rows]
+    origin = {"arm": arm, "seed": seed}
+    of_row = origin | {
+        "schedules": "tuned for this arm" if arm == REFERENCE else f"tuned for {REFERENCE}",
+        "training_seconds": round(seconds, 1),
+    }
+    results = _judge_arm(model.to(device).eval(), renderer, groups, gate, settings.encoder_mismatch)
+    return [ArmResult(of_row | row, [origin | one for one in questions]) for row, questions in results]
 
 
 def _judge_arm(
@@ -149,7 +179,7 @@ def _judge_arm(
     groups: Groups,
     gate: SparseLearn,
     encoder_mismatch: Mismatch,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[ArmResult]:
     k = model.config.num_slide_tokens
     for length, items in groups.items():
         chosen = select_all(items, {LEARNED: model.selector(encoder_mismatch)}, k)
@@ -160,13 +190,42 @@ def _judge_arm(
             "accuracy": rounded(found[LEARNED].correct.mean()),
             "oracle_accuracy": rounded(found["oracle"].correct.mean()) if "oracle" in found else "",
             "key_patch_recall": mean_recall(found[LEARNED]),
-            "soft_questions": "",
-            "soft_accuracy": "",
-            "hard_accuracy_of_the_same": "",
         }
+        soft = dict.fromkeys(SOFT_COLUMNS, "")
         if max(longest_slide(item) for item in items) <= SOFT_LENGTH:
-            soft = judge_soft(model, renderer, items[:SOFT_QUESTIONS], gate).correct
-            hard = found[LEARNED].correct[:SOFT_QUESTIONS]
-            row |= {"soft_questions": len(soft), "soft_accuracy": rounded(soft.mean())}
-            row["hard_accuracy_of_the_same"] = rounded(hard.mean())
-        yield row
+            soft = _soft_columns(model, renderer, items, gate, found[LEARNED])
+        yield ArmResult(row | soft, _question_rows(length, items, found[LEARNED]))
+
+
+def _soft_columns(
+    model: SparseWSIForConditionalGeneration,
+    renderer: ChatRenderer,
+    items: Sequence[SlideItem],
+    gate: SparseLearn,
+    learned: Judged,
+) -> dict[str, Any]:
+    """`SOFT_COLUMNS` of the first questions."""
+    part = items[:SOFT_QUESTIONS]
+    soft = judge_soft(model, renderer, part, gate, learned.selections)
+    dataset = SlideDataset(part[:LEAKAGE_QUESTIONS], renderer, model.config, SOFT_LENGTH)
+    leakage = measure_leakage(model, served_gate(model, gate), dataset, learned.selections[: len(dataset)])
+    return {
+        "soft_questions": len(part),
+        "soft_accuracy": rounded(soft.correct.mean()),
+        "hard_accuracy_of_the_same": rounded(learned.correct[: len(part)].mean()),
+        "soft_mass_on_hard": rounded(soft.mass_on_hard.mean()),
+    } | leakage.columns()
+
+
+def _question_rows(length: str, items: Sequence[SlideItem], learned: Judged) -> list[dict[str, Any]]:
+    recalls = [""] * len(items) if learned.key_patch_recall is None else learned.key_patch_recall.tolist()
+    return [
+        {
+            "length": length,
+            "slide": item.slides[0].name,
+            "question": number,
+            "correct": int(correct),
+            "key_patch_recall": recall if recall == "" or math.isnan(recall) else rounded(recall),
+        }
+        for number, (item, correct, recall) in enumerate(zip(items, learned.correct, recalls, strict=True))
+    ]

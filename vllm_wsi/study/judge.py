@@ -15,8 +15,8 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem
 from vllm_wsi.selection.baselines import OraclePolicy, Selector
 from vllm_wsi.selection.patch_matrix import finite_patches
+from vllm_wsi.selection.selection_measures import key_patch_recall, redundancy
 from vllm_wsi.selection.selector import Selection
-from vllm_wsi.stats import key_patch_recall, redundancy
 
 from .answering import choose
 
@@ -26,8 +26,8 @@ class Judged:
     """The answers to all questions from one policy's selections; everything in the order of the questions."""
 
     correct: NDArray[np.bool_]  # [questions]
-    key_patch_recall: NDArray[np.float64] | None  # [questions], as in `stats`; None where key patches are not known
-    redundancy: NDArray[np.float64]  # [questions], as in `stats`, mean over the slides of a question
+    key_patch_recall: NDArray[np.float64] | None  # [questions]; None where key patches are not known
+    redundancy: NDArray[np.float64]  # [questions], mean over the slides of a question
     selections: list[list[Selection]] = field(repr=False, default_factory=list)  # one for each slide of a question
 
 

@@ -20,12 +20,14 @@ from vllm_wsi.selection.scorer import PatchScorer
 from vllm_wsi.selection.selector import Selection, frozen_scorer
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import Mismatch
-from vllm_wsi.stats import bootstrap_mean, gaussian_mutual_information, mcnemar, paired_bootstrap
+from vllm_wsi.stats import Interval, holm, mean_interval, paired_interval, paired_p
 from vllm_wsi.training.sparselearn import SparseLearn, SparseLearnSettings
 
 from .groups import Groups, longest_slide
 from .judge import Judged, best_constant, judge, judge_blind, kept_and_dropped_means, select_all, with_positions
+from .mutual_information import gaussian_mutual_information
 from .soft import judge_soft
+from .table_numbers import rounded, significant
 
 LEARNED = "learned"
 """The policy that keeps the K patches with the highest scores of the checkpoint's scorer."""
@@ -102,7 +104,10 @@ class Study:
         return found
 
     def policy_rows(self) -> list[dict[str, Any]]:
-        """Accuracy of every policy at the same K, in both position modes, and of answers without a slide."""
+        """Accuracy of every policy at the same K, in both position modes, and of answers without a slide.
+
+        Each but the learned one is tested against it; `p_holm` is corrected for all rows of the table.
+        """
         rows = []
         for length, items in self.groups.items():
             chosen = select_all(items, self.policies(), self.k)
@@ -117,16 +122,15 @@ class Study:
                 letter, constant = best_constant(items)
                 right[f"always {letter}"] = constant
                 for name, correct in right.items():
-                    row = self._accuracy(correct, slides)
-                    less = paired_bootstrap(correct, right[LEARNED], slides, seed=self.seed)
-                    difference = ("minus_learned", "minus_learned_low", "minus_learned_high")
-                    row |= dict(zip(difference, map(rounded, less), strict=True))
-                    row["mcnemar_p"] = rounded(mcnemar(correct, right[LEARNED]))
+                    row = {"length": length, "positions": mode, "policy": name, "k": self.k}
+                    row |= self._accuracy(correct, slides)
+                    if name != LEARNED:
+                        row |= self._paired("minus_learned", correct, right[LEARNED], slides)
                     if name in found:
-                        row["key_patch_recall"] = mean_recall(found[name])
+                        row |= self._recall(found[name], slides)
                         row["redundancy"] = rounded(float(np.nanmean(found[name].redundancy)))
-                    rows.append({"length": length, "positions": mode, "policy": name, "k": self.k} | row)
-        return rows
+                    rows.append(row)
+        return with_holm(rows)
 
     def k_sweep_rows(self, sizes: Sequence[int]) -> list[dict[str, Any]]:
         """Accuracy of the learned policy at several K, without retraining."""
@@ -138,7 +142,7 @@ class Study:
             for k in sizes:
                 judged = judge(self.model, self.renderer, items, chosen[str(k)], k)
                 row = {"length": length, "k": k} | self._accuracy(judged.correct, slides)
-                rows.append(row | {"key_patch_recall": mean_recall(judged)})
+                rows.append(row | self._recall(judged, slides))
         return rows
 
     def soft_and_hard_rows(self) -> list[dict[str, Any]]:
@@ -154,18 +158,16 @@ class Study:
             slides = [item.slides[0].name for item in items]
             settings = SparseLearnSettings(num_slide_tokens=self.k, denoiser="none")
             gate = SparseLearn(self.model.config.feature_dim, settings)
-            soft = judge_soft(self.model, self.renderer, items, gate, SOFT_PATCHES, self.seed)
-            hard = self._learned(length, items).correct
-            gap = paired_bootstrap(hard, soft.correct, slides, seed=self.seed)
-            names = ("hard_minus_soft", "hard_minus_soft_low", "hard_minus_soft_high")
+            learned = self._learned(length, items)
+            soft = judge_soft(self.model, self.renderer, items, gate, learned.selections, SOFT_PATCHES, self.seed)
             rows.append(
                 {"length": length, "questions": len(items), "k": self.k, "tau": settings.tau_end, "denoiser": "none"}
-                | {"hard_accuracy": rounded(hard.mean()), "soft_accuracy": rounded(soft.correct.mean())}
-                | dict(zip(names, map(rounded, gap), strict=True))
-                | {"soft_mass_on_hard": rounded(soft.mass_on_hard.mean())}
+                | {"hard_accuracy": rounded(learned.correct.mean()), "soft_accuracy": rounded(soft.correct.mean())}
+                | self._paired("hard_minus_soft", learned.correct, soft.correct, slides)
+                | _named("soft_mass_on_hard", mean_interval(soft.mass_on_hard, slides, seed=self.seed))
                 | {"effective_soft_tokens": rounded(soft.effective_tokens.mean())}
             )
-        return rows
+        return with_holm(rows)
 
     def information_rows(self) -> list[dict[str, Any]]:
         """Mutual information between what is kept of a slide and what is dropped (`gaussian_mutual_information`)."""
@@ -191,16 +193,34 @@ class Study:
         return self.judged[length, LEARNED]
 
     def _accuracy(self, correct: np.ndarray, slides: list[str]) -> dict[str, Any]:
-        accuracy = bootstrap_mean(correct, slides, seed=self.seed)
-        names = ("accuracy", "low", "high")
-        return {"questions": len(correct)} | dict(zip(names, map(rounded, accuracy), strict=True))
+        accuracy = mean_interval(correct, slides, seed=self.seed)
+        return {"questions": len(correct)} | dict(zip(("accuracy", "low", "high"), map(rounded, accuracy), strict=True))
+
+    def _recall(self, judged: Judged, slides: list[str]) -> dict[str, Any]:
+        """Of the questions whose key patches are known."""
+        if mean_recall(judged) == "":
+            return dict.fromkeys(("key_patch_recall", "key_patch_recall_low", "key_patch_recall_high"), "")
+        assert judged.key_patch_recall is not None
+        known = np.flatnonzero(np.isfinite(judged.key_patch_recall))
+        of = [slides[number] for number in known]
+        return _named("key_patch_recall", mean_interval(judged.key_patch_recall[known], of, seed=self.seed))
+
+    def _paired(self, name: str, first: np.ndarray, second: np.ndarray, slides: list[str]) -> dict[str, Any]:
+        gap = paired_interval(first, second, slides, seed=self.seed)
+        return _named(name, gap) | {"p": significant(paired_p(first, second, slides, self.seed))}
 
 
 def mean_recall(judged: Judged) -> float | str:
-    """The mean share of the key patches that was kept, as a table shows it; "" where they are not known."""
-    return "" if judged.key_patch_recall is None else rounded(judged.key_patch_recall.mean())
+    """The mean share of the key patches that was kept, as a table shows it; "" where no question has known ones."""
+    known = judged.key_patch_recall
+    return "" if known is None or np.isnan(known).all() else rounded(float(np.nanmean(known)))
 
 
-def rounded(value: float) -> float:
-    """A share as the tables show it."""
-    return round(float(value), 4)
+def with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each p with Holm's correction for all p-values of these rows."""
+    corrected = iter(holm([row["p"] for row in rows if "p" in row]))
+    return [row | {"p_holm": significant(next(corrected))} if "p" in row else row for row in rows]
+
+
+def _named(name: str, interval: Interval) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), map(rounded, interval), strict=True))

@@ -18,6 +18,7 @@ from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT, GENERATORS, groups_of_leng
 from vllm_wsi.questions.reader import read_questions
 from vllm_wsi.selection.patch_matrix import finite_patches
 
+from .ablation_tests import ablation_tests
 from .groups import Groups, by_length
 from .judge import key_patches_of
 from .origin import write_origin
@@ -88,14 +89,17 @@ def _recipe(config: str, settings: StudySettings) -> TrainSettings:
 
 
 def _ablate(trained: TrainSettings, groups: Groups, settings: StudySettings) -> None:
-    from .ablations import run_ablations
+    from .ablations import REFERENCE, run_ablations
 
-    rows, seeds = [], range(1, settings.seeds + 1)
+    rows, questions, seeds = [], [], range(1, settings.seeds + 1)
     with tempfile.TemporaryDirectory(prefix="vllm-wsi-study-") as work:
-        for row in run_ablations(trained, groups, GENERATORS, seeds, Path(work) / "start"):
+        for row, of_questions in run_ablations(trained, groups, GENERATORS, seeds, Path(work) / "start"):
             rows.append(row)
+            questions += of_questions
             write_csv(settings.out / "ablations.csv", rows)
+            write_csv(settings.out / "ablation_questions.csv", questions)
             logger.info(", ".join(f"{name} {value}" for name, value in row.items() if value != ""))
+    write_csv(settings.out / "ablation_tests.csv", ablation_tests(rows, questions, REFERENCE, settings.seed))
 
 
 def _draw_kept(study: Study, groups: Groups, out: Path) -> None:
