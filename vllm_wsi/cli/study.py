@@ -27,6 +27,10 @@ def study(
         Path | None, option("--features", metavar="DIR", help="feature files of the questions' slides")
     ] = None,
     slides: Annotated[str, option("--slides", metavar="N:COUNT,...", help=f"of haystack ({SLIDES})")] = SLIDES,
+    haystack_knobs: Annotated[
+        str | None,
+        option("--haystack-knobs", metavar="N:COUNT,...", help="also haystack made harder, one knob at a time"),
+    ] = None,
     ablations: Annotated[
         str | None,
         option("--ablations", metavar="CONFIG", help="also train every arm of the last stage of this recipe"),
@@ -50,6 +54,7 @@ def study(
         questions=questions,
         features=features,
         slides=slides,
+        haystack_knobs=haystack_knobs,
         ablations=ablations,
         seeds=seeds,
         ablation_slides=ablation_slides,

@@ -4,11 +4,13 @@ A slide is a grid of patches. Its regions hold common patch types. Small foci ho
 findings, and only the key patches tell which answer is right. Distractors mislead a selection policy that does not
 know the question: loud distractors have a large norm, dense distractors are nearly equal to one another. Every patch
 type has a centre of unit variance. The centre of each rare type resembles that of a common type (cosine 0.5), so that
-no single feature tells them apart.
+no single feature tells them apart. A world has knobs that make its slides harder (`HaystackWorld`); they leave the
+slide's other patches as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +23,10 @@ from vllm_wsi.errors import SettingsError
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem, multiple_choice
 from vllm_wsi.slides import FeatureFile, features_in_memory, write_features
 
+from .patch_types import rotation, type_centres
+
 FINDINGS = ("lymphoma", "melanoma", "sarcoma", "carcinoma")
+NONE = "none"  # the right answer about a slide without a finding
 STEMS = (
     "Which tumour is present on this slide?",
     "What does this slide show?",
@@ -33,6 +38,7 @@ PATCH_PX = 512
 REGIONS = 12  # of each slide
 LOUDNESS = 2.5  # the features of loud distractors are multiplied by it
 DENSE_NOISE = 0.2  # standard deviation of a dense distractor about its type
+KNOBS = 1 << 20  # purpose of the random numbers behind further findings and empty slides, beyond those of questions
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,20 @@ class HaystackWorld:
         noise: standard deviation of a patch about its type.
         num_common, num_distractors: numbers of patch types beside the four findings.
         distractor_rate: share of a slide's patches that are distractors.
-        key_patches: least and most key patches of a slide, whatever its length.
+        key_patches: least and most key patches of each finding, whatever the slide's length.
         lookalike_rate: share of a slide's patches that resemble a finding (cosine 0.87 with its type) but are no key
             patches.
-        open_share: share of questions that name no options and are answered by the name of the finding.
+        open_share: share of questions that name no options and are answered by the name of the finding, or of all
+            findings in the order of `FINDINGS`.
+        num_findings: least and most findings of a slide, 1 to 3. A question of choice asks about one of them and offers
+            none of the others.
+        empty_share: share of slides without a finding. Where it is above 0, "none" is among the options of every
+            question of choice.
+        shift_degrees: every patch type's centre is turned by this angle, all by the same rotation, so that the types
+            lie to one another as before. At 90 a centre is orthogonal to what it was: a scorer knows nothing of it.
+
+    Raises:
+        SettingsError: a value out of range.
     """
 
     seed: int = 0
@@ -60,18 +76,34 @@ class HaystackWorld:
     key_patches: tuple[int, int] = (4, 12)
     lookalike_rate: float = 0.0
     open_share: float = 0.0
+    num_findings: tuple[int, int] = (1, 1)
+    empty_share: float = 0.0
+    shift_degrees: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("distractor_rate", "lookalike_rate", "open_share", "empty_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"haystack: {name}: found {getattr(self, name)}, wanted 0 to 1")
+        if self.feature_dim < 3:  # a centre of mean 0 that is half like another needs two directions of its own
+            raise SettingsError(f"haystack: feature_dim: found {self.feature_dim}, wanted at least 3")
+        if not 0 < self.noise < np.inf:
+            raise SettingsError(f"haystack: noise: found {self.noise}, wanted a finite number above 0")
+        if not np.isfinite(self.shift_degrees):
+            raise SettingsError(f"haystack: shift_degrees: found {self.shift_degrees}, wanted a finite number")
+        for name, most in (("key_patches", np.inf), ("num_findings", len(FINDINGS) - 1)):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high <= most:
+                wanted = "1 <= least <= most" + ("" if most == np.inf else f" <= {most}")
+                raise SettingsError(f"haystack: {name}: found {low}, {high}, wanted {wanted}")
 
     @cached_property
     def centres(self) -> NDArray[np.float32]:
         """[common + findings + distractors + look-alikes of each finding, d], each of mean 0 and variance 1."""
-        rng = np.random.default_rng([self.seed, 7])
-        common = _standardise(rng.standard_normal((self.num_common, self.feature_dim)))
-        rare = _standardise(rng.standard_normal((len(FINDINGS) + self.num_distractors, self.feature_dim)))
-        like = common[rng.integers(self.num_common, size=len(rare))]
-        along = (rare * like).mean(axis=1, keepdims=True)
-        across = _standardise(rare - along * like)
-        lookalikes = (np.sqrt(0.75) * like + 0.5 * across)[: len(FINDINGS)]
-        return np.concatenate((common, 0.5 * like + np.sqrt(0.75) * across, lookalikes)).astype(np.float32)
+        num_rare = len(FINDINGS) + self.num_distractors
+        centres = type_centres(self.seed, self.feature_dim, self.num_common, num_rare, len(FINDINGS))
+        if self.shift_degrees:
+            centres = centres @ rotation(self.seed, self.feature_dim, self.shift_degrees).T
+        return centres.astype(np.float32)
 
     @property
     def first_lookalike(self) -> int:
@@ -95,8 +127,9 @@ class HaystackSlide:
     split: str
     number: int
     num_patches: int
-    finding: int = field(init=False)
-    key_patches: NDArray[np.int64] = field(init=False, repr=False)  # ascending
+    finding: int | None = field(init=False)  # that is asked about, as its place in FINDINGS; None: there is none
+    findings: tuple[int, ...] = field(init=False)  # all on the slide, ascending
+    key_patches: NDArray[np.int64] = field(init=False, repr=False)  # of the finding that is asked about; ascending
     _types: NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -120,23 +153,42 @@ class HaystackSlide:
         if self.world.lookalike_rate:
             lookalikes = rng.random(len(rows)) < self.world.lookalike_rate
             types[lookalikes] = self.world.first_lookalike + rng.integers(len(FINDINGS), size=int(lookalikes.sum()))
-        key = self._foci(rng, min(self.num_patches, int(rng.integers(*self.world.key_patches, endpoint=True))))
-        types[key] = self.world.num_common + finding
-        for name, value in (("finding", finding), ("key_patches", key), ("_types", types)):
+        of_finding = self._place_findings(rng, finding)
+        for one, patches in of_finding.items():
+            types[patches] = self.world.num_common + one
+        asked = finding if of_finding else None
+        key = of_finding.get(finding, np.empty(0, np.int64))
+        found = (("finding", asked), ("findings", tuple(sorted(of_finding))), ("key_patches", key), ("_types", types))
+        for name, value in found:
             object.__setattr__(self, name, value)
+
+    def _place_findings(self, rng: np.random.Generator, finding: int) -> dict[int, NDArray[np.int64]]:
+        """Finding -> rows of its patches, `finding` first; no row twice. A finding that finds no free row is left out,
+        and an empty slide has none."""
+        world, more = self.world, self._rng(KNOBS)
+        of_finding = {finding: self._foci(rng, min(self.num_patches, _draw(rng, world.key_patches)))}
+        if more.random() < world.empty_share:
+            return {}
+        others = [int(one) for one in more.permutation(len(FINDINGS)) if one != finding]
+        for other in others[: _draw(more, world.num_findings) - 1]:
+            taken = {int(row) for rows in of_finding.values() for row in rows}
+            if count := min(self.num_patches - len(taken), _draw(more, world.key_patches)):
+                of_finding[other] = self._foci(more, count, taken)
+        return of_finding
 
     def _rng(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.world.seed, SPLITS[self.split], self.number, self.num_patches, purpose])
 
-    def _foci(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """Rows of the key patches: one to three foci in different places of the tissue."""
+    def _foci(self, rng: np.random.Generator, count: int, taken: Collection[int] = frozenset()) -> NDArray[np.int64]:
+        """Rows of a finding's patches, none of them taken: one to three foci in different places of the tissue."""
         centres = rng.integers(self.num_patches, size=rng.integers(1, 4))
         found: set[int] = set()
         while len(found) < count:
             centre = int(centres[rng.integers(len(centres))])
             dx, dy = np.rint(rng.standard_normal(2) * 2).astype(int)
-            row = centre + int(dy) * self.width + int(dx)
-            found.add(row % self.num_patches)
+            row = (centre + int(dy) * self.width + int(dx)) % self.num_patches
+            if row not in taken:
+                found.add(row)
         return np.array(sorted(found))
 
     @property
@@ -190,23 +242,28 @@ class HaystackSlide:
 
     @property
     def finding_name(self) -> str:
-        """The right answer in words."""
-        return FINDINGS[self.finding]
+        """The right answer to a question of choice in words."""
+        return NONE if self.finding is None else FINDINGS[self.finding]
 
     def item(self, number: int = 0) -> SlideItem:
-        """A question about the slide. The four findings stand in a random order, so that each letter is as likely.
+        """A question about the slide. The options stand in a random order, so that each letter is as likely.
 
         Args:
             number: of the question.
         """
         rng = self._rng(2 + number)
         order = rng.permutation(len(FINDINGS))
-        options = [FINDINGS[i] for i in order]
-        letter = LETTERS[int(np.nonzero(order == self.finding)[0][0])]
+        options = [FINDINGS[i] for i in order if i == self.finding or i not in self.findings]
         stem = STEMS[rng.integers(len(STEMS))]
         if rng.random() < self.world.open_share:
-            return SlideItem(self.name, (self,), ((f"{SLIDE_MARK}\n{stem}", self.finding_name),))
-        return multiple_choice(self.name, self, stem, dict(zip(LETTERS, options, strict=True)), letter)
+            answer = ", ".join(FINDINGS[one] for one in self.findings) or NONE
+            return SlideItem(self.name, (self,), ((f"{SLIDE_MARK}\n{stem}", answer),))
+        if self.world.empty_share:
+            if len(options) == len(LETTERS):
+                options.remove(rng.choice([one for one in options if one != self.finding_name]))
+            options.insert(rng.integers(len(options) + 1), NONE)
+        letter = LETTERS[options.index(self.finding_name)]
+        return multiple_choice(self.name, self, stem, dict(zip(LETTERS, options, strict=False)), letter)
 
     def question(self, number: int) -> str:
         """The text of a question, as a client asks it beside the slide."""
@@ -219,9 +276,8 @@ class HaystackSlide:
         return lines[0].partition(". ")[2] if lines else None
 
 
-def _standardise(rows: NDArray) -> NDArray:
-    rows = rows - rows.mean(axis=1, keepdims=True)
-    return rows / rows.std(axis=1, keepdims=True)
+def _draw(rng: np.random.Generator, least_and_most: tuple[int, int]) -> int:
+    return int(rng.integers(*least_and_most, endpoint=True))
 
 
 def haystack_items(

@@ -19,6 +19,7 @@ class StudySettings(Settings, frozen=True):
     questions: Path | None = None  # None: haystack's test split
     features: Path | None = None
     slides: str  # of haystack, as "1000:192,100000:24" (N:questions)
+    haystack_knobs: str | None = None  # as `slides`: haystack made harder, one knob at a time
     ablations: str | None = None  # the recipe of whose last stage every arm is trained
     seeds: int = Field(5, ge=1)
     ablation_slides: str  # as `slides`

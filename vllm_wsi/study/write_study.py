@@ -20,6 +20,7 @@ from vllm_wsi.selection.patch_matrix import finite_patches
 
 from .ablation_tests import ablation_tests
 from .groups import Groups, by_length
+from .hardness import write_hardness
 from .judge import key_patches_of
 from .origin import write_origin
 from .plots import draw_tables, draw_umap
@@ -50,6 +51,8 @@ def write_study(settings: StudySettings) -> list[Path]:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SetupError("device: found 'cuda', wanted 'cpu': PyTorch finds no CUDA device here")
     groups = _asked(settings)
+    if settings.haystack_knobs is not None:
+        groups_of_length(settings.haystack_knobs, HaystackWorld())  # refused before the first minutes are spent
     trained = None if settings.ablations is None else _recipe(settings.ablations, settings)
     judged_on = groups
     if trained is not None:
@@ -62,6 +65,8 @@ def write_study(settings: StudySettings) -> list[Path]:
     study = Study(checkpoint, groups, settings.out, settings.seed, settings.device, settings.encoder_mismatch)
     study.run()
     _draw_kept(study, groups, settings.out)
+    if settings.haystack_knobs is not None:
+        write_hardness(study, settings.haystack_knobs)
     if trained is not None:
         _ablate(trained, judged_on, settings)
     figures = draw_tables(settings.out)
