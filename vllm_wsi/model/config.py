@@ -102,8 +102,8 @@ class SparseWSIConfig(PreTrainedConfig):
         self.max_slide_positions = max_slide_positions
         self.slide_token_id = slide_token_id
         self.part_dtypes: dict[str, str] = wanted
-        # transformers hands this down to `text_config`; without a value, a loaded decoder would lose its own, and with it
-        # the causal mask.
+        # transformers hands this down to `text_config`; without a value, a loaded decoder would lose its own, and with
+        # it the causal mask.
         kwargs.setdefault("attn_implementation", getattr(text_config, "_attn_implementation", None))
         kwargs.setdefault("architectures", [ARCHITECTURE])
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
