@@ -41,7 +41,9 @@ def run(request, tmp_path_factory):
     decoder = write_text_decoder(folder / "decoder", dtype=request.param)
     first = stage("first", lora={"r": 2, "alpha": 3, "target_modules": ["q_proj", "v_proj"]})
     second = stage("second", lora={"r": 4, "alpha": 8, "target_modules": ["v_proj", "down_proj"]})
-    asked = settings(first, second, decoder=str(decoder), feature_dim=D, encoder="test@1", num_slide_tokens=4)
+    asked = settings(
+        first, second, decoder=str(decoder), feature_dim=D, encoder="test@1", num_slide_tokens=4, dtype="float32"
+    )
     train(asked, folder / "out", GENERATORS)
     return folder / "out", decoder
 
@@ -109,7 +111,7 @@ def test_a_decoder_that_is_gone_takes_no_checkpoint_with_it(run, tmp_path, caplo
 def test_adapters_on_the_real_language_model_ship_as_a_few_megabytes(smollm2, tmp_path):
     lora = {"r": 2, "alpha": 2, "target_modules": ["q_proj", "v_proj"]}
     one = stage("only", lora=lora, steps=2, trainer={"use_cpu": True})
-    asked = settings(one, decoder="smollm2-135m-instruct", feature_dim=D, num_slide_tokens=4)
+    asked = settings(one, decoder="smollm2-135m-instruct", feature_dim=D, num_slide_tokens=4, dtype="float32")
     checkpoint = train(asked, tmp_path / "run", GENERATORS)
     trained = tmp_path / "run" / "trained"
     assert read_trained_parts(trained).base.name == "smollm2-135m-instruct"
