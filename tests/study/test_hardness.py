@@ -19,7 +19,7 @@ POLICIES = {LEARNED, *POLICY_NAMES, "mmr of learned", ORACLE, BAYES}
 def out(tmp_path_factory):
     """What the command writes."""
     path = tmp_path_factory.mktemp("hardness") / "out"
-    assert main(["study", "--slides", "100:4", "--haystack-knobs", "80:4", "--out", str(path)]) == 0
+    assert main(["study", "--slides", "100:4", "--haystack-knobs", "80:2", "--out", str(path)]) == 0
     return path
 
 
@@ -43,7 +43,7 @@ def rows_of(study, knobs, slides):
 def test_every_knob_has_a_row_for_every_policy(rows):
     found = [(row["knob"], row["length"], row["policy"]) for row in rows]
     assert sorted(found) == sorted((knob, "80", policy) for knob in KNOBS for policy in POLICIES)
-    assert {row["questions"] for row in rows} == {"4"}
+    assert {row["questions"] for row in rows} == {"2"}
 
 
 def test_the_page_has_a_line_for_every_knob_and_a_column_for_every_policy(out, rows):
