@@ -151,6 +151,8 @@ def test_two_processes_resume_in_the_order_and_with_the_rows_of_their_epoch(two)
     folder, main, other = two
     assert sorted(main["opened"]) == [f"{number}.safetensors" for number in range(4)]
     assert other["opened"] == []  # the look at the slides is the main process's
+    seen = [*main["seen"], *other["seen"]]  # of each slide of each batch, the sum of the features that were taken
+    assert len(set(seen)) == len(seen) == 3 * ITEMS
     assert_same_weights(folder / "stopped", folder / "whole")
 
 

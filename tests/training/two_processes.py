@@ -14,7 +14,7 @@ from vllm_wsi.training import slide_check
 from vllm_wsi.training.settings import load_settings
 from vllm_wsi.training.slide_check import on_main_process
 from vllm_wsi.training.train import train
-from vllm_wsi.training.trainer import ScheduleCallback
+from vllm_wsi.training.trainer import ScheduleCallback, SparseLearnTrainer
 
 
 def share() -> dict:
@@ -52,8 +52,17 @@ def resume(folder: Path) -> dict:
         return before(self)
 
     FeaturePath.open = open_and_note  # type: ignore[method-assign]
+    seen: list[float] = []
+    training_step = SparseLearnTrainer.training_step
+
+    def train_and_note(self, model, inputs, *arguments):
+        seen.extend(inputs["features"].sum(dim=(1, 2)).tolist())
+        return training_step(self, model, inputs, *arguments)
+
     settings = load_settings(folder / "config.yaml")
+    SparseLearnTrainer.training_step = train_and_note  # type: ignore[method-assign]
     train(settings, folder / "whole")
+    SparseLearnTrainer.training_step = training_step  # type: ignore[method-assign]
     step = ScheduleCallback.on_step_begin
 
     def stop_at_three(self, args, state, control, **kwargs):
@@ -67,7 +76,7 @@ def resume(folder: Path) -> dict:
     except KeyboardInterrupt:
         ScheduleCallback.on_step_begin = step
     train(settings, folder / "stopped")
-    return {"opened": opened}
+    return {"opened": opened, "seen": seen}
 
 
 def bad(folder: Path) -> dict:

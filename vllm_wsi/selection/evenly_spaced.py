@@ -1,4 +1,4 @@
-"""Evenly spaced patches: what the uniform policy keeps, and what training sees of slides that are too long for it."""
+"""Evenly spaced patches: what the uniform policy keeps."""
 
 from __future__ import annotations
 

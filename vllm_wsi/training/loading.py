@@ -34,17 +34,13 @@ class EpochDataset(Protocol):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells dataset and sampler which epoch begins, before anything of it is read.
+    """Tells the dataset which epoch begins, before anything of it is read.
 
-    accelerate's loader itself tells the dataset only in one process and without a resume, and the sampler not where a
-    run of several processes is resumed: that run would then go on with the order of the first epoch.
+    accelerate's loader does that only in one process and without a resume: elsewhere it tells the sampler alone.
     """
 
     def __init__(self, dataset: EpochDataset) -> None:
         self._dataset = dataset
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        epoch = int(state.epoch or 0)
-        self._dataset.set_epoch(epoch)
-        if hasattr(train_dataloader, "set_epoch"):
-            train_dataloader.set_epoch(epoch)
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._dataset.set_epoch(int(state.epoch or 0))
