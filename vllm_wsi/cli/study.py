@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from vllm_wsi.errors import needs_extra
+from vllm_wsi.errors import SettingsError, needs_extra
 
 from .options import EncoderMismatch, hide_transformers_progress, option
 
 SLIDES = "1000:192,4000:96,16000:48,100000:24"
+TISSUE_SLIDES = "256:10,1024:10,all:5,4096:5,natural:20"
+SHARES = "0.002,0.01,0.05,0.1,0.3"
+KINDS = "presence,presence_choice,share"
 ABLATION_SLIDES = "1000:192,4000:96,100000:16"
 
 
@@ -26,7 +29,10 @@ def study(
     features: Annotated[
         Path | None, option("--features", metavar="DIR", help="feature files of the questions' slides")
     ] = None,
-    slides: Annotated[str, option("--slides", metavar="N:COUNT,...", help=f"of haystack ({SLIDES})")] = SLIDES,
+    slides: Annotated[
+        str | None,
+        option("--slides", metavar="N:COUNT,...", help=f"of haystack ({SLIDES}), or of tissue ({TISSUE_SLIDES})"),
+    ] = None,
     haystack_knobs: Annotated[
         str | None,
         option("--haystack-knobs", metavar="N:COUNT,...", help="also haystack made harder, one knob at a time"),
@@ -42,8 +48,51 @@ def study(
     seed: Annotated[int, option("--seed", help="of random selections and resampling")] = 0,
     encoder_mismatch: EncoderMismatch = "refuse",
     device: Annotated[Literal["cpu", "cuda"], option("--device", help="of the model (default cpu)")] = "cpu",
+    data: Annotated[
+        Literal["haystack", "tissue", "kather"],
+        option("--data", help="virtual slides, or real labelled tissue, which needs --tissue-dir and --checkpoint"),
+    ] = "haystack",
+    tissue_dir: Annotated[
+        Path | None, option("--tissue-dir", metavar="DIR", help="the folder of the labelled tissue (docs/tissue.md)")
+    ] = None,
+    fold: Annotated[int, option("--fold", help="of tissue's patients, which the checkpoint never saw (default 0)")] = 0,
+    leave_out: Annotated[
+        str, option("--leave-out", metavar="SLIDE", help="of kather, which the checkpoint never saw (default 01)")
+    ] = "01",
+    shares: Annotated[
+        str, option("--shares", metavar="SHARE,...", help=f"of tumour on tissue's slides ({SHARES})")
+    ] = SHARES,
+    kinds: Annotated[
+        str, option("--kinds", metavar="KIND,...", help=f"of questions about tissue's slides ({KINDS})")
+    ] = KINDS,
+    unseen_wording: Annotated[
+        bool, option("--unseen-wording", help="ask in wordings that training never uses")
+    ] = False,
 ) -> None:
     hide_transformers_progress()
+    if data != "haystack":
+        if tissue_dir is None or checkpoint is None:
+            raise SettingsError(f"--data {data}: found no --tissue-dir or no --checkpoint beside it, wanted both")
+        with needs_extra("study"):
+            from vllm_wsi.study.tissue_settings import TissueStudySettings
+            from vllm_wsi.study.write_tissue import write_tissue_study
+
+        tissue = TissueStudySettings(
+            out=out,
+            checkpoint=checkpoint,
+            tissue_dir=tissue_dir,
+            slides=slides or TISSUE_SLIDES,
+            shares=shares,
+            kinds=kinds.split(","),
+            fold=fold,
+            unseen_wording=unseen_wording,
+            seed=seed,
+            encoder_mismatch=encoder_mismatch,
+            device=device,
+        )
+        for path in write_tissue_study(tissue):
+            print(path)
+        return
     with needs_extra("study"):
         from vllm_wsi.study.settings import StudySettings
         from vllm_wsi.study.write_study import write_study
@@ -53,7 +102,7 @@ def study(
         checkpoint=checkpoint,
         questions=questions,
         features=features,
-        slides=slides,
+        slides=slides or SLIDES,
         haystack_knobs=haystack_knobs,
         ablations=ablations,
         seeds=seeds,
