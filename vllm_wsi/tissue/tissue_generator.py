@@ -59,6 +59,7 @@ class TissueRecipe(TissueSplit, frozen=True):
     natural_rate: float = Field(0.0, ge=0, le=1)  # share of slides that are one patient's patches, of whatever N
     questions: list[Kind] = Field(default=["presence"], min_length=1)
     questions_per_slide: int = Field(1, ge=1)  # of different kinds, in turn
+    num_wordings: int | None = Field(None, ge=1)  # of each kind; None: all that are not kept for evaluation
 
     @model_validator(mode="after")
     def _ranges(self) -> TissueRecipe:
@@ -139,7 +140,11 @@ def tissue_items(**recipe: Any) -> list[TissueItem]:
         first = rng.integers(len(settings.questions))
         for turn in range(settings.questions_per_slide):
             kind = settings.questions[(first + turn) % len(settings.questions)]
-            items.append(tissue_item(f"tissue, slide {number}", slide, ask(kind, slide.share, rng)))
+            items.append(
+                tissue_item(
+                    f"tissue, slide {number}", slide, ask(kind, slide.share, rng, num_wordings=settings.num_wordings)
+                )
+            )
     return items
 
 

@@ -106,16 +106,19 @@ def share_class(share: float) -> int:
     return int(share > 0) + int(share >= 0.05) + int(share > 0.2)
 
 
-def ask(kind: Kind, share: float, rng: np.random.Generator, unseen_wording: bool = False) -> TissueQuestion:
+def ask(
+    kind: Kind, share: float, rng: np.random.Generator, unseen_wording: bool = False, num_wordings: int | None = None
+) -> TissueQuestion:
     """A question of a kind about a slide.
 
     Args:
         share: of the slide's patches that are tumour, in [0, 1].
         rng: draws the wording and the order of the options.
         unseen_wording: asks in the wording that is never drawn else.
+        num_wordings: draws among the first so many; None: among all others.
     """
     stems = STEMS[kind]
-    stem = stems[-1] if unseen_wording else stems[rng.integers(len(stems) - 1)]
+    stem = stems[-1] if unseen_wording else stems[rng.integers(min(len(stems) - 1, num_wordings or len(stems)))]
     has_tumour, of_class = share > 0, share_class(share)
     if kind == "presence_choice":
         return _by_letter(kind, stem, list(PRESENCE.values()), int(not has_tumour), rng)
