@@ -140,11 +140,8 @@ def tissue_items(**recipe: Any) -> list[TissueItem]:
         first = rng.integers(len(settings.questions))
         for turn in range(settings.questions_per_slide):
             kind = settings.questions[(first + turn) % len(settings.questions)]
-            items.append(
-                tissue_item(
-                    f"tissue, slide {number}", slide, ask(kind, slide.share, rng, num_wordings=settings.num_wordings)
-                )
-            )
+            asked = ask(kind, slide.share, rng, num_wordings=settings.num_wordings)
+            items.append(tissue_item(f"tissue, slide {number}", slide, asked))
     return items
 
 
