@@ -255,7 +255,6 @@ def test_the_command_runs_as_a_module_as_torchrun_starts_it():
 def test_demo_without_pypi_shows_a_photograph_of_tissue_and_answers_right_about_a_virtual_slide(tmp_path):
     done = run("demo", "--out", str(tmp_path), VLLM_WSI_CACHE=str(tmp_path / "cache"), PIP_NO_INDEX="1")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("the demo goes on without a tissue model") == 1
     photograph, virtual = done.stdout.split("\nslide ")[1:]
     assert "256 patches x 64" in photograph
     assert "32 of 256 patches were shown" in photograph

@@ -98,7 +98,15 @@ def test_the_demos_slides_are_real_tissue_in_patches_of_200_microns(make, num_pa
     assert ("its scale is assumed, 0.5 um a pixel" in slide.note) == (make is not demo_tissue.skin)
 
 
-def test_without_pypi_the_demo_shows_a_photograph_and_says_once_what_to_do(no_pypi, tmp_path, capsys):
+def test_without_a_tissue_checkpoint_the_demo_shows_a_photograph(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_tissue, "TISSUE_PARTS", tmp_path / "none")
+    (scene,) = demo_run._own_scenes(tmp_path)
+    assert [slide.features.stem for slide in scene.slides] == ["immunohistochemistry", "haystack-0-test-0-100000"]
+    assert "without a tissue model" not in capsys.readouterr().err
+
+
+def test_without_pypi_the_demo_shows_a_photograph_and_says_once_what_to_do(no_pypi, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_tissue, "TISSUE_PARTS", tmp_path)
     (scene,) = demo_run._own_scenes(tmp_path)
     assert scene.checkpoint == DEMO_CHECKPOINT
     assert [slide.features.stem for slide in scene.slides] == ["immunohistochemistry", "haystack-0-test-0-100000"]

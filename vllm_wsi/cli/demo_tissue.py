@@ -32,6 +32,11 @@ STEP_PX = 10  # of 50: a small image has few patches of 200 um, and the model is
 OVARY_MPP = 0.5  # assumed: the images say none
 
 
+def has_tissue_checkpoint() -> bool:
+    """Whether this package holds a tissue checkpoint: none has been trained well enough to ship yet."""
+    return TISSUE_PARTS.is_dir()
+
+
 def tissue_scene(slides: list[DemoSlide]) -> Scene:
     """Slides of the tissue checkpoint's encoder, and that checkpoint upon its decoder.
 
