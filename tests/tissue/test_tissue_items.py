@@ -101,6 +101,32 @@ def test_training_never_sees_a_patient_of_the_other_side(folder):
     assert set(train.patients[rows]) <= set(train.patients[train.rows])
 
 
+def test_parts_that_meet_share_no_patient_and_leave_none_out(folder):
+    def rows(**part):
+        return tissue_pool(TissueSplit(**recipe(folder, side="train", **part))).rows
+
+    split = TissueSplit(**recipe(folder))
+    patients = tissue_pool(split).patients
+    first, second = rows(part=(0, 0.6)), rows(part=(0.6, 1))
+    assert not set(patients[first]) & set(patients[second])
+    assert sorted([*first, *second]) == sorted(rows())
+    assert np.array_equal(first, rows(part=(0, 0.6)))
+    names = {tissue_pool(TissueSplit(**recipe(folder, part=part))).name for part in ((0, 0.6), (0.6, 1), (0, 1))}
+    assert len(names) == 3  # slides of two parts never bear one name
+
+
+@pytest.mark.parametrize("part", [(0.5, 0.5), (0.6, 0.5), (0, 0.01)])
+def test_a_part_without_a_patient_is_refused(folder, part):
+    with pytest.raises(SettingsError, match=r"part: found .* wanted at least one"):
+        tissue_pool(TissueSplit(**recipe(folder, part=part)))
+
+
+@pytest.mark.parametrize(("num_wordings", "wanted"), [(1, 1), (2, 2), (99, len(STEMS["presence"]) - 1)])
+def test_a_recipe_may_ask_in_the_first_wordings_alone(folder, num_wordings, wanted):
+    items = tissue_items(**recipe(folder, count=60, num_patches=8, num_wordings=num_wordings))
+    assert {item.asked.text for item in items} == set(STEMS["presence"][:wanted])
+
+
 def test_natural_slides_are_drawn_as_often_as_asked(folder):
     items = tissue_items(**recipe(folder, count=40, num_patches=12, natural_rate=1.0))
     assert all("patient" in item.slides[0].name for item in items)
