@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import numpy as np
@@ -169,13 +170,19 @@ def test_a_recipe_that_cannot_be_followed_is_told(folder, change, message):
 
 
 @pytest.mark.slow
-def test_a_run_trains_on_the_generator(folder, tmp_path):
+def test_a_run_trains_on_the_generator_by_the_commands_folder_and_fold(folder, tmp_path, capsys):
     generate = recipe(folder, name="tissue", count=8, num_patches=12, shares=[0, 0.3], questions=list(KINDS))
-    generate |= {"data": str(folder), "cache": str(folder / "cache")}
+    generate |= {"cache": str(folder / "cache")}
+    del generate["data"]
     stage = {"name": "a", "data": {"generate": generate}, "train": ["scorer", "projector"], "steps": 2}
     stage |= {"batch_size": 4, "warmup_steps": 0, "sparselearn": {"num_slide_tokens": 4}}
     stage |= {"learning_rate": {"scorer": 1e-3, "denoiser": 1e-3, "projector": 1e-3}}
     new = {"feature_dim": 64, "hidden_size": 64, "num_layers": 1, "num_slide_tokens": 4}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": {"new": new}, "stages": [stage]}))
-    assert main(["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]) == 0
+    command = ["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
+    assert main(command) == 1
+    assert "a: found no data, wanted --tissue-dir" in capsys.readouterr().err
+    assert main([*command, "--tissue-dir", str(folder), "--fold", "2"]) == 0
     assert (tmp_path / "run" / "checkpoint" / "config.json").is_file()
+    asked = json.loads((tmp_path / "run" / "settings.json").read_text())["stages"][0]["data"]["generate"]
+    assert (asked["data"], asked["fold"]) == (str(folder), 2)

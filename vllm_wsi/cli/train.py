@@ -12,8 +12,7 @@ from .options import EncoderMismatch, argument, hide_transformers_progress, opti
 
 def train(
     config: Annotated[
-        str,
-        argument(metavar="CONFIG", help="YAML file, or `haystack` or `tissue`: how the packaged checkpoints were made"),
+        str, argument(metavar="CONFIG", help="YAML file, or `haystack`: how the demo checkpoint was made")
     ],
     out: Annotated[Path, option("--out", metavar="DIR", help="a run that was stopped there goes on")],
     encoder_mismatch: EncoderMismatch = "refuse",
@@ -21,20 +20,17 @@ def train(
     tissue_dir: Annotated[
         Path | None, option("--tissue-dir", metavar="DIR", help="the folder of the labelled tissue (docs/tissue.md)")
     ] = None,
-    fold: Annotated[
-        int | None, option("--fold", help="of tissue's patients, which training does not see (the recipe: 0)")
-    ] = None,
+    fold: Annotated[int | None, option("--fold", help="of tissue's patients, which training does not see")] = None,
 ) -> None:
     hide_transformers_progress()
     from vllm_wsi.haystack.recipe import GENERATORS, recipe
     from vllm_wsi.tissue.tissue_generator import GENERATORS as TISSUE_GENERATORS
-    from vllm_wsi.tissue.tissue_generator import TISSUE_RECIPE
 
     with needs_extra("train"):
         from vllm_wsi.training import train as training
         from vllm_wsi.training.settings import load_settings
 
-    settings = load_settings(TISSUE_RECIPE if config == "tissue" else recipe(config))
+    settings = load_settings(recipe(config))
     for stage in settings.stages:
         if (asked := stage.data.generate) is not None and asked.get("name") == "tissue":
             asked |= {"data": str(tissue_dir)} if tissue_dir is not None else {}

@@ -22,9 +22,6 @@ from .tissue_patches import IDC_PATCHES, IDC_SLIDE, TissuePatches, read_patches
 from .tissue_questions import Kind, TissueItem, ask, tissue_item
 from .view_features import view_features
 
-TISSUE_RECIPE = Path(__file__).with_name("tissue.yaml")
-"""Made the tissue checkpoint in this package: `vllm-wsi train tissue --tissue-dir DIR --out RUN`."""
-
 ENCODER = "efficientnet-lite0"
 TRAINING_VIEWS = 4
 
