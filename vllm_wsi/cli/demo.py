@@ -13,7 +13,7 @@ from .options import EncoderMismatch, hide_transformers_progress, option
 OUT = Path("vllm-wsi-demo")
 SLIDE_HELP = "feature file or slide image (default: real tissue, and 100,000 virtual patches)"
 CHECKPOINT_HELP = "(default: those of the package; of a slide of another encoder than theirs, random weights)"
-ENCODER_HELP = "of a slide image (default colour-texture); efficientnet-lite0 is the tissue checkpoint's"
+ENCODER_HELP = "of a slide image (default colour-texture)"
 
 
 def demo(

@@ -26,7 +26,7 @@ from .encoders import DIGEST_CHARS, LITE, PatchScale, TorchEncoder
 
 FEATURE_DIM, CLASSES = 1280, 1000
 INPUT_PX = 112
-PATCH = PatchScale(50, 4.0)  # of the breast patches that the tissue checkpoint learned from: 200 um
+PATCH = PatchScale(50, 4.0)  # of the labelled breast patches (docs/tissue.md): 200 um
 BATCH_NORM_EPS = 1e-3
 # For each row of blocks: factor by which channels are expanded, kernel, stride of the first, channels, how many.
 ROWS = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
