@@ -5,14 +5,7 @@ from vllm_wsi.benchmark.parsing import parse_label
 from vllm_wsi.errors import SettingsError, SetupError, SlideError
 from vllm_wsi.tissue.kather import KATHER, TISSUES, KatherSlide, kather_items, kather_pool
 
-
-def write_tiles(folder, counts=(9, 7, 0, 5, 2, 12, 6, 4), slides=("01", "02")):
-    """Tiles of two classes' worth of lots: each slide has `counts` tiles of the eight classes."""
-    y = np.tile(np.repeat(np.arange(8), counts), len(slides))
-    x = np.random.default_rng(0).normal(y[:, None], 1, (len(y), 5)) * [1, 10, 100, 1e-3, 0]
-    slide = np.repeat(slides, sum(counts))
-    np.savez(folder / KATHER, X=x.astype(np.float32), y=y, classes=list(TISSUES), slide=slide)
-    return folder
+from .kather_tiles import write_tiles
 
 
 def test_one_slide_is_left_out_with_all_its_tiles_and_the_others_set_the_scale(tmp_path):

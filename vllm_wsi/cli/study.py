@@ -11,6 +11,7 @@ from .options import EncoderMismatch, hide_transformers_progress, option
 
 SLIDES = "1000:192,4000:96,16000:48,100000:24"
 TISSUE_SLIDES = "256:10,1024:10,all:5,4096:5,natural:20"
+KATHER_SLIDES = "128:20"
 SHARES = "0.002,0.01,0.05,0.1,0.3"
 KINDS = "presence,presence_choice,share"
 ABLATION_SLIDES = "1000:192,4000:96,100000:16"
@@ -31,7 +32,11 @@ def study(
     ] = None,
     slides: Annotated[
         str | None,
-        option("--slides", metavar="N:COUNT,...", help=f"of haystack ({SLIDES}), or of tissue ({TISSUE_SLIDES})"),
+        option(
+            "--slides",
+            metavar="N:COUNT,...",
+            help=f"of haystack ({SLIDES}), of tissue ({TISSUE_SLIDES}), of kather ({KATHER_SLIDES})",
+        ),
     ] = None,
     haystack_knobs: Annotated[
         str | None,
@@ -74,9 +79,26 @@ def study(
         if tissue_dir is None or checkpoint is None:
             raise SettingsError(f"--data {data}: found no --tissue-dir or no --checkpoint beside it, wanted both")
         with needs_extra("study"):
+            from vllm_wsi.study.tissue_classes import ClassStudySettings, write_class_study
             from vllm_wsi.study.tissue_settings import TissueStudySettings
             from vllm_wsi.study.write_tissue import write_tissue_study
 
+        if data == "kather":
+            length, _, count = (slides or KATHER_SLIDES).partition(":")
+            classes = ClassStudySettings(
+                out=out,
+                checkpoint=checkpoint,
+                tissue_dir=tissue_dir,
+                leave_out=leave_out,
+                num_patches=length,
+                count=count,
+                unseen_wording=unseen_wording,
+                seed=seed,
+                encoder_mismatch=encoder_mismatch,
+            )
+            for path in write_class_study(classes):
+                print(path)
+            return
         tissue = TissueStudySettings(
             out=out,
             checkpoint=checkpoint,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vllm_wsi.benchmark.parsing import parse_label
 from vllm_wsi.errors import CheckpointError
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
@@ -15,6 +17,8 @@ from vllm_wsi.model.prompt_layout import pad_left
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.selector import Selection
 from vllm_wsi.tissue.tissue_questions import TissueQuestion
+
+from .tissue_measures import brier
 
 BATCH_TOKENS = 4096
 """Tokens of the prompts, padding included, that the model reads at once."""
@@ -55,6 +59,27 @@ def write_answers(
             found = first[row, list(starts.values())].softmax(dim=0).tolist()
             answers[i] = Written(texts[row], dict(zip(starts, found, strict=True)))
     return [answers[i] for i in range(len(asked))]
+
+
+def scored(question: TissueQuestion, answer: Written) -> dict[str, Any]:
+    """The columns of an answer: the likeliest answer and the written one, each right or wrong.
+
+    What was written is read by the rules of `benchmark.parsing`, as in every benchmark here.
+    """
+    said, gold = answer.probabilities, question.gold
+    label = max(said, key=lambda option: said[option])
+    parsed = parse_label(answer.text, question.options)
+    return {
+        "kind": question.kind,
+        "gold": question.options[gold],
+        "likeliest": question.options[label],
+        "correct": int(label == gold),
+        "confidence": round(said[label], 6),
+        "brier": round(brier(said, gold), 6),
+        "written_correct": int(parsed.label == gold),
+        "parsed": int(parsed.label is not None),
+        "text": json.dumps(answer.text, ensure_ascii=False)[1:-1],  # an untrained decoder writes any byte
+    }
 
 
 def first_tokens(renderer: ChatRenderer, question: TissueQuestion) -> dict[str, int]:

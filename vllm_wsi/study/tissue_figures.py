@@ -83,6 +83,7 @@ def draw_maps(path: Path, panels: Mapping[str, NDArray[np.uint8]]) -> Path:
         axes.imshow(np.concatenate(strip, axis=1), interpolation="nearest")
         for number, title in enumerate(panels):
             axes.text(number * (first.shape[1] + GAP), -8, title, fontsize=7)
+        axes.text(0, len(first) + 14, "heat maps: rank of the score, light is high; the best are outlined", fontsize=7)
         axes.set_axis_off()
 
     return save_figure(path, draw)
@@ -105,7 +106,7 @@ def tissue_maps(
     for name, values in scores.items():
         best = np.lexsort((np.arange(len(values)), -values))[:k]
         ranks = colours(rank_normalise(values))
-        panels[f"{name}: rank, best {k} outlined"] = _map(places, ranks, width, height, best)
+        panels[f"{name}, best {k}"] = _map(places, ranks, width, height, best)
     return panels
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from vllm_wsi.benchmark.parsing import parse_label
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.checkpoint import loading
@@ -28,8 +26,8 @@ from vllm_wsi.tissue.tissue_questions import ask, tissue_item
 
 from .study import LEARNED
 from .table_numbers import rounded
-from .tissue_answering import Asked, write_answers
-from .tissue_measures import auc, brier
+from .tissue_answering import Asked, scored, write_answers
+from .tissue_measures import auc
 from .tissue_probe import fit_probe
 from .tissue_settings import ALL, NATURAL, TissueStudySettings
 
@@ -153,17 +151,7 @@ class TissueStudy:
                 names.append(name)
         written = write_answers(self.model, self.renderer, asked, self.settings.max_new_tokens)
         for name, one, answer in zip(names, asked, written, strict=True):
-            said, gold = answer.probabilities, one.question.gold
-            label = max(said, key=lambda option: said[option])
-            parsed = parse_label(answer.text, one.question.options)
-            self.answers.append(
-                where
-                | {"kind": one.question.kind, "policy": name, "gold": one.question.options[gold]}
-                | {"likeliest": one.question.options[label], "correct": int(label == gold)}
-                | {"confidence": round(said[label], 6), "brier": round(brier(said, gold), 6)}
-                | {"written_correct": int(parsed.label == gold), "parsed": int(parsed.label is not None)}
-                | {"text": json.dumps(answer.text, ensure_ascii=False)[1:-1]}  # an untrained decoder writes any byte
-            )
+            self.answers.append(where | {"policy": name} | scored(one.question, answer))
 
     def score_rows(self) -> list[Row]:
         """AUC and precision at K of whatever ranks patches: over all patches of the fold's patients, and the slide."""

@@ -39,13 +39,13 @@ def selection_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
             row = {"length": length, "share": share, "policy": policy, "slides": len(of_slide)}
             row |= {"num_patches": round(_mean([_number(one, "num_patches") for one in of_slide.values()]))}
             row |= {"num_tumour": round(_mean([_number(one, "num_tumour") for one in of_slide.values()]), 1)}
-            row |= _named("recall", mean_interval(recall))
-            row |= _named("precision", mean_interval([_number(one, "precision") for one in of_slide.values()]))
-            row |= _named("found", mean_interval([_number(one, "kept_tumour") > 0 for one in of_slide.values()]))
+            row |= named("recall", mean_interval(recall))
+            row |= named("precision", mean_interval([_number(one, "precision") for one in of_slide.values()]))
+            row |= named("found", mean_interval([_number(one, "kept_tumour") > 0 for one in of_slide.values()]))
             row["recall_of_probe"] = rounded(_mean(recall) / probe) if probe > 0 else ""
             row["p"] = _p_against_learned(of_slide, by_policy, "recall") if policy != LEARNED else ""
             found.append(row)
-    return _with_holm(found)
+    return with_holm(found)
 
 
 def answer_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def answer_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 row |= _accuracies(list(answers.values()))
                 row["p"] = _p_against_learned(answers, of_policy, "written_correct") if policy != LEARNED else ""
                 found.append(row)
-    return _with_holm(found)
+    return with_holm(found)
 
 
 def calibration_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -118,8 +118,8 @@ def _accuracies(answers: Sequence[Row]) -> dict[str, Any]:
         for name, wanted in (("sensitivity", True), ("specificity", False))
     }
     row: dict[str, Any] = {"questions": len(answers)}
-    row |= _named("accuracy", mean_interval(correct))
-    row |= _named("written_accuracy", mean_interval(written))
+    row |= named("accuracy", mean_interval(correct))
+    row |= named("written_accuracy", mean_interval(written))
     row["parsed"] = rounded(_mean([_number(one, "parsed") for one in answers]))
     return row | {name: rounded(_mean(values)) if values else "" for name, values in sides.items()}
 
@@ -133,7 +133,8 @@ def _p_against_learned(of_slide: Mapping[Any, Row], by_policy: Mapping[str, Mapp
     return paired_p(own, others)
 
 
-def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `p_holm` beside `p`, corrected for all of them; "" where a row has no p."""
     tested = [row for row in rows if row["p"] != ""]
     for row in rows:
         row["p_holm"] = ""
@@ -162,5 +163,6 @@ def _number(row: Row, name: str) -> float:
     return float(row[name])
 
 
-def _named(name: str, interval: Interval) -> dict[str, float]:
+def named(name: str, interval: Interval) -> dict[str, float]:
+    """An interval as three columns."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), map(rounded, interval), strict=True))
