@@ -1,6 +1,7 @@
 """Epochs of a long slide, workers that read them, and the look at the slides before training."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from vllm_wsi.model.init_checkpoint import new_model
 from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.questions.items import QuestionError, SlideItem
+from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.slides import FeatureFile, features_in_memory, write_features
 from vllm_wsi.training import loading, slide_check
+from vllm_wsi.training.batches import collate
 from vllm_wsi.training.dataset import SlideDataset
+from vllm_wsi.training.hard_selection import HardSelection
 from vllm_wsi.training.loading import EpochCallback, num_workers
 from vllm_wsi.training.slide_check import SlideMemory
 from vllm_wsi.training.slide_reading import draw_from_strata
@@ -106,6 +110,20 @@ def test_workers_read_the_epoch_that_was_set(checkpoint, persistent):
         assert [item.slides[0].indices.tolist() for (item,) in loader] == wanted[epoch]
 
 
+@pytest.mark.parametrize("is_hard", [False, True])
+def test_workers_make_the_batches_that_the_process_itself_makes(checkpoint, is_hard):
+    data = dataset(checkpoint, *[talk(Numbered(n)) for n in (300, 7, 300, 41)])
+    if is_hard:
+        data.selection = HardSelection(seeded_scorer("patch", D, 4, seed=0), num_slide_tokens=5)
+    make = partial(collate, slide_token_id=data.config.slide_token_id, pad_token_id=0)
+    wanted = list(DataLoader(data, 2, collate_fn=make))
+    found = list(DataLoader(data, 2, collate_fn=make, num_workers=1, timeout=120))
+    assert len(found) == len(wanted) == 2
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 @pytest.mark.parametrize(("said", "epoch"), [(None, 0), (0, 0), (0.99, 0), (1.0, 1), (2.5, 2)])
 def test_the_callback_tells_the_dataset_the_epoch_that_begins(said, epoch):
     class Told:
@@ -121,6 +139,7 @@ def test_the_callback_tells_the_dataset_the_epoch_that_begins(said, epoch):
 
 def test_workers_are_this_processes_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(loading.os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(loading.torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(loading, "LEAST_SHARED_MEMORY", 0)
     assert [num_workers(asked) for asked in (0, 1, 30, None)] == [0, 1, 30, loading.MAX_WORKERS]
@@ -128,6 +147,9 @@ def test_workers_are_this_processes_share_of_the_cores(monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert num_workers(None) == wanted
     monkeypatch.setattr(loading, "LEAST_SHARED_MEMORY", 1 << 60)
+    assert (num_workers(None), num_workers(3)) == (0, 3)
+    monkeypatch.setattr(loading, "LEAST_SHARED_MEMORY", 0)
+    monkeypatch.setattr(loading.torch.cuda, "is_available", lambda: False)
     assert (num_workers(None), num_workers(3)) == (0, 3)
 
 

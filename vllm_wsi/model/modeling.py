@@ -18,7 +18,7 @@ from vllm_wsi.selection.selector import Selection, SlideSelector, frozen_scorer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 
 from .config import FP32_PARTS, SparseWSIConfig
-from .prompt_layout import PatchRows, lay_out
+from .prompt_layout import PatchRows, lay_out, repeated
 
 PromptIds: TypeAlias = Tensor | NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
 
@@ -121,7 +121,7 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
         slides = [PatchRows(one.indices, one.num_patches) for one in selections]
         config, ids = self.config, input_ids.cpu()
         layout = lay_out(ids, slides, config.slide_token_id, config.slide_position_budget)
-        ids = ids.repeat_interleave(layout.repeats).to(input_ids.device)
+        ids = repeated(ids, layout.repeats).to(input_ids.device)
         embeddings = self.get_input_embeddings()(ids)
         if selections:
             patches = torch.cat([self.projector(one.features) for one in selections])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,15 @@ def lay_out(ids: Tensor, slides: Sequence[PatchRows], slide_token_id: int, slide
     spans = [SlideSpan(start, slide.indices, slide.num_patches) for start, slide in zip(starts, slides, strict=True)]
     positions, _ = prompt_positions(int(repeats.sum()), spans, slide_position_budget)
     return PromptLayout(repeats, positions)
+
+
+def repeated(row: Tensor, repeats: Tensor) -> Tensor:
+    """[T'] of a row [T] on the CPU: each element as often as `repeats` [T] says.
+
+    `Tensor.repeat_interleave` has an OpenMP loop of its own, in which forked processes of a data loader stood still
+    where the process that forked them had run vLLM's engine for CPUs before.
+    """
+    return row[torch.from_numpy(np.repeat(np.arange(len(row)), repeats.numpy()))]
 
 
 def pad_left(rows: Sequence[Tensor], value: float = 0) -> Tensor:

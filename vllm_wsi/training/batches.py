@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_wsi.model.chat_renderer import IGNORED, EncodedChat
-from vllm_wsi.model.prompt_layout import PatchRows, lay_out, pad_left
+from vllm_wsi.model.prompt_layout import PatchRows, lay_out, pad_left, repeated
 
 from .dataset import TrainingItem
 
@@ -62,7 +62,7 @@ def _prompt(item: TrainingItem, chat: EncodedChat, slide_token_id: int) -> _Prom
     ids, labels = torch.tensor(chat.ids), torch.tensor(chat.labels)
     slides = [PatchRows(slide.indices, slide.num_patches) for slide in item.slides]
     repeats, positions = lay_out(ids, slides, slide_token_id, item.budget)
-    return _Prompt(ids.repeat_interleave(repeats), positions, labels.repeat_interleave(repeats))
+    return _Prompt(repeated(ids, repeats), positions, repeated(labels, repeats))
 
 
 def _branched(item: TrainingItem, slide_token_id: int) -> _Branched:

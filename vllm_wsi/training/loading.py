@@ -6,6 +6,7 @@ import os
 import shutil
 from typing import Any, Protocol
 
+import torch
 from transformers import TrainerCallback
 
 MAX_WORKERS = 8  # for each training process: each of them holds some batches
@@ -16,11 +17,14 @@ def num_workers(asked: int | None) -> int:
     """Processes that read slides for one training process.
 
     Args:
-        asked: None: this process's share of the cores, at most `MAX_WORKERS`; 0, where the machine has little shared
-            memory, as in a container without `--shm-size`.
+        asked: None: this process's share of the cores, at most `MAX_WORKERS`; 0 where there is no GPU, as the steps
+            themselves need the cores, and where the machine has little shared memory, as in a container without
+            `--shm-size`.
     """
     if asked is not None:
         return asked
+    if not torch.cuda.is_available():
+        return 0
     if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < LEAST_SHARED_MEMORY:
         return 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun on this machine

@@ -99,7 +99,7 @@ class StageSettings(Settings):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     save_steps: int = Field(500, ge=1)
-    workers: int | None = Field(None, ge=0)  # processes that read slides; None: by cores
+    workers: int | None = Field(None, ge=0)  # processes that read slides; None: by cores, none without a GPU
     trainer: dict[str, Any] = Field(default_factory=dict)  # further `transformers.TrainingArguments`
 
     @model_validator(mode="after")
