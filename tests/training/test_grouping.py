@@ -288,6 +288,19 @@ def test_every_question_is_once_in_an_epoch_with_others_of_its_slide(count):
     assert grouped.summary() == f"{2 * count + 1} conversations go in {len(grouped)} sequences of up to 8"
 
 
+def test_each_epoch_draws_other_rows_of_a_long_slide_for_the_questions_that_share_it():
+    model, chat = start()
+    data = numbered(chat, model.config, [0] * 10 + [20])  # about a slide of 13 patches
+    data.max_patches = 3
+    grouped = GroupedDataset(data, 20)
+    rows = []
+    for epoch in range(4):
+        EpochCallback(grouped).on_epoch_begin(None, type("State", (), {"epoch": epoch}), None)
+        (item,) = (grouped[number] for number in range(len(grouped)))
+        rows.append(tuple(item.slides[0].indices.tolist()))
+    assert len(set(rows)) > 1
+
+
 def test_each_epoch_and_seed_draws_other_companions_and_each_again_the_same():
     model, chat = start()
     data = numbered(chat, model.config, [20, 20])

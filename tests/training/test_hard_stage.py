@@ -17,6 +17,7 @@ from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.slides import FeatureFile, features_in_memory
 from vllm_wsi.training.batches import collate
 from vllm_wsi.training.dataset import SlideDataset
+from vllm_wsi.training.grouping import GroupedDataset
 from vllm_wsi.training.hard_selection import HardSelection
 from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.settings import TrainSettings
@@ -127,7 +128,24 @@ def test_a_slide_is_read_once_unless_its_rows_or_places_are_drawn():
         data.selection = HardSelection(model.scorer, K)
         places = [data[number].slides[0].indices for number in range(3)]
         assert slide.num_reads == reads
-        assert torch.equal(places[0], places[1]) == (stretch == 0)
+        assert torch.equal(places[0], places[1]) == (reads == 1)
+
+
+def test_questions_that_share_a_sequence_share_the_kept_patches():
+    model, chat, tokenizer = start()
+    slide = Slide(normal(300))
+    data = SlideDataset([talk(slide)] * 3, chat, model.config, 300)
+    data.selection = HardSelection(model.scorer, K)
+    grouped = GroupedDataset(data, 3)
+    (item,) = (grouped[number] for number in range(len(grouped)))
+    assert len(item.siblings) == 2
+    assert slide.num_reads == 1
+    assert torch.equal(item.slides[0].indices, model.selector().select(slide.open()).indices)
+    losses = []
+    for items in ([item], [data[number] for number in range(3)]):
+        batch = collate(items, model.config.slide_token_id, tokenizer.pad_token_id)
+        losses.append(SparseLearnModel(model, None)(**batch)["loss"])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
 
 def test_later_training_of_the_scorer_changes_no_selection():

@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_wsi.errors import needs_extra
-
 from .options import Encoder, argument, option
+from .slides_bar import slides_bar
 
 DTYPE_HELP = "float16, or same as in the source (default same); a value that float16 cannot hold is an error"
 
@@ -23,8 +22,6 @@ def convert(
         int | None, option("--workers", metavar="N", min=1, help="files at once (default: by cores)")
     ] = None,
 ) -> None:
-    with needs_extra("slides"):
-        from .slides_bar import slides_bar
     from vllm_wsi.slides.convert_features import SUMMARY, convert_many, find_conversions
     from vllm_wsi.slides.many_slides import count_by_status, write_summary
 

@@ -10,6 +10,7 @@ import typer
 from vllm_wsi.errors import needs_extra
 
 from .options import Device, argument, option
+from .slides_bar import slides_bar
 
 ENCODER_HELP = (
     "colour-texture (built in, for trying things out), efficientnet-lite0 (ImageNet weights, fetched once), a name "
@@ -51,8 +52,6 @@ def encode(
     with needs_extra("slides"):
         from vllm_wsi.encoding.encode_many import SUMMARY, Encoded, encode_many, find_jobs
         from vllm_wsi.encoding.encode_slide import EncodeSettings
-
-        from .slides_bar import slides_bar
     from vllm_wsi.slides.many_slides import count_by_status, write_summary
 
     settings = EncodeSettings(

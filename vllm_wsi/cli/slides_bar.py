@@ -5,15 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+from vllm_wsi.errors import needs_extra
 
-from vllm_wsi.slides.many_slides import Outcome
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from vllm_wsi.slides.many_slides import Outcome
 
 
 @contextmanager
 def slides_bar(total: int) -> Iterator[tuple[tqdm, Callable[[Outcome], None]]]:
-    """(the bar, what is called as each slide ends)."""
+    """(the bar, what is called as each slide ends).
+
+    Raises:
+        SetupError: tqdm is not there.
+    """
+    with needs_extra("slides"):
+        from tqdm import tqdm
     with tqdm(total=total, unit="slide", disable=None) as bar:
 
         def ended(outcome: Outcome) -> None:
