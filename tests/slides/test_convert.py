@@ -137,7 +137,7 @@ def test_a_slide_longer_than_a_chunk_is_converted_whole(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_float16_rounds_to_the_nearest(dtype, tmp_path: Path):
-    values = torch.from_numpy(F32).to(getattr(torch, dtype))
+    values = torch.from_numpy(F32).to(getattr(torch, dtype), copy=True)  # other tests share F32
     values[0, :3] = torch.tensor([float("nan"), float("inf"), FLOAT16_MAX if dtype != "bfloat16" else 65280.0])
     torch.save(values, tmp_path / "a.pt")
     assert main(["convert", str(tmp_path / "a.pt"), "--out", str(tmp_path), "--dtype", "float16"]) == 0
@@ -148,7 +148,7 @@ def test_float16_rounds_to_the_nearest(dtype, tmp_path: Path):
 
 @pytest.mark.parametrize(("dtype", "value"), [("float32", 65520.0), ("float64", -1e9), ("bfloat16", 1e38)])
 def test_a_value_that_float16_cannot_hold_is_an_error_and_nothing_is_written(dtype, value, tmp_path: Path):
-    values = torch.from_numpy(F32).to(getattr(torch, dtype))
+    values = torch.from_numpy(F32).to(getattr(torch, dtype), copy=True)  # other tests share F32
     values[7, 1] = value
     torch.save(values, tmp_path / "a.pt")
     out = tmp_path / "out"
