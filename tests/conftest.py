@@ -9,9 +9,9 @@ import pytest
 
 # Groups of tests that take a minute or more. Engines in a test's own process come first: vLLM looks through all that
 # was imported before, and fails on numba, which `test_study.py` imports. So the server's group, which holds engines
-# too, must be the fourth or fifth: the process that ran `test_parity.py` takes it.
+# too, must come right after it: the process that ran `test_parity.py` takes it.
 LONG = (
-    "test_real_decoder.py", "test_trained.py", "test_parity.py", "test_decoder_dtype.py", "test_study.py",
+    "test_real_decoder.py", "test_trained.py", "test_decoder_dtype.py", "test_parity.py", "test_study.py",
     "shared_server", "test_train.py",
     "test_eval.py", "test_cli.py", "test_demo_tissue.py", "test_server_defaults.py", "test_interpreted.py",
     "test_compile.py", "test_bench.py",
