@@ -171,6 +171,11 @@ class SlideDataset(Dataset):
             f"{max(long):,}): each epoch takes one of each of as many equal parts of them"
         )
 
+    @property
+    def epoch(self) -> int:
+        """Counted from 0."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """From here on, items are those of that epoch, in workers of a data loader too."""
         self._epoch.fill_(epoch)
@@ -180,7 +185,7 @@ class SlideDataset(Dataset):
 
     def __getitem__(self, number: int) -> TrainingItem:
         item = self.items[number]
-        rng = np.random.default_rng([self.seed, number, int(self._epoch)])
+        rng = np.random.default_rng([self.seed, number, self.epoch])
         slides = [self._kept(source, rng) for source in item.slides]
         ids, labels = self.renderer.conversation(item)
         budget = 0 if self.mix_positions and rng.random() < 0.5 else self.config.slide_position_budget

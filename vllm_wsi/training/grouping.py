@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from vllm_wsi.questions.items import SlideItem
@@ -35,7 +34,6 @@ class GroupedDataset(Dataset):
         for number, item in enumerate(dataset.items):
             alike.setdefault(self._beginning(item) or number, []).append(number)
         self._alike = list(alike.values())
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
         self._drawn_for = -1
 
     def _beginning(self, item: SlideItem) -> tuple[Any, ...] | None:
@@ -47,8 +45,7 @@ class GroupedDataset(Dataset):
         return (item.slides, *ids[:length]) if 0 < length < len(ids) else None
 
     def set_epoch(self, epoch: int) -> None:
-        """From here on, sequences are those of that epoch, counted from 0, in workers of a data loader too."""
-        self._epoch.fill_(epoch)
+        """From here on, sequences and the items in them are those of that epoch, in workers of a data loader too."""
         self.dataset.set_epoch(epoch)
 
     def _counts(self) -> list[int]:
@@ -57,7 +54,7 @@ class GroupedDataset(Dataset):
 
     def _sequences(self) -> list[list[int]]:
         """Item numbers of each sequence of this epoch."""
-        if (epoch := int(self._epoch)) != self._drawn_for:
+        if (epoch := self.dataset.epoch) != self._drawn_for:
             rng = np.random.default_rng([self.seed, epoch])
             pairs = zip(self._alike, self._counts(), strict=True)
             split = [np.array_split(rng.permutation(numbers), count) for numbers, count in pairs]
