@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from vllm_wsi.errors import SettingsError
+
 FEATURE_SUFFIXES = frozenset(
     (".safetensors", ".h5", ".hdf5", ".h5ad", ".npy", ".npz", ".pt", ".parquet", ".csv", ".zarr")
 )  # fmt: skip
@@ -39,6 +41,12 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def refuse_content(folder: Path) -> None:
+    """Raises SettingsError where `folder`, which is to be written, is a file or a directory with content."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"{folder}: found a file or a directory with content, wanted a new directory")
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from vllm_wsi.errors import CheckpointError, SettingsError
-from vllm_wsi.files import new_folder
+from vllm_wsi.errors import CheckpointError
+from vllm_wsi.files import new_folder, refuse_content
 from vllm_wsi.parts.fetch import cache_folder, file_sha256, locked
 from vllm_wsi.parts.smollm2 import resolve_decoder
 
@@ -57,8 +57,7 @@ def assemble(
         SetupError: the decoder cannot be fetched.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingsError(f"{out}: found a file or a directory with content, wanted a new directory")
+    refuse_content(out)
     found = read_trained_parts(Path(parts))
     if decoder is None:
         decoder, revision = found.base.name, found.base.revision

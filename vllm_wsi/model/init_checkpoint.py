@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFast
 
-from vllm_wsi.errors import CheckpointError, SettingsError
+from vllm_wsi.errors import CheckpointError
+from vllm_wsi.files import refuse_content
 from vllm_wsi.selection.scorer import seeded_scorer
 
 from .checkpoint import SCORER_PREFIX
@@ -175,7 +176,6 @@ def _config(
 
 def _new_directory(out: str | Path) -> Path:
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingsError(f"{out}: found a file or a directory with content, wanted a new directory")
+    refuse_content(out)
     out.mkdir(parents=True, exist_ok=True)
     return out
