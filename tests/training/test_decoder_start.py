@@ -47,3 +47,12 @@ def test_the_way_of_attention_that_a_decoder_was_loaded_with_stays(decoder_path,
     decoder = AutoModelForCausalLM.from_pretrained(decoder_path, attn_implementation=implementation)
     SparseWSIConfig(text_config=decoder.config, **SIZES)
     assert decoder.config._attn_implementation == implementation
+
+
+def test_the_way_of_experts_that_a_decoder_was_loaded_with_stays(decoder_path):
+    from vllm_wsi.model.config import SparseWSIConfig
+
+    decoder = AutoModelForCausalLM.from_pretrained(decoder_path)
+    decoder.config._experts_implementation = "eager"
+    SparseWSIConfig(text_config=decoder.config, **SIZES)
+    assert decoder.config._experts_implementation == "eager"

@@ -102,9 +102,10 @@ class SparseWSIConfig(PreTrainedConfig):
         self.max_slide_positions = max_slide_positions
         self.slide_token_id = slide_token_id
         self.part_dtypes: dict[str, str] = wanted
-        # transformers hands this down to `text_config`; without a value, a loaded decoder would lose its own, and with
-        # it the causal mask.
-        kwargs.setdefault("attn_implementation", getattr(text_config, "_attn_implementation", None))
+        # transformers hands these down to `text_config`; without a value, a loaded decoder would lose its own, and with
+        # that of attention the causal mask.
+        for name in ("attn_implementation", "experts_implementation"):
+            kwargs.setdefault(name, getattr(text_config, f"_{name}", None))
         kwargs.setdefault("architectures", [ARCHITECTURE])
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
