@@ -18,7 +18,8 @@ from vllm_wsi.slides import write_features
 from vllm_wsi.training.dataset import SlideDataset
 from vllm_wsi.training.settings import TrainSettings, load_settings
 from vllm_wsi.training.train import train
-from vllm_wsi.training.trainer import ScheduleCallback
+
+from .stopping import stopped_at
 
 pytestmark = pytest.mark.slow
 D, N, MOST, ITEMS = 8, 90, 10, 8
@@ -98,20 +99,11 @@ def test_the_trainer_reads_other_rows_in_each_epoch(run, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [3, 4])  # within an epoch, and between two
-def test_a_run_stopped_in_a_later_epoch_goes_on_to_the_same_bits(run, monkeypatch, step):
+def test_a_run_stopped_in_a_later_epoch_goes_on_to_the_same_bits(run, step):
     asked = settings(run, batch_size=4)
     train(asked, run / "whole")
-    begin = ScheduleCallback.on_step_begin
-
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            raise KeyboardInterrupt
-        begin(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ScheduleCallback, "on_step_begin", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(asked, run / "stopped")
+    with stopped_at(step):
+        train(asked, run / "stopped")
     train(asked, run / "stopped")
     assert_same_weights(run / "stopped", run / "whole")
 

@@ -18,7 +18,8 @@ from vllm_wsi.model.init_checkpoint import byte_tokenizer
 from vllm_wsi.slides import write_features
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.train import train
-from vllm_wsi.training.trainer import ScheduleCallback
+
+from .stopping import stopped_at
 
 pytestmark = pytest.mark.slow
 D = 16
@@ -64,23 +65,14 @@ def weights(checkpoint):
 
 
 def test_a_grouped_run_says_what_it_groups_and_one_that_was_stopped_goes_on_to_the_same_bits(
-    questions, tmp_path, monkeypatch, caplog
+    questions, tmp_path, caplog
 ):
     asked = settings(questions)  # four sequences, so that eight steps are two epochs
     caplog.set_level(logging.INFO, logger="vllm_wsi")
     whole = train(asked, tmp_path / "whole")
     assert "stage scorer: 10 conversations go in 4 sequences of up to 3" in caplog.text
-    step = ScheduleCallback.on_step_begin
-
-    def stop_at_seven(self, args, state, control, **kwargs):
-        if state.global_step == 7:
-            raise KeyboardInterrupt
-        step(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ScheduleCallback, "on_step_begin", stop_at_seven)
-        with pytest.raises(KeyboardInterrupt):
-            train(asked, tmp_path / "run")
+    with stopped_at(7):
+        train(asked, tmp_path / "run")
     torch.randn(99)
     found, wanted = weights(train(asked, tmp_path / "run")), weights(whole)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -32,7 +32,9 @@ from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.settings import TrainSettings, load_settings
 from vllm_wsi.training.sparselearn import SparseLearn
 from vllm_wsi.training.train import train
-from vllm_wsi.training.trainer import LOG_COLUMNS, WEIGHTS, ScheduleCallback
+from vllm_wsi.training.trainer import LOG_COLUMNS, WEIGHTS
+
+from .stopping import stopped_at
 
 pytestmark = pytest.mark.slow
 D = 16
@@ -97,20 +99,11 @@ def test_the_log_follows_the_schedules(tmp_path):
     ]  # int(8 * 2 ** -min(1, done / 12)) after 4, 9, ...
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path):
     stage = haystack_stage(save_steps=2)
     out = tmp_path / "run"
-    step = ScheduleCallback.on_step_begin
-
-    def stop_at_five(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-        step(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ScheduleCallback, "on_step_begin", stop_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings(stage), out, GENERATORS)
+    with stopped_at(5):
+        train(settings(stage), out, GENERATORS)
     assert not (out / "checkpoint").exists()
     found, wanted = weights(train(settings(stage), out, GENERATORS)), weights(whole_run)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -141,21 +134,11 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_bits(tmp_path, monkeyp
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_the_log_of_a_stopped_run_holds_every_step_once(tmp_path, monkeypatch):
+def test_the_log_of_a_stopped_run_holds_every_step_once(tmp_path):
     asked = two_stages(steps=8, save_steps=4, trainer={"logging_steps": 1})
-    step = ScheduleCallback.on_step_begin
-    stops = iter([7, 2])
-
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == where:
-            raise KeyboardInterrupt
-        step(self, args, state, control, **kwargs)
-
-    for where in stops:  # noqa: B007 (read by `stop`): behind a saved step, then before the first one of a stage
-        with monkeypatch.context() as patch:
-            patch.setattr(ScheduleCallback, "on_step_begin", stop)
-            with pytest.raises(KeyboardInterrupt):
-                train(asked, tmp_path / "run", GENERATORS)
+    for step in (7, 2):  # behind a saved step, then before the first one of a stage
+        with stopped_at(step):
+            train(asked, tmp_path / "run", GENERATORS)
     train(asked, tmp_path / "run", GENERATORS)
     rows = list(csv.DictReader(open(tmp_path / "run" / "log.csv", newline="")))
     assert [(row["stage"], int(row["step"])) for row in rows] == [

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from stopping import stopped_at  # beside this script
 
 from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.training import slide_check
 from vllm_wsi.training.settings import load_settings
 from vllm_wsi.training.slide_check import on_main_process
 from vllm_wsi.training.train import train
-from vllm_wsi.training.trainer import ScheduleCallback, SparseLearnTrainer
+from vllm_wsi.training.trainer import SparseLearnTrainer
 
 
 def share() -> dict:
@@ -63,18 +64,8 @@ def resume(folder: Path) -> dict:
     SparseLearnTrainer.training_step = train_and_note  # type: ignore[method-assign]
     train(settings, folder / "whole")
     SparseLearnTrainer.training_step = training_step  # type: ignore[method-assign]
-    step = ScheduleCallback.on_step_begin
-
-    def stop_at_three(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-        step(self, args, state, control, **kwargs)
-
-    ScheduleCallback.on_step_begin = stop_at_three
-    try:
+    with stopped_at(3):
         train(settings, folder / "stopped")
-    except KeyboardInterrupt:
-        ScheduleCallback.on_step_begin = step
     train(settings, folder / "stopped")
     return {"opened": opened, "seen": seen}
 
