@@ -169,6 +169,13 @@ def test_a_recipe_that_cannot_be_followed_is_told(folder, change, message):
         tissue_items(**recipe(folder, count=1, num_patches=10) | change)
 
 
+@pytest.mark.parametrize("option", [("--fold", "1"), ("--tissue-dir", ".")])
+def test_options_of_tissue_are_refused_where_no_stage_trains_on_it(tmp_path, capsys, option):
+    assert main(["train", "haystack", "--out", str(tmp_path / "run"), *option]) == 1
+    assert "haystack: found no stage on tissue, wanted one" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_run_trains_on_the_generator_by_the_commands_folder_and_fold(folder, tmp_path, capsys):
     generate = recipe(folder, name="tissue", count=8, num_patches=12, shares=[0, 0.3], questions=list(KINDS))

@@ -31,12 +31,15 @@ def train(
         from vllm_wsi.training.settings import load_settings
 
     settings = load_settings(recipe(config))
-    for stage in settings.stages:
-        if (asked := stage.data.generate) is not None and asked.get("name") == "tissue":
-            asked |= {"data": str(tissue_dir)} if tissue_dir is not None else {}
-            asked |= {"fold": fold} if fold is not None else {}
-            if "data" not in asked:
-                raise SettingsError(f"{config}: {stage.name}: found no data, wanted --tissue-dir (docs/tissue.md)")
+    on_tissue = [stage for stage in settings.stages if (stage.data.generate or {}).get("name") == "tissue"]
+    given = {"data": None if tissue_dir is None else str(tissue_dir), "fold": fold}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if changes and not on_tissue:
+        raise SettingsError(f"{config}: found no stage on tissue, wanted one beside --tissue-dir and --fold")
+    for stage in on_tissue:
+        stage.data.generate = {**(stage.data.generate or {}), **changes}
+        if "data" not in stage.data.generate:
+            raise SettingsError(f"{config}: {stage.name}: found no data, wanted --tissue-dir (docs/tissue.md)")
     if seed is not None:
         settings.seed = seed
     if encoder_mismatch == "allow":
