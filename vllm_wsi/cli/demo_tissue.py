@@ -16,10 +16,10 @@ from vllm_wsi.model.trained_parts import read_trained_parts
 from vllm_wsi.parts.fetch import CMU_SMALL_REGION, HGSC_NEST, HGSC_STROMA, Part, fetch_file
 from vllm_wsi.parts.smollm2 import resolve_decoder
 from vllm_wsi.slides.encoder_names import recorded_encoder
+from vllm_wsi.tissue.tissue_recipe import TISSUE_PARTS
 
 from .demo_slides import DemoSlide, Progress, Scene, encoded, write_slide_image
 
-TISSUE_PARTS = Path(__file__).parents[1] / "tissue" / "checkpoint"
 ABOUT = (
     "trained on patches of breast tissue, 200 um wide, with and without invasive carcinoma (Cruz-Roa et al.",
     "2014), as an ImageNet encoder sees them. It is for research and no diagnosis; of other tissue it knows nothing.",

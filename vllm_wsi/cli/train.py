@@ -12,7 +12,8 @@ from .options import EncoderMismatch, argument, hide_transformers_progress, opti
 
 def train(
     config: Annotated[
-        str, argument(metavar="CONFIG", help="YAML file, or `haystack`: how the demo checkpoint was made")
+        str,
+        argument(metavar="CONFIG", help="YAML file, or `haystack` or `tissue`: how this package's were made"),
     ],
     out: Annotated[Path, option("--out", metavar="DIR", help="a run that was stopped there goes on")],
     encoder_mismatch: EncoderMismatch = "refuse",
@@ -25,13 +26,14 @@ def train(
     hide_transformers_progress()
     from vllm_wsi.haystack.recipe import GENERATORS, recipe
     from vllm_wsi.tissue.tissue_generator import GENERATORS as TISSUE_GENERATORS
+    from vllm_wsi.tissue.tissue_recipe import TISSUE_RECIPE
 
     with needs_extra("train"):
         from vllm_wsi.training import train as training
         from vllm_wsi.training.settings import load_settings
 
-    settings = load_settings(recipe(config))
-    on_tissue = [stage for stage in settings.stages if (stage.data.generate or {}).get("name") == "tissue"]
+    settings = load_settings(TISSUE_RECIPE if config == "tissue" else recipe(config))
+    on_tissue = [stage for stage in settings.all_stages() if (stage.data.generate or {}).get("name") == "tissue"]
     given = {"data": None if tissue_dir is None else str(tissue_dir), "fold": fold}
     changes = {name: value for name, value in given.items() if value is not None}
     if changes and not on_tissue:

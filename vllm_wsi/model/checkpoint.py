@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_wsi.errors import CheckpointError, WsiError
-from vllm_wsi.selection.scorer import build_scorer
+from vllm_wsi.selection.scorer import ContextScorer, PatchScorer, build_scorer
 from vllm_wsi.selection.selector import FrozenScorer, SlideSelector, frozen_scorer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 
@@ -49,6 +49,11 @@ def read_config(model: str, revision: str | None = None) -> SparseWSIConfig:
 
 
 def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
+    """The scorer of a checkpoint, as serving runs it; of the rest nothing is read. Errors as of `trained_scorer`."""
+    return frozen_scorer(trained_scorer(model, revision))
+
+
+def trained_scorer(model: str, revision: str | None = None) -> PatchScorer | ContextScorer:
     """Reads the scorer, and nothing else, from a checkpoint directory or a hub repository.
 
     Raises:
@@ -71,7 +76,7 @@ def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
         raise CheckpointError(
             f"{model}: {SCORER_PREFIX}*: found other weights than config.json describes: {reason}"
         ) from error
-    return frozen_scorer(scorer)
+    return scorer
 
 
 def load_selector(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_wsi.errors import WsiError
 from vllm_wsi.model.checkpoint import SCORER_PREFIX, loading
+from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.lora import LowRank, sum_of
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.model.trained_parts import PROJECTOR_PREFIX, BaseDecoder, TrainedParts, write_trained_parts
@@ -60,7 +61,7 @@ def export_parts(
     }
     assert isinstance(tokenizer.chat_template, str)
     parts = TrainedParts(model.config, base, weights, sum_of(changes), tokenizer.chat_template, model.generation_config)
-    write_trained_parts(folder, parts, card(settings, base))
+    write_trained_parts(folder, parts, card(settings, base, model.config))
     return folder
 
 
@@ -95,16 +96,20 @@ def _base(settings: TrainSettings) -> BaseDecoder:
         return BaseDecoder(settings.model.decoder, revision, weights_sha256(name, revision))
 
 
-def card(settings: TrainSettings, base: BaseDecoder) -> str:
+def card(settings: TrainSettings, base: BaseDecoder, config: SparseWSIConfig) -> str:
     """A model card, to be filled in before the parts are given away."""
     at = f" at revision {base.revision}" if base.revision else ""
-    stages = "\n".join(f"- {_stage_line(stage)}" for stage in settings.stages)
+    firsts = [] if settings.scorer_run is None else settings.scorer_run.all_stages()
+    stages = "\n".join(
+        [f"- {_stage_line(stage)}, over a small decoder that taught the scorer" for stage in firsts]
+        + [f"- {_stage_line(stage)}" for stage in settings.stages]
+    )
     return f"""\
 # Trained parts of a slide language model
 
 Scorer, projector and adapters alone. They stand on the decoder `{base.name}`{at}, whose weights have the sha256
-`{base.sha256}`, and take features of `{settings.model.encoder or "an encoder that was not recorded"}`
-({settings.model.feature_dim} values a patch).
+`{base.sha256}`, and take features of `{config.encoder or "an encoder that was not recorded"}`
+({config.feature_dim} values a patch).
 
 `vllm-wsi assemble DIRECTORY --out CHECKPOINT` makes a checkpoint of both, which `vllm serve CHECKPOINT --plugin
 vllm_wsi` takes.

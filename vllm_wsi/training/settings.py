@@ -18,6 +18,13 @@ from .sparselearn import SparseLearnSettings
 Part = Literal["scorer", "projector", "decoder"]
 
 
+SCORER_RUN = "scorer"
+"""Of a run's directory: the run that made its scorer."""
+
+SCORERS_OWN = ("feature_dim", "encoder", "scorer")
+"""Settings of a model that follow from its scorer."""
+
+
 class ModelSettings(Settings):
     """Where training starts: exactly one of checkpoint, decoder and new."""
 
@@ -25,6 +32,9 @@ class ModelSettings(Settings):
     decoder: str | None = None  # a text decoder with chat template; scorer and projector are new
     new: TinySettings | None = None  # a small model from nothing
     revision: str | None = None
+    # With `decoder`: a checkpoint of this project, over whatever decoder, whose trained scorer the run begins with. It
+    # says feature_dim, encoder and scorer.
+    scorer_from: str | None = None
     feature_dim: int | None = Field(None, ge=1)  # with `decoder`
     encoder: str | None = None  # id@revision of the patch encoder, with `decoder`
     scorer: dict[str, Any] = Field(default_factory=dict)
@@ -40,7 +50,12 @@ class ModelSettings(Settings):
         given = [name for name in ("checkpoint", "decoder", "new") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"found {', '.join(given) or 'none'}, wanted exactly one of checkpoint, decoder, new")
-        if self.decoder is not None and self.feature_dim is None:
+        if self.scorer_from is not None:
+            if self.decoder is None:
+                raise ValueError(f"scorer_from: found it beside {given[0]}, wanted a decoder to begin with")
+            if said := [name for name in SCORERS_OWN if getattr(self, name)]:
+                raise ValueError(f"scorer_from: found {', '.join(said)} beside it, wanted what its checkpoint says")
+        elif self.decoder is not None and self.feature_dim is None:
             raise ValueError("found a decoder without feature_dim, wanted the size of the patch features beside it")
         return self
 
@@ -124,13 +139,37 @@ class StageSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """A whole run."""
+    """A whole run.
 
+    `scorer_run` is a run that comes first, usually over a small decoder from nothing: `model` begins with its scorer
+    (`scorer_from`), and its decoder is thrown away. A scorer learns from answers, whoever writes them; a small decoder
+    writes them many times cheaper.
+    """
+
+    scorer_run: TrainSettings | None = None
     model: ModelSettings
     stages: list[StageSettings] = Field(min_length=1)
     seed: int = 0
     encoder_mismatch: Mismatch = "refuse"  # features of another encoder than the model's
     report_to: list[str] = Field(default_factory=list)  # "tensorboard" and whatever else transformers knows
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scorer_to_come(cls, values: Any) -> Any:
+        """`model` beside a `scorer_run` begins with its scorer, before there is one."""
+        if isinstance(values, dict) and values.get("scorer_run") is not None and isinstance(values.get("model"), dict):
+            return values | {"model": {"scorer_from": SCORER_RUN} | values["model"]}
+        return values
+
+    @model_validator(mode="after")
+    def _one_scorer(self) -> TrainSettings:
+        if self.scorer_run is not None and self.model.scorer_from != SCORER_RUN:
+            raise ValueError(f"model: scorer_from: found {self.model.scorer_from}, wanted none beside scorer_run")
+        return self
+
+    def all_stages(self) -> list[StageSettings]:
+        """Those of the scorer's run first."""
+        return [*(self.scorer_run.all_stages() if self.scorer_run is not None else []), *self.stages]
 
 
 def load_settings(path: str | Path) -> TrainSettings:
@@ -145,11 +184,20 @@ def load_settings(path: str | Path) -> TrainSettings:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: found no YAML: {' '.join(str(error).split())}") from error
     settings = TrainSettings.of(raw, str(path))
-    start = settings.model.checkpoint
-    if start is not None and (path.parent / start).is_dir():
-        settings.model.checkpoint = str(path.parent / start)
-    for stage in settings.stages:
+    runs = [settings]
+    while runs[-1].scorer_run is not None:
+        runs.append(runs[-1].scorer_run)
+    for model in (run.model for run in runs):
+        model.checkpoint = _beside(path, model.checkpoint)
+        if model.scorer_from != SCORER_RUN:
+            model.scorer_from = _beside(path, model.scorer_from)
+    for stage in settings.all_stages():
         data = stage.data
         data.questions = [path.parent / name for name in data.questions]
         data.features = None if data.features is None else path.parent / data.features
     return settings
+
+
+def _beside(path: Path, name: str | None) -> str | None:
+    """A directory's path from the settings file on; a hub's name as it is."""
+    return str(path.parent / name) if name is not None and (path.parent / name).is_dir() else name

@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from vllm_wsi.errors import needs_extra
 from vllm_wsi.model.chat_renderer import ChatRenderer
-from vllm_wsi.model.checkpoint import loading
+from vllm_wsi.model.checkpoint import loading, read_config, trained_scorer
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.init_checkpoint import new_model
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.model.slide_token import add_slide_token
 from vllm_wsi.parts.smollm2 import resolve_decoder
 
-from .settings import LoraSettings, ModelSettings
+from .settings import SCORERS_OWN, LoraSettings, ModelSettings
 
 
 def start_model(
@@ -40,24 +40,27 @@ def _around_decoder(
 ) -> tuple[SparseWSIForConditionalGeneration, PreTrainedTokenizerBase]:
     """A text decoder behind a new scorer and projector; `options` of `from_pretrained`."""
     assert settings.decoder is not None
-    assert settings.feature_dim is not None
     name = resolve_decoder(settings.decoder)
+    slide_part = {field: getattr(settings, field) for field in SCORERS_OWN}
+    if settings.scorer_from is not None:
+        trained = read_config(settings.scorer_from)
+        slide_part = {field: getattr(trained, field) for field in SCORERS_OWN}
     with loading(settings.decoder):
         decoder = AutoModelForCausalLM.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.revision)
     slide_token_id = add_slide_token(decoder, tokenizer)
     config = SparseWSIConfig(
         text_config=decoder.config,
-        feature_dim=settings.feature_dim,
-        encoder=settings.encoder,
         num_slide_tokens=settings.num_slide_tokens,
-        scorer=settings.scorer,
         projector=settings.projector,
         position_ids=settings.position_ids,
         max_slide_positions=settings.max_slide_positions,
         slide_token_id=slide_token_id,
+        **slide_part,
     )
     model = SparseWSIForConditionalGeneration(config, language_model=decoder)
+    if settings.scorer_from is not None:
+        model.scorer.load_state_dict(trained_scorer(settings.scorer_from).state_dict())
     model.generation_config = decoder.generation_config
     return model, tokenizer
 

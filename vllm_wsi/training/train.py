@@ -21,7 +21,7 @@ from vllm_wsi.questions.reader import read_questions
 
 from .dataset import SlideDataset
 from .export_parts import export_parts
-from .settings import DataSettings, TrainSettings
+from .settings import SCORER_RUN, DataSettings, ModelSettings, TrainSettings
 from .shared_prefix import attend_to_shared_prefix
 from .slide_check import SlideMemory, on_main_process
 from .sparselearn import SparseLearn
@@ -30,6 +30,7 @@ from .start_model import name_end_of_turn, start_model
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT = "checkpoint"  # of a run's directory
 REMEMBERED_SLIDES = "slides.json"  # of a run's directory: what the look at the slides found
 
 Generators = Mapping[str, Callable[..., Sequence[SlideItem]]]
@@ -42,7 +43,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     Args:
         output: directory; gets `log.csv`, `slides.json` (which slides were found good), `stages/` (what a resumed run
             needs) and, at the end, `checkpoint/` and, over a plain decoder, `trained/` (what was trained, without the
-            decoder).
+            decoder). `scorer/` is the same of a `scorer_run`.
 
     Returns:
         The checkpoint directory.
@@ -52,11 +53,12 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
         SettingsError: the output holds a finished run, or one of other settings.
     """
     output = Path(output)
-    finished = output / "checkpoint"
+    finished = output / CHECKPOINT
     processes = PartialState(cpu=not torch.cuda.is_available())
     _claim(output, settings, processes)
+    start = _with_scorer(settings, output / SCORER_RUN, generators)
     set_seed(settings.seed)
-    model, tokenizer = start_model(settings.model, settings.seed)
+    model, tokenizer = start_model(start, settings.seed)
     refuse_rounded_steps(settings.stages, model)
     if any(stage.questions_per_sequence > 1 for stage in settings.stages):
         attend_to_shared_prefix(model.language_model)  # refuses a decoder that cannot, before slides are read
@@ -78,7 +80,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
         if (
             trained.is_sharded
         ):  # only a shard of the weights is in memory: the model is built again from what the stages saved
-            model, _ = start_model(settings.model, settings.seed)
+            model, _ = start_model(start, settings.seed)
             previous, number = None, 0
         else:
             previous, number = trained.sparselearn or previous, number + 1
@@ -90,6 +92,17 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
             tokenizer.save_pretrained(folder)
     processes.wait_for_everyone()
     return finished
+
+
+def _with_scorer(settings: TrainSettings, output: Path, generators: Generators | None) -> ModelSettings:
+    """The model's settings, with the scorer of the run that comes first; that run is made unless it is there."""
+    if settings.scorer_run is None:
+        return settings.model
+    checkpoint = output / CHECKPOINT
+    if not checkpoint.exists():
+        shared = {"seed": settings.seed, "encoder_mismatch": settings.encoder_mismatch}
+        train(settings.scorer_run.changed(**shared), output, generators)
+    return settings.model.changed(scorer_from=str(checkpoint))
 
 
 def _checked_datasets(
@@ -165,7 +178,7 @@ def _dataset(
 
 def _claim(output: Path, settings: TrainSettings, processes: PartialState) -> None:
     """Makes the output directory this run's own: all processes look, the main one writes."""
-    if (output / "checkpoint").exists():
+    if (output / CHECKPOINT).exists():
         raise SettingsError(f"{output}: found a finished run, wanted a new directory")
     text, mine = settings.model_dump_json(indent=2), output / "settings.json"
     if mine.exists() and mine.read_text() != text:
