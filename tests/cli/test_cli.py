@@ -99,6 +99,14 @@ def test_doctor_names_what_the_real_slide_holds(shared_data, capsys):
         (["study", "--out", "new", "--slides", "many"], "slides: found 'many', wanted N:COUNT"),
         (["study", "--out", "new", "--seeds", "0"], "seeds: found 0, wanted at least 1"),
         (["study", "--out", "new", "--checkpoint", "nosuch"], "nosuch: found no checkpoint that loads"),
+        (
+            ["study", "--out", "new", "--fold", "0"],
+            "--fold: found it beside --data haystack, wanted --data tissue",
+        ),
+        (
+            ["study", "--out", "new", "--data", "kather", "--device", "cpu"],
+            "--device: found it beside --data kather, wanted --data haystack or tissue",
+        ),
     ],
 )
 def test_errors_are_one_sentence_and_exit_with_1(arguments, sentence, capsys, tmp_path, monkeypatch):

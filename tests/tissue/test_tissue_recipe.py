@@ -1,7 +1,14 @@
-"""The recipe of the tissue checkpoint."""
+"""The tissue checkpoint and its recipe."""
+
+import numpy as np
+import pytest
 
 from vllm_wsi.cli.app import main
-from vllm_wsi.tissue.tissue_recipe import TISSUE_RECIPE
+from vllm_wsi.errors import SetupError
+from vllm_wsi.model.checkpoint import load_selector
+from vllm_wsi.model.trained_parts import read_trained_parts
+from vllm_wsi.tissue.tissue_generator import TissueSplit, near_whole_slide
+from vllm_wsi.tissue.tissue_recipe import TISSUE_PARTS, TISSUE_RECIPE
 from vllm_wsi.training.settings import load_settings
 
 
@@ -25,3 +32,30 @@ def test_it_is_a_command_that_asks_for_the_tissues_folder(tmp_path, capsys):
     assert main(["train", "tissue", "--out", str(tmp_path / "run")]) == 1
     assert "tissue: reader: found no data, wanted --tissue-dir" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_package_holds_what_was_trained_and_says_what_it_is():
+    parts = read_trained_parts(TISSUE_PARTS)
+    settings = load_settings(TISSUE_RECIPE)
+    small = settings.scorer_run.model.new
+    assert parts.base.name == settings.model.decoder
+    assert (parts.config.encoder, parts.config.feature_dim) == (small.encoder, small.feature_dim)
+    assert (parts.config.num_slide_tokens, parts.config.position_ids) == (32, "packed")
+    assert len(parts.lora) == 60  # query and value of 30 layers
+    assert sum(file.stat().st_size for file in TISSUE_PARTS.iterdir()) < 8e6
+    card = (TISSUE_PARTS / "README.md").read_text()
+    for wanted in (parts.base.sha256, small.encoder, "Cruz-Roa", "not for diagnosis", "Apache-2.0"):
+        assert wanted in card
+
+
+@pytest.mark.slow
+def test_of_a_whole_slide_whose_patient_it_never_saw_it_keeps_tumour(tissue_folder):
+    """197 of the slide's 478 patches are tumour, so 32 by lot would hold 13."""
+    try:
+        slide = near_whole_slide(TissueSplit(data=tissue_folder))
+    except SetupError as error:
+        pytest.skip(f"PyPI is not to be had here: {error}")
+    with slide.open() as opened:
+        kept = load_selector(str(TISSUE_PARTS)).select(opened).indices.numpy()
+    assert len(kept) == 32
+    assert np.isin(kept, slide.key_patches).sum() >= 29

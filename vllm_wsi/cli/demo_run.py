@@ -17,7 +17,7 @@ from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch, recorded_encod
 
 from .demo_answers import show
 from .demo_slides import UNFAMILIAR, DemoSlide, Progress, Scene, photograph, users_slide, virtual_slide
-from .demo_tissue import fits_tissue, has_tissue_checkpoint, tissue_scene, tissue_slides
+from .demo_tissue import fits_tissue, tissue_scene, tissue_slides
 
 UNTRAINED = "random weights: the answer is noise, the path is real"
 VIRTUAL_MODEL = "the demo checkpoint, trained on virtual slides alone"
@@ -74,7 +74,7 @@ def _scenes(options: DemoOptions, work: Path) -> list[Scene]:
     if options.checkpoint is not None:
         slide.note = UNFAMILIAR if slide.image is not None else ""
         return [Scene(options.checkpoint, options.checkpoint.name, [slide])]
-    if has_tissue_checkpoint() and fits_tissue(slide):
+    if fits_tissue(slide):
         return [tissue_scene([slide])]
     slide.note = UNTRAINED
     checkpoint = _random_weights(work / "checkpoint", slide)
@@ -82,15 +82,13 @@ def _scenes(options: DemoOptions, work: Path) -> list[Scene]:
 
 
 def _own_scenes(work: Path) -> list[Scene]:
-    """Real tissue and the virtual slide; a photograph takes the tissue's place where this package has no tissue
-    checkpoint, and where the parts cannot be fetched."""
-    if has_tissue_checkpoint():
-        try:
-            tissue = tissue_scene(tissue_slides(work))
-            return [tissue, Scene(DEMO_CHECKPOINT, VIRTUAL_MODEL, [virtual_slide(work)])]
-        except SetupError as error:
-            print(f"{error}\nthe demo goes on without a tissue model, with a photograph of tissue", file=sys.stderr)
-    return [Scene(DEMO_CHECKPOINT, VIRTUAL_MODEL, [photograph(work), virtual_slide(work)])]
+    """Real tissue and the virtual slide; a photograph takes the tissue's place where its parts cannot be fetched."""
+    try:
+        tissue = tissue_scene(tissue_slides(work))
+    except SetupError as error:
+        print(f"{error}\nthe demo goes on without a tissue model, with a photograph of tissue", file=sys.stderr)
+        return [Scene(DEMO_CHECKPOINT, VIRTUAL_MODEL, [photograph(work), virtual_slide(work)])]
+    return [tissue, Scene(DEMO_CHECKPOINT, VIRTUAL_MODEL, [virtual_slide(work)])]
 
 
 def _play(scene: Scene, work: Path, options: DemoOptions, is_last: bool) -> None:

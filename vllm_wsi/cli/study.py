@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+import typer
+
 from vllm_wsi.errors import SettingsError, needs_extra
 
 from .options import EncoderMismatch, hide_transformers_progress, option
@@ -17,8 +19,17 @@ KINDS = "presence,presence_choice,share"
 ABLATION_SLIDES = "1000:192,4000:96,100000:16"
 
 
+OF_DATA = {
+    "haystack": ("questions", "features", "haystack_knobs", "ablations", "seeds", "ablation_slides", "device"),
+    "tissue": ("tissue_dir", "fold", "shares", "kinds", "unseen_wording", "device"),
+    "kather": ("tissue_dir", "leave_out", "unseen_wording"),
+}
+"""Options that mean something with some kinds of data only."""
+
+
 # Many parameters: a command has one for each of its options.
 def study(
+    context: typer.Context,
     out: Annotated[Path, option("--out", metavar="DIR")],
     checkpoint: Annotated[
         str | None, option("--checkpoint", metavar="DIR", help="(default: the demo checkpoint)")
@@ -75,6 +86,7 @@ def study(
     ] = False,
 ) -> None:
     hide_transformers_progress()
+    _refuse_options_of_other_data(context, data)
     if data != "haystack":
         if tissue_dir is None or checkpoint is None:
             raise SettingsError(f"--data {data}: found no --tissue-dir or no --checkpoint beside it, wanted both")
@@ -135,3 +147,11 @@ def study(
     )
     for path in write_study(settings):
         print(path)
+
+
+def _refuse_options_of_other_data(context: typer.Context, data: str) -> None:
+    for name in {name for names in OF_DATA.values() for name in names} - set(OF_DATA[data]):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            wanted = " or ".join(other for other, names in OF_DATA.items() if name in names)
+            raise SettingsError(f"--{name.replace('_', '-')}: found it beside --data {data}, wanted --data {wanted}")

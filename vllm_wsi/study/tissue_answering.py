@@ -109,10 +109,15 @@ def _prompt(model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, as
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Prompts of like lengths, as many together as `BATCH_TOKENS` allows, and at least one."""
+    """Prompts of like lengths, as many together as `BATCH_TOKENS` allows, and at least one.
+
+    None is padded to twice its length or more: on a CPU, padding costs what tokens cost.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        size = max(1, BATCH_TOKENS // lengths[order[0]])
+        longest = lengths[order[0]]
+        like = sum(2 * lengths[i] > longest for i in order)
+        size = min(like, max(1, BATCH_TOKENS // longest))
         yield order[:size]
         order = order[size:]
 
