@@ -5,7 +5,8 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from vllm_wsi.errors import SettingsError, SlideError
+from vllm_wsi.errors import CheckpointError, EncoderError, SettingsError, SlideError
+from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.selection.scorer import PatchScorer
 from vllm_wsi.selection.selector import SlideSelector, frozen_scorer
 from vllm_wsi.slides import features_in_memory
@@ -160,6 +161,56 @@ def test_a_selector_refuses_a_known_other_encoder_in_one_sentence():
 def test_the_record_of_a_selection_says_how_the_encoders_compare(check, metadata, wanted):
     match = select(check, metadata).record()["encoder_match"]
     assert match == dict(zip(("features", "checkpoint", "match", "remark"), wanted, strict=True))
+
+
+OF_200_UM = [
+    {"patch_size_level0": "400", "mpp": "0.5"},
+    {"patch_size": "50", "patch_mpp": "4"},
+    {"patch_size_level0": "402", "mpp": "0.4990", "patch_size": "50", "patch_mpp": "4"},
+    {"tile_size_um": "200", "unit": "um"},
+    {"patch_size_level0": "439", "mpp": "0.5"},  # 219.5 um: within a tenth
+    {},  # says nothing
+    {"patch_size_level0": "448"},  # pixels of unknown microns
+]
+
+
+@pytest.mark.parametrize("metadata", OF_200_UM)
+def test_patches_of_the_same_size_on_the_glass_are_taken_and_so_are_those_of_no_known_size(metadata):
+    assert EncoderCheck("conch", patch_um=200)("a.h5", {"encoder": "conch"} | metadata).match == "same"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [
+        ({"patch_size_level0": "224", "mpp": "0.5"}, "112"),
+        ({"patch_size": "224", "patch_mpp": "0.5"}, "112"),
+        ({"tile_size_um": "256", "unit": "um"}, "256"),
+        ({"patch_size_level0": "441", "mpp": "0.5"}, "220.5"),
+    ],
+)
+def test_patches_of_another_size_on_the_glass_are_refused_in_one_sentence_unless_allowed(metadata, found):
+    metadata = metadata | {"encoder": "conch"}
+    with pytest.raises(EncoderError) as raised:
+        select(EncoderCheck("conch", patch_um=200), metadata)
+    assert str(raised.value) == (
+        f"a.h5: patches: found an edge of {found} um, wanted 200 um, as the checkpoint was trained on; "
+        "encoder_mismatch: allow takes them nevertheless"
+    )
+    match = select(EncoderCheck("conch", "allow", patch_um=200), metadata).record()["encoder_match"]
+    assert match["remark"] == "features of another size of patches, which encoder_mismatch: allow takes nevertheless"
+    assert select(EncoderCheck("conch"), metadata).record()["encoder_match"]["remark"] is None
+
+
+@pytest.mark.parametrize("patch_um", [0, -1, "200", float("nan"), float("inf")])
+def test_a_checkpoint_whose_patches_have_no_size_is_refused(patch_um):
+    with pytest.raises(CheckpointError, match=r"patch_um: found .*, wanted microns above 0"):
+        SparseWSIConfig(patch_um=patch_um)
+
+
+def test_a_checkpoint_keeps_the_size_of_its_patches(tmp_path):
+    SparseWSIConfig(encoder="conch", patch_um=200.0).save_pretrained(tmp_path)
+    check = SparseWSIConfig.from_pretrained(tmp_path).encoder_check("allow")
+    assert (check.encoder, check.mismatch, check.patch_um) == ("conch", "allow", 200.0)
 
 
 def test_an_unknown_rule_is_refused():

@@ -20,7 +20,7 @@ from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.questions.items import SLIDE_MARK, multiple_choice
 from vllm_wsi.stats import holm, proportion_interval
 from vllm_wsi.study import ablations, soft, write_study
-from vllm_wsi.study.ablations import ARMS, REFERENCE, SWITCHES, run_ablations
+from vllm_wsi.study.ablations import ARMS, REFERENCE, SWITCHES, check_recipe, run_ablations
 from vllm_wsi.study.groups import by_length
 from vllm_wsi.study.judge import select_all
 from vllm_wsi.study.study import LEARNED, POLICY_NAMES, Study
@@ -183,6 +183,13 @@ def test_every_arm_is_trained_from_the_same_start_for_every_seed(tmp_path):
         )
         assert {(one["arm"], one["seed"], one["length"]) for one in questions} == {(row["arm"], row["seed"], "50")}
     assert [path.name for path in (tmp_path / "work").iterdir() if path.name.startswith("tmp")] == []
+
+
+def test_a_recipe_with_a_ready_scorer_is_refused_since_every_arm_begins_with_a_new_one():
+    recipe = tiny_recipe() | {"model": {"decoder": "x", "scorer_from": "run/checkpoint"}}
+    groups = groups_of_length("50:1", HaystackWorld(feature_dim=16))
+    with pytest.raises(SettingsError, match="scorer_from: found run/checkpoint, wanted none: every arm begins"):
+        check_recipe(TrainSettings.model_validate(recipe), groups)
 
 
 def test_an_arm_changes_its_switches_and_nothing_else_of_the_recipe(tmp_path, monkeypatch):

@@ -218,7 +218,20 @@ def test_remembered_slides_are_held_against_the_encoder_too(checkpoint, slides, 
     assert opened == ["good"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 0, "slides": []}', '{"version": 1, "slides": [[1, 2]]}'])
+def test_remembered_slides_are_held_against_the_size_of_patches_too(checkpoint, tmp_path):
+    config, renderer = checkpoint
+    metadata = {"encoder": "uni", "patch_size_level0": "224", "mpp": "0.5"}
+    features = np.ones((20, config.feature_dim), np.float32)
+    write_features(tmp_path / "small.safetensors", features, metadata=metadata)
+    item = talk(FeaturePath(tmp_path / "small.safetensors"), where="small")
+    other = type(config)(**(config.to_dict() | {"encoder": None, "patch_um": 200.0}))
+    for _ in range(2):
+        memory = SlideMemory(tmp_path / "slides.json")
+        (problem,) = SlideDataset([item], renderer, other, 20).problems(memory=memory)
+        assert "small.safetensors: patches: found an edge of 112 um, wanted 200 um" in problem
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 0, "slides": []}', '{"version": 2, "slides": [[1, 2]]}'])
 def test_a_damaged_memory_is_begun_anew(checkpoint, slides, opened, tmp_path, text):
     path = tmp_path / "slides.json"
     path.write_text(text)

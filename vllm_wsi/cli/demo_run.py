@@ -13,7 +13,7 @@ from vllm_wsi.errors import SetupError
 from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.model.checkpoint import read_config
 from vllm_wsi.serving.server_process import VllmServer
-from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch, recorded_encoder
+from vllm_wsi.slides.encoder_names import Mismatch, recorded_encoder
 
 from .demo_answers import show
 from .demo_slides import UNFAMILIAR, DemoSlide, Progress, Scene, photograph, users_slide, virtual_slide
@@ -122,11 +122,11 @@ def _random_weights(path: Path, slide: DemoSlide) -> Path:
 
 def _prepare(scene: Scene, options: DemoOptions) -> None:
     """Sets questions and rule for encoders; raises EncoderError where the checkpoint's is another one."""
-    wanted = read_config(str(scene.checkpoint)).encoder
+    wanted = read_config(str(scene.checkpoint))
     for slide in scene.slides:
         on_purpose = options.slide is None and slide.image is not None and scene.checkpoint == DEMO_CHECKPOINT
         slide.encoder_mismatch = "allow" if on_purpose else options.encoder_mismatch
-        EncoderCheck(wanted, slide.encoder_mismatch)(str(slide.features), slide.metadata)
+        wanted.encoder_check(slide.encoder_mismatch)(str(slide.features), slide.metadata)
         if options.checkpoint not in (None, DEMO_CHECKPOINT):
             slide.note = ""
         if options.question is not None:

@@ -22,14 +22,13 @@ def doctor(
     as_json: Annotated[bool, option("--json", help="one JSON object for each file")] = False,
 ) -> None:
     from vllm_wsi.slides.doctor import Checkpoint, examine
-    from vllm_wsi.slides.encoder_names import EncoderCheck
 
     wanted, failed = None, False
     if checkpoint is not None:
         from vllm_wsi.model.checkpoint import read_config
 
         config = read_config(checkpoint)
-        wanted = Checkpoint(checkpoint, config.feature_dim, EncoderCheck(config.encoder, encoder_mismatch))
+        wanted = Checkpoint(checkpoint, config.feature_dim, config.encoder_check(encoder_mismatch))
     for file in files:
         report = examine(file, encoder, wanted)
         print(json.dumps(asdict(report)) if as_json else report.text())

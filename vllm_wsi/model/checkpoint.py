@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_wsi.errors import CheckpointError, WsiError
 from vllm_wsi.selection.scorer import ContextScorer, PatchScorer, build_scorer
 from vllm_wsi.selection.selector import FrozenScorer, SlideSelector, frozen_scorer
-from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
+from vllm_wsi.slides.encoder_names import Mismatch
 
 from .config import SparseWSIConfig
 from .weight_files import weight_files
@@ -84,6 +84,6 @@ def load_selector(
 ) -> SlideSelector:
     """The selector of a checkpoint directory or hub repository, as serving builds it."""
     config = read_config(model, revision)
-    encoder = EncoderCheck(config.encoder, encoder_mismatch)
+    encoder = config.encoder_check(encoder_mismatch)
     scorer = load_scorer(model, revision)
     return SlideSelector(scorer, config.num_slide_tokens, device, config.max_patches, encoder=encoder)

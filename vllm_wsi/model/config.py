@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from vllm_wsi.errors import CheckpointError
+from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
 
 MODEL_TYPE = "sparse_wsi"
 ARCHITECTURE = "SparseWSIForConditionalGeneration"
@@ -29,6 +31,7 @@ class SparseWSIConfig(PreTrainedConfig):
         text_config: the decoder's own configuration, or a dict of it; any causal decoder that the runtime knows.
         feature_dim: d, the size of a patch feature.
         encoder: id@revision of the patch encoder that the model was trained on; None: not recorded.
+        patch_um: edge of its patches on the glass, in microns; None: not recorded.
         num_slide_tokens: K, patches kept of each slide.
         max_patches: longest slide that is served; a longer one is refused.
         scorer: {"kind": "patch", "hidden_size": h}, where h = 0 is the plain linear scorer; or {"kind": "context",
@@ -57,6 +60,7 @@ class SparseWSIConfig(PreTrainedConfig):
         text_config: Any = None,
         feature_dim: int = 512,
         encoder: str | None = None,
+        patch_um: float | None = None,
         num_slide_tokens: int = 32,
         max_patches: int = 1 << 20,
         scorer: dict[str, Any] | None = None,
@@ -81,6 +85,8 @@ class SparseWSIConfig(PreTrainedConfig):
         for name, value in (("feature_dim", feature_dim), ("num_slide_tokens", num_slide_tokens)):
             if value < 1:
                 raise CheckpointError(f"{name}: found {value}, wanted at least 1")
+        if patch_um is not None and not (isinstance(patch_um, int | float) and 0 < patch_um < math.inf):
+            raise CheckpointError(f"patch_um: found {patch_um!r}, wanted microns above 0")
         wanted = dict.fromkeys(FP32_PARTS, "float32")
         if (found := part_dtypes if part_dtypes is not None else wanted) != wanted:
             raise CheckpointError(f"part_dtypes: found {found}, wanted {wanted}")
@@ -92,6 +98,7 @@ class SparseWSIConfig(PreTrainedConfig):
         self.text_config = text_config
         self.feature_dim = feature_dim
         self.encoder = encoder
+        self.patch_um = patch_um
         self.num_slide_tokens = num_slide_tokens
         self.max_patches = max_patches
         self.scorer: dict[str, Any] = {"kind": "patch", "hidden_size": 256} | (scorer or {})
@@ -109,6 +116,14 @@ class SparseWSIConfig(PreTrainedConfig):
         kwargs.setdefault("architectures", [ARCHITECTURE])
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
+
+    def encoder_check(self, mismatch: Mismatch = "refuse") -> EncoderCheck:
+        """What features must be of.
+
+        Raises:
+            SettingsError: an unknown `mismatch`.
+        """
+        return EncoderCheck(self.encoder, mismatch, patch_um=self.patch_um)
 
     @property
     def slide_position_budget(self) -> int:

@@ -165,6 +165,7 @@ def _config(
         text_config=text_config,
         feature_dim=settings.feature_dim,
         encoder=settings.encoder,
+        patch_um=settings.patch_um,
         num_slide_tokens=settings.num_slide_tokens,
         scorer={"kind": settings.scorer_kind, "hidden_size": settings.scorer_hidden_size},
         position_ids=settings.position_ids,

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vllm_wsi.selection.scorer import build_scorer
 from vllm_wsi.selection.selector import Selection, SlideSelector, frozen_scorer
-from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
+from vllm_wsi.slides.encoder_names import Mismatch
 
 from .config import FP32_PARTS, SparseWSIConfig
 from .prompt_layout import PatchRows, lay_out, repeated
@@ -102,7 +102,7 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
             frozen_scorer(self.scorer),
             self.config.num_slide_tokens,
             max_patches=self.config.max_patches,
-            encoder=EncoderCheck(self.config.encoder, encoder_mismatch),
+            encoder=self.config.encoder_check(encoder_mismatch),
         )
 
     def prepare(self, input_ids: Tensor, selections: Sequence[Selection]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ class SlideSettings(Settings, frozen=True):
 
     feature_dim: int = Field(ge=1)  # d of the features that it takes
     encoder: str | None = None  # id@revision of the features
+    patch_um: float | None = Field(None, gt=0)  # edge of their patches, in microns
     scorer_kind: Literal["patch", "context"] = "patch"  # `selection/scorer.py`
     scorer_hidden_size: int = Field(256, ge=0)  # 0: the plain linear scorer
     num_slide_tokens: int = Field(32, ge=1)  # K

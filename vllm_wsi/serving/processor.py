@@ -30,7 +30,6 @@ from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.checkpoint import load_scorer
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.selection.selector import FrozenScorer, Selection, SlideSelector
-from vllm_wsi.slides.encoder_names import EncoderCheck
 
 from . import vllm_hooks
 from .prompt_guard import check_slide_tokens
@@ -78,7 +77,7 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
             raise SettingsError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
         scorer, digest = _scorer(model.model, model.revision)
-        encoder = EncoderCheck(config.encoder, options.get("encoder_mismatch", "refuse"))
+        encoder = config.encoder_check(options.get("encoder_mismatch", "refuse"))
         selector = SlideSelector(scorer, k, device, config.max_patches, encoder=encoder)
         # The rule for encoders is part of the key: a selection under another rule is not used.
         self.service = vllm_hooks.service_for(selector, f"{digest}:{encoder}", self.max_slide_tokens)

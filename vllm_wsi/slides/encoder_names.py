@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, get_args
 
 from vllm_wsi.errors import EncoderError, SettingsError
 
+from .places import said_patch_um
+
 Mismatch = Literal["refuse", "allow"]
 Verdict = Literal["same", "different", "unknown"]
 
@@ -78,6 +80,7 @@ WEIGHTS = re.compile(r"\.(bin|ckpt|pth?|safetensors)$", re.IGNORECASE)
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 CODE_HASH = re.compile(r"-(?=[0-9a-f]*\d)[0-9a-f]{7,40}$")  # what STAMP appends: of its own code
 ALLOWED = "which encoder_mismatch: allow takes nevertheless"
+SAME_SIZE = 0.1  # edges of patches may differ by so much: scanners' microns per pixel differ by a few percent
 NAME_CHARS = 256  # that are read of a name
 SHOWN_CHARS = 80
 
@@ -93,12 +96,13 @@ class EncoderMatch(NamedTuple):
 
 @dataclass(frozen=True)
 class EncoderCheck:
-    """Refuses features of another encoder than a checkpoint's.
+    """Refuses features of another encoder than a checkpoint's, or of patches of another size on the glass.
 
     Args:
         encoder: as the checkpoint's config.json names it; None: not recorded, and nothing is refused.
-        mismatch: "allow" takes features of a known other encoder too; the record says so.
+        mismatch: "allow" takes features of a known other encoder or size too; the record says so.
         reason: why it is wanted, for the error.
+        patch_um: edge of a patch in microns, as config.json has it; None: not recorded. A file that says none is taken.
 
     Raises:
         SettingsError: an unknown `mismatch`.
@@ -107,6 +111,7 @@ class EncoderCheck:
     encoder: str | None = None
     mismatch: Mismatch = "refuse"
     reason: str = "as the checkpoint was trained on"
+    patch_um: float | None = None
 
     def __post_init__(self) -> None:
         if self.mismatch not in get_args(Mismatch):
@@ -116,17 +121,29 @@ class EncoderCheck:
         """Compares a file's metadata with the checkpoint.
 
         Raises:
-            EncoderError: they name different encoders, and that is not allowed.
+            EncoderError: they name different encoders or sizes, and that is not allowed.
+            SlideError: the file says two sizes of a patch.
         """
-        found = compare_encoders(recorded_encoder(metadata), self.encoder)
-        if found.match != "different":
+        return self.compare(name, recorded_encoder(metadata), said_patch_um(name, metadata) if self.patch_um else None)
+
+    def compare(self, name: str, encoder: str | None, patch_um: float | None) -> EncoderMatch:
+        """Compares what a file said, None where it said nothing; raises EncoderError as `__call__` does."""
+        found = compare_encoders(encoder, self.encoder)
+        if found.match == "different":
+            wrong, other = (
+                f"encoder: found features of {_shown(found.features)}, wanted {_shown(found.checkpoint)}",
+                "encoder",
+            )
+        elif patch_um and self.patch_um and abs(patch_um / self.patch_um - 1) > SAME_SIZE:
+            wrong, other = (
+                f"patches: found an edge of {patch_um:.4g} um, wanted {self.patch_um:g} um",
+                "size of patches",
+            )
+        else:
             return found
         if self.mismatch == "refuse":
-            raise EncoderError(
-                f"{name}: encoder: found features of {_shown(found.features)}, wanted {_shown(found.checkpoint)}, "
-                f"{self.reason}; encoder_mismatch: allow takes them nevertheless"
-            )
-        return found._replace(remark=f"features of another encoder, {ALLOWED}")
+            raise EncoderError(f"{name}: {wrong}, {self.reason}; encoder_mismatch: allow takes them nevertheless")
+        return found._replace(remark=f"features of another {other}, {ALLOWED}")
 
 
 def recorded_encoder(metadata: Mapping[str, str]) -> str | None:

@@ -81,6 +81,26 @@ def patch_size(
     return PatchSize(float(found[counts.argmax()]), unit, "guess") if len(found) else None
 
 
+def said_patch_um(name: str, metadata: Mapping[str, str]) -> float | None:
+    """Edge of a patch in microns, if the file alone says it: in microns, in level-0 pixels beside `mpp`, or as it was
+    given to the encoder (`patch_size`, `patch_mpp`).
+
+    Raises:
+        SlideError: a key says two different edges.
+    """
+    unit, mpp = said_unit(name, metadata), positive_number(metadata.get("mpp"))
+    for size in _said_sizes(name, metadata, None if unit is None else unit.unit).values():
+        if size.unit == "um":
+            return size.value
+        if mpp is not None:
+            return size.value * mpp
+    patch, patch_mpp = (
+        square(name, "patch_size", metadata.get("patch_size")),
+        positive_number(metadata.get("patch_mpp")),
+    )
+    return None if patch is None or patch_mpp is None else patch * patch_mpp
+
+
 def _said_sizes(name: str, metadata: Mapping[str, str], unit: CoordUnit | None) -> dict[str, PatchSize]:
     """Key -> size, the best first."""
     sizes: dict[str, PatchSize] = {}

@@ -89,18 +89,15 @@ def check_recipe(settings: TrainSettings, groups: Groups) -> None:
         name = settings.stages[-1].name
         raise SettingsError(f"stage {name}: found no sparselearn, wanted it in the last stage of an ablation")
     start = settings.model
-    if start.checkpoint is not None:
-        config = read_config(start.checkpoint, start.revision)
-        wanted, encoder = config.feature_dim, config.encoder
-    elif start.new is not None:
-        wanted, encoder = start.new.feature_dim, start.new.encoder
-    else:
-        assert start.feature_dim is not None
-        wanted, encoder = start.feature_dim, start.encoder
+    if start.scorer_from is not None:
+        raise SettingsError(f"scorer_from: found {start.scorer_from}, wanted none: every arm begins with a new scorer")
+    trains_on = start.new or start if start.checkpoint is None else read_config(start.checkpoint, start.revision)
+    wanted = trains_on.feature_dim
     with next(iter(groups.values()))[0].slides[0].open() as slide:
         if slide.feature_dim != wanted:
             raise SettingsError(f"{slide.name}: found d = {slide.feature_dim}, wanted {wanted}, as the recipe trains")
-        EncoderCheck(encoder, settings.encoder_mismatch)(slide.name, slide.metadata)
+        check = EncoderCheck(trains_on.encoder, settings.encoder_mismatch, patch_um=trains_on.patch_um)
+        check(slide.name, slide.metadata)
 
 
 def run_ablations(

@@ -21,7 +21,7 @@ from vllm_wsi.model.chat_renderer import ChatRenderer, EncodedChat
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.questions.items import QuestionError, SlideItem, SlideSource
 from vllm_wsi.selection.chunk_reader import read_tensor_rows
-from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
+from vllm_wsi.slides.encoder_names import Mismatch
 
 from .slide_check import SLOW_FORMATS, SlideMemory, slow_reading
 from .slide_reading import draw_from_strata, finite_rows, no_finite_patch
@@ -80,7 +80,7 @@ class SlideDataset(Dataset):
         self.selection: HardSelection | None = None  # of a hard stage: what it keeps of each slide
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
         self._lengths: dict[SlideSource, int] = {}
-        self._encoder_check = EncoderCheck(config.encoder)
+        self._encoder_check = config.encoder_check()
         self._encoder_remarks: Counter[str] = Counter()
         self._slow: SlideSource | None = None
 
@@ -108,7 +108,7 @@ class SlideDataset(Dataset):
         """
         problems = []
         memory = memory or SlideMemory()
-        self._encoder_check = EncoderCheck(self.config.encoder, encoder_mismatch)
+        self._encoder_check = self.config.encoder_check(encoder_mismatch)
         reasons: dict[SlideSource, str | None] = {}  # why a slide is of no use
         try:
             for item in tqdm(self.items, "checking items", disable=not os.isatty(2)):
@@ -133,7 +133,7 @@ class SlideDataset(Dataset):
             facts = memory.facts(source, read)
             if facts.feature_dim != self.config.feature_dim:
                 return f"{facts.name}: found d = {facts.feature_dim}, wanted {self.config.feature_dim}"
-            match = self._encoder_check(facts.name, {} if facts.encoder is None else {"encoder": facts.encoder})
+            match = self._encoder_check.compare(facts.name, facts.encoder, facts.patch_um)
         except (OSError, ValueError) as error:
             return str(error)
         if match.remark is not None:

@@ -21,7 +21,7 @@ Part = Literal["scorer", "projector", "decoder"]
 SCORER_RUN = "scorer"
 """Of a run's directory: the run that made its scorer."""
 
-SCORERS_OWN = ("feature_dim", "encoder", "scorer")
+SCORERS_OWN = ("feature_dim", "encoder", "patch_um", "scorer")
 """Settings of a model that follow from its scorer."""
 
 
@@ -33,10 +33,11 @@ class ModelSettings(Settings):
     new: TinySettings | None = None  # a small model from nothing
     revision: str | None = None
     # With `decoder`: a checkpoint of this project, over whatever decoder, whose trained scorer the run begins with. It
-    # says feature_dim, encoder and scorer.
+    # says feature_dim, encoder, patch_um and scorer.
     scorer_from: str | None = None
     feature_dim: int | None = Field(None, ge=1)  # with `decoder`
     encoder: str | None = None  # id@revision of the patch encoder, with `decoder`
+    patch_um: float | None = Field(None, gt=0)  # edge of its patches in microns, with `decoder`
     scorer: dict[str, Any] = Field(default_factory=dict)
     projector: dict[str, Any] = Field(default_factory=dict)
     num_slide_tokens: int = Field(32, ge=1)

@@ -22,13 +22,14 @@ from vllm_wsi.questions.items import SlideSource
 from vllm_wsi.selection.chunk_reader import ChunkStager
 from vllm_wsi.slides import FeatureFile, SlideIdentity
 from vllm_wsi.slides.encoder_names import recorded_encoder
+from vllm_wsi.slides.places import said_patch_um
 
 from .slide_reading import draw_from_strata, finite_rows, no_finite_patch
 
 T = TypeVar("T")
 SIGN_OF_LIFE = 30.0  # seconds between the main process's messages: a group's processes give up after ten minutes
 SLOW_FORMATS = ("SlideChat csv",)  # text, whose numbers are parsed anew in each epoch
-VERSION = 1  # of the file in which slides are remembered
+VERSION = 2  # of the file in which slides are remembered
 
 
 class SlideFacts(NamedTuple):
@@ -39,6 +40,7 @@ class SlideFacts(NamedTuple):
     num_patches: int  # N
     feature_dim: int  # d
     encoder: str | None  # as the file names it
+    patch_um: float | None  # edge of a patch, as the file says it
     was_read: bool  # all of it, and some patch of it is finite
 
 
@@ -76,8 +78,15 @@ class SlideMemory:
             if known is not None and known[0] == identity and (known[1].was_read or not read):
                 return known[1]
         with source.open() as slide:
-            encoder = recorded_encoder(slide.metadata)
-            facts = SlideFacts(slide.name, slide.format, slide.num_patches, slide.feature_dim, encoder, read)
+            facts = SlideFacts(
+                slide.name,
+                slide.format,
+                slide.num_patches,
+                slide.feature_dim,
+                recorded_encoder(slide.metadata),
+                said_patch_um(slide.name, slide.metadata),
+                read,
+            )
             if read and not _has_finite_patch(slide):
                 raise SlideError(no_finite_patch(source.name))
             if isinstance(source, FeaturePath):
