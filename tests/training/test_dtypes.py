@@ -17,7 +17,8 @@ from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.train import train
 
-D = 16
+from .small_stage import NEW_MODEL, D, small_stage
+
 MIXED = {("scorer", torch.float32), ("projector", torch.float32), ("language_model", torch.bfloat16)}
 
 
@@ -27,7 +28,7 @@ def dtypes(tensors) -> set[tuple[str, torch.dtype]]:
 
 def tiny(dtype: torch.dtype | None = None):
     """dtype: of the decoder; scorer and projector are fp32."""
-    new = TinySettings(feature_dim=D, hidden_size=64, num_layers=1, num_slide_tokens=4, scorer_hidden_size=16)
+    new = TinySettings(**NEW_MODEL, scorer_hidden_size=16)
     model, tokenizer = new_model(new)
     model.language_model.to(dtype)
     return model, tokenizer
@@ -40,19 +41,7 @@ def saved(folder, model, tokenizer):
 
 
 def asked(start: dict, **changes) -> TrainSettings:
-    generate = {"name": "haystack", "count": 64, "num_patches": 24, "feature_dim": D}
-    stage = {
-        "name": "lora",
-        "data": {"generate": generate},
-        "train": ["scorer", "projector"],
-        "sparselearn": {"num_slide_tokens": 4, "k_start": 8},
-        "lora": {"r": 2, "alpha": 4},
-        "steps": 2,
-        "batch_size": 2,
-        "warmup_steps": 0,
-        "learning_rate": dict.fromkeys(("scorer", "denoiser", "projector", "lora", "decoder"), 1e-2),
-    }
-    return TrainSettings.of({"model": start, "stages": [stage | changes]}, "run.yaml")
+    return TrainSettings.of({"model": start, "stages": [small_stage("lora", **({"steps": 2} | changes))]}, "run.yaml")
 
 
 @pytest.fixture
@@ -115,7 +104,7 @@ def test_the_decoder_has_the_dtype_of_the_settings_or_its_own(tmp_path, mixed, k
     start = {
         "checkpoint": {"checkpoint": str(mixed)},
         "decoder": {"decoder": str(tmp_path / "decoder"), "feature_dim": D, "num_slide_tokens": 4},
-        "new": {"new": {"feature_dim": D, "hidden_size": 64, "num_layers": 1, "num_slide_tokens": 4}},
+        "new": {"new": NEW_MODEL},
     }[kind]
     made = train(asked(start | {"dtype": said}, steps=1), tmp_path / "run", GENERATORS)
     if wanted == "own":

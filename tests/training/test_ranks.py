@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 
+from .small_stage import NEW_MODEL, small_stage
+
 pytestmark = pytest.mark.slow
-D = 16
 SCRIPT = """
 import os, sys
 import torch
@@ -40,20 +41,8 @@ torch.save(seen, f"{sys.argv[2]}/seen-{os.environ['RANK']}.pt")
 
 
 def test_processes_begin_with_equal_weights_and_draw_other_noise_for_other_items(tmp_path):
-    generate = {"name": "haystack", "count": 16, "num_patches": 24, "feature_dim": D}
-    stage = {
-        "name": "scorer",
-        "data": {"generate": generate},
-        "train": ["scorer", "projector"],
-        "sparselearn": {"num_slide_tokens": 4, "k_start": 8},
-        "lora": {"r": 2, "alpha": 4},
-        "steps": 3,
-        "batch_size": 2,
-        "learning_rate": dict.fromkeys(("scorer", "denoiser", "projector", "lora"), 1e-2),
-        "trainer": {"use_cpu": True},
-    }
-    start = {"new": {"feature_dim": D, "hidden_size": 64, "num_layers": 1, "num_slide_tokens": 4}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": start, "stages": [stage]}))
+    run = {"model": {"new": NEW_MODEL}, "stages": [small_stage("scorer", trainer={"use_cpu": True})]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(tmp_path / "script.py"), str(tmp_path / "config.yaml"), str(tmp_path / "run")]

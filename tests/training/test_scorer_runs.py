@@ -15,24 +15,11 @@ from vllm_wsi.training.start_model import start_model
 from vllm_wsi.training.train import train
 
 from ..model.text_decoder import write_text_decoder
+from .small_stage import NEW_MODEL, D, small_stage
 
-D = 16
-GENERATE = {"name": "haystack", "count": 8, "num_patches": 12, "feature_dim": D}
 SCORER_RUN = {
-    "model": {
-        "new": {"feature_dim": D, "encoder": "test@1", "hidden_size": 32, "num_layers": 1, "num_slide_tokens": 4}
-    },
-    "stages": [
-        {
-            "name": "scorer",
-            "data": {"generate": GENERATE},
-            "train": ["scorer"],
-            "sparselearn": {"k_start": 8, "num_slide_tokens": 4},
-            "learning_rate": {"scorer": 1e-2, "denoiser": 1e-3},
-            "steps": 3,
-            "batch_size": 2,
-        }
-    ],
+    "model": {"new": NEW_MODEL | {"encoder": "test@1"}},
+    "stages": [small_stage("scorer", train=["scorer"], lora=None)],
 }
 
 
@@ -43,15 +30,7 @@ def scorer_of(checkpoint):
 
 def asked(tmp_path, **model):
     write_text_decoder(tmp_path / "decoder")
-    stage = {
-        "name": "serve",
-        "data": {"generate": GENERATE},
-        "selection": "hard",
-        "train": ["projector"],
-        "learning_rate": {"projector": 1e-2},
-        "steps": 2,
-        "batch_size": 2,
-    }
+    stage = small_stage("serve", train=["projector"], sparselearn=None, lora=None, selection="hard", steps=2)
     model = {"decoder": str(tmp_path / "decoder"), "dtype": "float32", "num_slide_tokens": 4} | model
     return {"scorer_run": SCORER_RUN, "model": model, "stages": [stage]}
 

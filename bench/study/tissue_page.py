@@ -1,0 +1,111 @@
+"""Writes the tables of the study of real tissue into its page, between the `<!-- tissue:NAME -->` marks.
+
+    python -m bench.study.tissue_page
+
+All numbers come from the CSV files in `bench/results/tissue/`.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+
+from bench.common.record import RESULTS
+from bench.common.tables import table, write_tables
+
+PAGE = RESULTS / "tissue" / "README.md"
+LENGTHS = ("256", "1024", "4096")
+POLICIES = ("learned", "linear probe", "k-means", "farthest-point", "uniform", "random", "top-norm", "oracle")
+SHOWN = (*POLICIES, "all patches", "no slide")
+Row = dict[str, str]
+
+
+def main() -> None:
+    tables = {
+        "scores": scores(),
+        **{f"kept-{length}": kept(length) for length in LENGTHS},
+        **{f"{kind}-{length}": answers(kind, length) for kind in ("presence", "share_sentence") for length in LENGTHS},
+        "elsewhere": elsewhere(),
+        "calibration": calibration(),
+    }
+    write_tables(PAGE, {f"tissue:{name}": table for name, table in tables.items()})
+
+
+def scores() -> str:
+    """AUC of all patches and tumour among the best 32, for each fold."""
+    lines = [
+        [row["patches"], row["fold"], row["policy"], row["auc"], f"{float(row['precision']):.2f}"]
+        for row in sorted(rows_of("scores"), key=lambda row: (row["patches"], row["fold"]))
+    ]
+    return table(["patches", "fold", "ranked by", "AUC", "tumour among the best 32"], lines)
+
+
+def kept(length: str) -> str:
+    """Share of tumour among the 32, by its share of the slide."""
+    rows = [row for row in rows_of("selection_table") if row["length"] == length]
+    shares = shares_of(rows)
+    cells = {(row["policy"], row["share"]): interval(row, "precision") for row in rows}
+    return table(
+        ["the 32 of", *(f"{float(share):.0%}" for share in shares)],
+        ([policy, *(cells[policy, share] for share in shares)] for policy in POLICIES),
+    )
+
+
+def answers(kind: str, length: str) -> str:
+    """Written answers right, on clean slides and by the share of tumour; balanced: half clean, half with tumour."""
+    rows = [row for row in rows_of("answers") if row["kind"] == kind and row["length"] == length]
+    shares = list(dict.fromkeys(row["share"] for row in rows))
+    lines = []
+    for policy in SHOWN:
+        line, balanced = [policy], []
+        for share in shares:
+            right = [int(row["written_correct"]) for row in rows if (row["policy"], row["share"]) == (policy, share)]
+            line.append(f"{sum(right)} of {len(right)}" if right else "-")
+            balanced += [sum(right) / len(right)] if right else []
+        clean, *with_tumour = balanced or [0.0, 0.0]
+        mean = (clean + sum(with_tumour) / len(with_tumour)) / 2
+        lines.append([*line, f"{mean:.2f}" if balanced else "-"])
+    heads = ["none" if not float(share) else f"{float(share):.0%}" for share in shares]
+    return table(["shown", *heads, "balanced"], lines)
+
+
+def elsewhere() -> str:
+    """Written answers right on natural slides and the near-whole slide."""
+    rows = [row for row in rows_of("answer_table") if row["length"] in ("natural", "near-whole")]
+    places = list(dict.fromkeys((row["kind"], row["length"]) for row in rows))
+    cells = {(row["policy"], row["kind"], row["length"]): interval(row, "written_accuracy") for row in rows}
+    heads = [f"{length}, {kind.replace('_', ', ')} ({count_of(rows, kind, length)})" for kind, length in places]
+    return table(["shown", *heads], ([policy, *(cells[policy, *place] for place in places)] for policy in SHOWN))
+
+
+def calibration() -> str:
+    lines = [
+        [row["kind"].replace("_", ", "), row["policy"], row["questions"]]
+        + [f"{float(row[name]):.2f}" for name in ("accuracy", "confidence", "ece", "brier")]
+        for row in rows_of("calibration")
+        if row["policy"] in ("learned", "linear probe", "oracle", "no slide")
+    ]
+    return table(["question", "shown", "questions", "accuracy", "confidence", "ECE", "Brier"], lines)
+
+
+def interval(row: Row, name: str) -> str:
+    """estimate [low, high]"""
+    low, high = (f"{float(row[f'{name}_{end}']):.2f}" for end in ("low", "high"))
+    return f"{float(row[name]):.2f} [{low}, {high}]"
+
+
+def shares_of(rows: Sequence[Row]) -> list[str]:
+    return [share for share in dict.fromkeys(row["share"] for row in rows) if share not in ("", "any")]
+
+
+def count_of(rows: Sequence[Row], kind: str, length: str) -> str:
+    return next(row["questions"] for row in rows if (row["kind"], row["length"]) == (kind, length))
+
+
+def rows_of(name: str) -> list[Row]:
+    with open(RESULTS / "tissue" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main()
