@@ -116,6 +116,10 @@ def test_a_scorers_path_counts_from_the_settings_file(tmp_path, trained):
     assert load_settings(tmp_path / "run.yaml").model.scorer_from == str(trained)
     content["model"].pop("scorer_from")
     (tmp_path / "scorer").mkdir()  # is not what a scorer_run makes
+    content["model"]["scorer_from"] = "scorer"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    assert load_settings(tmp_path / "run.yaml").model.scorer_from == str(tmp_path / "scorer")
+    content["model"].pop("scorer_from")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content | {"scorer_run": SCORER_RUN}))
     settings = load_settings(tmp_path / "run.yaml")
     assert settings.model.scorer_from == "scorer"

@@ -188,10 +188,10 @@ def load_settings(path: str | Path) -> TrainSettings:
     runs = [settings]
     while runs[-1].scorer_run is not None:
         runs.append(runs[-1].scorer_run)
-    for model in (run.model for run in runs):
-        model.checkpoint = _beside(path, model.checkpoint)
-        if model.scorer_from != SCORER_RUN:
-            model.scorer_from = _beside(path, model.scorer_from)
+    for run in runs:
+        run.model.checkpoint = _beside(path, run.model.checkpoint)
+        if run.scorer_run is None:
+            run.model.scorer_from = _beside(path, run.model.scorer_from)
     for stage in settings.all_stages():
         data = stage.data
         data.questions = [path.parent / name for name in data.questions]
