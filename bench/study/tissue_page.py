@@ -10,8 +10,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 
+import numpy as np
+
 from bench.common.record import RESULTS
 from bench.common.tables import table, write_tables
+from vllm_wsi.study.tissue_measures import auc
 
 PAGE = RESULTS / "tissue" / "README.md"
 LENGTHS = ("256", "1024", "4096")
@@ -25,6 +28,7 @@ def main() -> None:
         "scores": scores(),
         **{f"kept-{length}": kept(length) for length in LENGTHS},
         **{f"{kind}-{length}": answers(kind, length) for kind in ("presence", "share_sentence") for length in LENGTHS},
+        "separation": separation(),
         "elsewhere": elsewhere(),
         "calibration": calibration(),
     }
@@ -67,6 +71,33 @@ def answers(kind: str, length: str) -> str:
         lines.append([*line, f"{mean:.2f}" if balanced else "-"])
     heads = ["none" if not float(share) else f"{float(share):.0%}" for share in shares]
     return table(["shown", *heads, "balanced"], lines)
+
+
+def separation() -> str:
+    """How well the probability of «yes» tells slides with tumour from clean ones: AUC by length, mean of folds."""
+    rows = [row for row in rows_of("answers") if row["kind"] == "presence" and row["length"] in LENGTHS]
+    shares = [share for share in dict.fromkeys(row["share"] for row in rows) if float(share)]
+    lines = []
+    for policy in SHOWN:
+        line = [policy]
+        for length, share in ((length, share) for length in LENGTHS for share in shares):
+            found = []
+            for fold in dict.fromkeys(row["fold"] for row in rows):
+                of_fold = [row for row in rows if (row["fold"], row["policy"], row["length"]) == (fold, policy, length)]
+                judged = [row for row in of_fold if row["share"] == share or not float(row["share"])]
+                said = np.array([p_yes(row) for row in judged])
+                if len(said):
+                    found.append(auc(said, np.array([float(row["share"]) > 0 for row in judged])))
+            line.append(f"{sum(found) / len(found):.2f}" if found else "-")
+        lines.append(line)
+    heads = [f"{int(length):,}, {float(share):.0%}" for length in LENGTHS for share in shares]
+    return table(["shown", *heads], lines)
+
+
+def p_yes(row: Row) -> float:
+    """The answer's probability of tumour."""
+    confidence = float(row["confidence"])
+    return confidence if row["likeliest"] == "yes" else 1 - confidence
 
 
 def elsewhere() -> str:
