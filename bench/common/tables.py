@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file, all of text."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def interval(row: Mapping[str, str], estimate: str, low: str, high: str) -> str:
+    """estimate [low, high], of a row's columns of these names"""
+    shown = [f"{float(row[name]) + 0.0:.2f}" for name in (estimate, low, high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -7,11 +7,10 @@ All numbers come from the CSV files in `bench/results/study/`.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 
 from bench.common.record import RESULTS
-from bench.common.tables import table, write_tables
+from bench.common.tables import interval, read_rows, table, write_tables
 from vllm_wsi.stats import p_text
 
 PAGE = RESULTS / "study" / "README.md"
@@ -117,12 +116,6 @@ def ablation_tests_table() -> str:
     return table(["arm, less the first of the table above", "N", "accuracy", "p", "key patches kept", "p"], lines)
 
 
-def interval(row: Row, *names: str) -> str:
-    """estimate [low, high]"""
-    estimate, low, high = (f"{float(row[name]) + 0.0:.2f}" for name in names)
-    return f"{estimate} [{low}, {high}]"
-
-
 def p_and_corrected(row: Row, name: str, corrected: str) -> str:
     """p (p corrected)"""
     return f"{p_text(float(row[name]))} ({p_text(float(row[corrected]))})"
@@ -156,8 +149,7 @@ def spread(rows: Sequence[Row], column: str) -> str:
 
 
 def rows_of(name: str) -> list[Row]:
-    with open(RESULTS / "study" / f"{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(RESULTS / "study" / f"{name}.csv")
 
 
 if __name__ == "__main__":

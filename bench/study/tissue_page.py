@@ -7,13 +7,12 @@ All numbers come from the CSV files in `bench/results/tissue/`.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 
 import numpy as np
 
 from bench.common.record import RESULTS
-from bench.common.tables import table, write_tables
+from bench.common.tables import interval, read_rows, table, write_tables
 from vllm_wsi.study.tissue_measures import auc
 
 PAGE = RESULTS / "tissue" / "README.md"
@@ -48,7 +47,9 @@ def kept(length: str) -> str:
     """Share of tumour among the 32, by its share of the slide."""
     rows = [row for row in rows_of("selection_table") if row["length"] == length]
     shares = shares_of(rows)
-    cells = {(row["policy"], row["share"]): interval(row, "precision") for row in rows}
+    cells = {
+        (row["policy"], row["share"]): interval(row, "precision", "precision_low", "precision_high") for row in rows
+    }
     return table(
         ["the 32 of", *(f"{float(share):.0%}" for share in shares)],
         ([policy, *(cells[policy, share] for share in shares)] for policy in POLICIES),
@@ -104,7 +105,12 @@ def elsewhere() -> str:
     """Written answers right on natural slides and the near-whole slide."""
     rows = [row for row in rows_of("answer_table") if row["length"] in ("natural", "near-whole")]
     places = list(dict.fromkeys((row["kind"], row["length"]) for row in rows))
-    cells = {(row["policy"], row["kind"], row["length"]): interval(row, "written_accuracy") for row in rows}
+    cells = {
+        (row["policy"], row["kind"], row["length"]): interval(
+            row, "written_accuracy", "written_accuracy_low", "written_accuracy_high"
+        )
+        for row in rows
+    }
     heads = [f"{length}, {kind.replace('_', ', ')} ({count_of(rows, kind, length)})" for kind, length in places]
     return table(["shown", *heads], ([policy, *(cells[policy, *place] for place in places)] for policy in SHOWN))
 
@@ -119,12 +125,6 @@ def calibration() -> str:
     return table(["question", "shown", "questions", "accuracy", "confidence", "ECE", "Brier"], lines)
 
 
-def interval(row: Row, name: str) -> str:
-    """estimate [low, high]"""
-    low, high = (f"{float(row[f'{name}_{end}']):.2f}" for end in ("low", "high"))
-    return f"{float(row[name]):.2f} [{low}, {high}]"
-
-
 def shares_of(rows: Sequence[Row]) -> list[str]:
     return [share for share in dict.fromkeys(row["share"] for row in rows) if share not in ("", "any")]
 
@@ -134,8 +134,7 @@ def count_of(rows: Sequence[Row], kind: str, length: str) -> str:
 
 
 def rows_of(name: str) -> list[Row]:
-    with open(RESULTS / "tissue" / f"{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(RESULTS / "tissue" / f"{name}.csv")
 
 
 if __name__ == "__main__":
