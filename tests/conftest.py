@@ -2,14 +2,13 @@
 
 import contextlib
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-# Groups of tests that take a minute or more. Engines in a test's own process come first: vLLM looks through all that
-# was imported before, and fails on numba, which `test_study.py` imports. So the server's group, which holds engines
-# too, must come right after it: the process that ran `test_parity.py` takes it.
+# Groups of tests that take a minute or more, which begin first.
 LONG = (
     "test_real_decoder.py", "test_trained.py", "test_decoder_dtype.py", "test_parity.py", "test_study.py",
     "shared_server", "test_train.py",
@@ -37,6 +36,26 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if NOT_FAST.isdisjoint(mark.name for mark in item.iter_markers()):
             item.add_marker("fast")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Lets vLLM start in a process that has imported numba.
+
+    vLLM's start asks the objects of all modules for their `__dict__` (`triton_utils/dispatcher.py`). Where numba was
+    imported, one of them is llvmlite's handle of its C library, which answers any name with a function of that name.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is None or not hasattr(ffi.lib, "__dict__"):
+        return
+    find = type(ffi.lib).__getattr__
+
+    def without_dict(self, name):
+        if name == "__dict__":
+            raise AttributeError(name)
+        return find(self, name)
+
+    type(ffi.lib).__getattr__ = without_dict
 
 
 @pytest.hookimpl(optionalhook=True)
