@@ -117,7 +117,7 @@ def _items(num_patches: int, count: int) -> list[TrainingItem]:
     """Questions about one slide: 3 tokens before it, then the question's own, then the answer's."""
     generator = torch.Generator().manual_seed(0)
     slide = TrainingSlide(
-        torch.randn(num_patches, FEATURE_DIM, generator=generator), torch.arange(num_patches), num_patches
+        torch.randn(num_patches, FEATURE_DIM, generator=generator), torch.arange(num_patches), num_patches, num_patches
     )
     said = torch.randint(5, 300, (count, QUESTION_TOKENS + ANSWER_TOKENS), generator=generator).tolist()
     unlabelled = [IGNORED] * (4 + QUESTION_TOKENS)

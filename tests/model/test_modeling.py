@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GemmaConfig, MistralConfig
 from vllm_wsi.errors import CheckpointError, SettingsError
 from vllm_wsi.model.checkpoint import load_scorer, load_selector
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
-from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.model.init_checkpoint import init_checkpoint, new_model
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.slides import features_in_memory
@@ -102,13 +103,36 @@ def test_the_default_budget_leaves_positions_to_text(table, budget):
     assert SparseWSIConfig(text_config=text_config, position_ids="packed").slide_position_budget == 0
 
 
+def test_with_score_input_a_token_says_the_models_own_score_and_how_many_were_scored():
+    model, _ = new_model(TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=8, score_input=True))
+    model = model.eval()
+    chosen = model.selector().select(slide(300, 1))
+
+    def token(**changes):
+        return model.prepare(torch.tensor([model.config.slide_token_id]), [replace(chosen, **changes)])[0][0]
+
+    assert torch.equal(token(), token(scores=torch.zeros(32)))  # whoever chose, and whatever that one says
+    assert not torch.allclose(token(), token(num_patches=3000))
+    assert torch.equal(token(), token(num_patches=307, num_nonfinite=7))
+    expected = model.projector(chosen.features, chosen.scores, torch.tensor(300))
+    assert torch.allclose(token(), expected, atol=1e-5)
+    model.projector.linear_score.weight.data.zero_()
+    assert torch.equal(token(), token(num_patches=3000))
+
+
+def test_score_input_takes_a_scorer_of_single_patches():
+    with pytest.raises(CheckpointError, match="score_input: found a scorer of kind 'context', wanted 'patch'"):
+        SparseWSIConfig(scorer={"kind": "context", "hidden_size": 64}, projector={"score_input": True})
+
+
 def test_prepare_puts_projected_rows_in_the_placeholders_place(model):
     selections = [model.selector().select(slide(n, n)) for n in (5, 300)]
     ids = prompt(model, 1, SLIDE_TOKEN, 2, 3, SLIDE_TOKEN, 4)
     embeddings, positions = model.prepare(ids, selections)
     assert embeddings.shape == (1, 4 + 5 + 32, 64)
-    assert torch.equal(embeddings[0, 1:6], model.projector(selections[0].features))
-    assert torch.equal(embeddings[0, 8:40], model.projector(selections[1].features))
+    for rows, one in zip((slice(1, 6), slice(8, 40)), selections, strict=True):
+        projected = model.projector(one.features, one.scores, torch.tensor(one.num_candidates))
+        assert torch.equal(embeddings[0, rows], projected)
     assert torch.equal(embeddings[0, [0, 6, 7, 40]], model.get_input_embeddings()(torch.tensor([1, 2, 3, 4])))
     assert positions[0, :8].tolist() == list(range(8))
     assert torch.equal(positions[0, 8:40], 8 + selections[1].indices)

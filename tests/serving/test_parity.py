@@ -77,6 +77,7 @@ def test_greedy_tokens_and_first_logprobs_equal_transformers(decoder, position_i
             scorer_hidden_size=32,
             max_position_embeddings=2048,
             position_ids=position_ids,
+            score_input=decoder == "llama",
             seed=3,
         ),
     )

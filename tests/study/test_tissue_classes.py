@@ -6,7 +6,7 @@ import torch
 
 from vllm_wsi.cli.app import main
 from vllm_wsi.errors import EncoderError
-from vllm_wsi.study.study import LEARNED
+from vllm_wsi.study.study import DIVERSE, LEARNED
 from vllm_wsi.study.tissue_classes import (
     ClassStudySettings,
     class_oracle,
@@ -51,7 +51,7 @@ def rows_of(path):
 def test_eight_questions_are_asked_of_each_slide_for_every_policy(out):
     rows = [row for row in rows_of(out / "class_answers.csv") if row["kind"] == "tissue_presence"]
     assert len({row["slide"] for row in rows}) == 4
-    policies = {LEARNED, PROBE, ORACLE, *UNTRAINED, EVERY, BLIND}
+    policies = {LEARNED, DIVERSE, PROBE, ORACLE, *UNTRAINED, EVERY, BLIND}
     assert len(rows) == 4 * 8 * len(policies)
     assert {row["policy"] for row in rows} == policies
     for row in rows:

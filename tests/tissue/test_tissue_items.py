@@ -169,10 +169,11 @@ def test_a_recipe_that_cannot_be_followed_is_told(folder, change, message):
         tissue_items(**recipe(folder, count=1, num_patches=10) | change)
 
 
-@pytest.mark.parametrize("option", [("--fold", "1"), ("--tissue-dir", ".")])
+@pytest.mark.parametrize("option", [("--fold", "1"), ("--tissue-dir", "."), ("--leave-out", "03")])
 def test_options_of_tissue_are_refused_where_no_stage_trains_on_it(tmp_path, capsys, option):
     assert main(["train", "haystack", "--out", str(tmp_path / "run"), *option]) == 1
-    assert "haystack: found no stage on tissue, wanted one" in capsys.readouterr().err
+    kind = "kather" if option[0] == "--leave-out" else "tissue"
+    assert f"haystack: found no stage on {kind}, wanted one beside {option[0]}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

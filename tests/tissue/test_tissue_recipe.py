@@ -8,12 +8,12 @@ from vllm_wsi.errors import SetupError
 from vllm_wsi.model.checkpoint import load_selector
 from vllm_wsi.model.trained_parts import read_trained_parts
 from vllm_wsi.tissue.tissue_generator import TissueSplit, near_whole_slide
-from vllm_wsi.tissue.tissue_recipe import TISSUE_PARTS, TISSUE_RECIPE
+from vllm_wsi.tissue.tissue_recipe import TISSUE_PARTS, TISSUE_RECIPES
 from vllm_wsi.training.settings import load_settings
 
 
 def test_the_last_stage_has_patients_that_neither_scorer_nor_reader_has_seen():
-    *earlier, last = load_settings(TISSUE_RECIPE).all_stages()
+    *earlier, last = load_settings(TISSUE_RECIPES["tissue"]).all_stages()
     assert [stage.name for stage in earlier] == ["reader", "scorer", "reader"]
     assert last.selection == "hard"
     ends = {stage.data.generate["part"][1] for stage in earlier}
@@ -22,21 +22,22 @@ def test_the_last_stage_has_patients_that_neither_scorer_nor_reader_has_seen():
 
 
 def test_its_language_model_is_fetched_and_its_scorer_comes_from_the_run_before():
-    settings = load_settings(TISSUE_RECIPE)
+    settings = load_settings(TISSUE_RECIPES["tissue"])
     assert settings.model.decoder == "smollm2-135m-instruct"
     assert settings.scorer_run is not None
     assert settings.scorer_run.model.new.encoder.startswith("efficientnet-lite0@")
 
 
-def test_it_is_a_command_that_asks_for_the_tissues_folder(tmp_path, capsys):
-    assert main(["train", "tissue", "--out", str(tmp_path / "run")]) == 1
-    assert "tissue: reader: found no data, wanted --tissue-dir" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["tissue", "kather"])
+def test_it_is_a_command_that_asks_for_the_tissues_folder(name, tmp_path, capsys):
+    assert main(["train", name, "--out", str(tmp_path / "run")]) == 1
+    assert f"{name}: reader: found no data, wanted --tissue-dir" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_the_package_holds_what_was_trained_and_says_what_it_is():
     parts = read_trained_parts(TISSUE_PARTS)
-    settings = load_settings(TISSUE_RECIPE)
+    settings = load_settings(TISSUE_RECIPES["tissue"])
     small = settings.scorer_run.model.new
     assert parts.base.name == settings.model.decoder
     assert (parts.config.encoder, parts.config.feature_dim) == (small.encoder, small.feature_dim)

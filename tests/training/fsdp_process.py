@@ -35,6 +35,7 @@ def batch_of(model: SparseLearnModel) -> dict[str, torch.Tensor]:
     labels[:, : N + 4] = -100
     return {
         "features": torch.randn(2, N, D),
+        "num_candidates": torch.tensor([N, N]),
         "patch_mask": torch.ones(2, N, dtype=torch.bool),
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

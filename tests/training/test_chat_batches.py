@@ -15,7 +15,7 @@ from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.questions.items import QuestionError, SlideItem, multiple_choice
 from vllm_wsi.selection.positions import SlideSpan, prompt_positions
-from vllm_wsi.selection.selector import Selection
+from vllm_wsi.selection.selection import Selection
 from vllm_wsi.slides import FeatureFile, features_in_memory, write_features
 from vllm_wsi.study.answering import choose
 from vllm_wsi.training.batches import collate
@@ -264,7 +264,7 @@ def bare(chat: ChatRenderer, n: int, *said: str, budget: int = 1000, **slide) ->
 def training_slide(n: int, longer: int = 0, seed: int = 0) -> TrainingSlide:
     x = torch.randn(n, D, generator=torch.Generator().manual_seed(n + seed))
     indices = torch.randperm(n + longer, generator=torch.Generator().manual_seed(n))[:n].sort().values
-    return TrainingSlide(x, indices, n + longer)
+    return TrainingSlide(x, indices, n + longer, n)
 
 
 def test_prompts_are_padded_on_the_left_and_slides_on_the_right():

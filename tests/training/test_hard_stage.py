@@ -59,7 +59,7 @@ def talk(slide: Slide) -> SlideItem:
 def start(mode: str = "original", scorer: str = "patch"):
     settings = TinySettings(
         feature_dim=D, hidden_size=64, num_slide_tokens=K, scorer_hidden_size=16, scorer_kind=scorer,
-        max_position_embeddings=512, max_slide_positions=60, position_ids=mode,
+        max_position_embeddings=512, max_slide_positions=60, position_ids=mode, score_input=scorer == "patch",
     )  # fmt: skip
     model, tokenizer = new_model(settings)
     return model.eval(), ChatRenderer(tokenizer), tokenizer
@@ -118,6 +118,7 @@ def test_a_slide_is_thinned_only_beyond_max_patches():
     assert not torch.equal(thinned.slides[0].indices, wanted)
     assert len(thinned.slides[0].indices) == K
     assert whole.slides[0].num_patches == thinned.slides[0].num_patches == 300
+    assert (whole.slides[0].num_candidates, thinned.slides[0].num_candidates) == (300, 40)
 
 
 def test_a_slide_is_read_once_unless_its_rows_or_places_are_drawn():

@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def model_with(scorer: str = "patch", gate: str | None = "none") -> SparseLearnModel:
     new = TinySettings(feature_dim=D, hidden_size=64, num_layers=1, num_slide_tokens=K, scorer_kind=scorer,
-                       scorer_hidden_size=16)  # fmt: skip
+                       scorer_hidden_size=16, score_input=scorer == "patch" and gate is None)  # fmt: skip
     model, _ = new_model(new)
     if gate is None:
         return SparseLearnModel(model, None)
@@ -39,6 +39,7 @@ def batch_of(model: SparseLearnModel, features: torch.Tensor, rows: torch.Tensor
     labels = torch.tensor([[IGNORED] * n + [IGNORED, 71]])
     return {
         "features": features,
+        "num_candidates": torch.tensor([n]),
         "patch_mask": torch.ones(1, n, dtype=torch.bool),
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -36,8 +36,9 @@ class SparseWSIConfig(PreTrainedConfig):
         max_patches: longest slide that is served; a longer one is refused.
         scorer: {"kind": "patch", "hidden_size": h}, where h = 0 is the plain linear scorer; or {"kind": "context",
             "hidden_size": w, "num_layers": 2, "num_heads": w // 64}, Transformer blocks over the whole slide.
-        projector: {"hidden_size": m, "input_norm": True} of normalise, Linear(d, m), GELU, Linear(m, decoder);
-            m is the decoder's hidden size unless given.
+        projector: {"hidden_size": m, "input_norm": True, "score_input": False} of normalise, Linear(d, m), GELU,
+            Linear(m, decoder); m is the decoder's hidden size unless given. With `score_input` the GELU also sees each
+            patch's score and how many patches its slide has; that takes a scorer of kind "patch".
         position_ids: "original" (a kept patch keeps its place among the N, as in the SparseLearn paper) or
             "packed" (kept patches are counted like text).
         max_slide_positions: RoPE positions that the slides of one prompt may take together in "original" mode;
@@ -102,9 +103,15 @@ class SparseWSIConfig(PreTrainedConfig):
         self.num_slide_tokens = num_slide_tokens
         self.max_patches = max_patches
         self.scorer: dict[str, Any] = {"kind": "patch", "hidden_size": 256} | (scorer or {})
-        self.projector: dict[str, Any] = {"hidden_size": text_config.hidden_size, "input_norm": True} | (
-            projector or {}
-        )
+        self.projector: dict[str, Any] = {
+            "hidden_size": text_config.hidden_size,
+            "input_norm": True,
+            "score_input": False,
+        } | (projector or {})
+        if self.projector["score_input"] and self.scorer["kind"] != "patch":
+            raise CheckpointError(
+                f"projector: score_input: found a scorer of kind {self.scorer['kind']!r}, wanted 'patch'"
+            )
         self.position_ids = position_ids
         self.max_slide_positions = max_slide_positions
         self.slide_token_id = slide_token_id

@@ -14,13 +14,18 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vllm_wsi.selection.scorer import build_scorer
-from vllm_wsi.selection.selector import Selection, SlideSelector, frozen_scorer
+from vllm_wsi.selection.selection import Selection
+from vllm_wsi.selection.selector import SlideSelector, frozen_scorer
 from vllm_wsi.slides.encoder_names import Mismatch
 
 from .config import FP32_PARTS, SparseWSIConfig
 from .prompt_layout import PatchRows, lay_out, repeated
 
 PromptIds: TypeAlias = Tensor | NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
+
+
+SCORE_SCALE, LENGTH_SCALE = 10.0, 10.0
+"""What scores, and natural logarithms of how many there are, are divided by before the projector reads them."""
 
 
 class SlideProjector(nn.Module):
@@ -32,29 +37,54 @@ class SlideProjector(nn.Module):
         decoder_size: of the decoder's embeddings.
         input_norm: whether each patch is brought to mean 0 and variance 1 first. The noise gate of the training
             path (`training/sparselearn.py`) needs that, and stands between the two steps.
+        score_input: whether each token also says how its patch scored, and how many patches of the slide were scored.
+            The 32 best of many patches score higher than the 32 best of few, whatever the slide shows.
     """
 
-    def __init__(self, feature_dim: int, hidden_size: int, decoder_size: int, input_norm: bool = True) -> None:
+    def __init__(
+        self, feature_dim: int, hidden_size: int, decoder_size: int, input_norm: bool = True, score_input: bool = False
+    ) -> None:
         super().__init__()
-        self.input_norm = input_norm
+        self.input_norm, self.score_input = input_norm, score_input
         self.linear_1 = nn.Linear(feature_dim, hidden_size)
+        if score_input:
+            self.linear_score = nn.Linear(2, hidden_size, bias=False)
         self.linear_2 = nn.Linear(hidden_size, decoder_size)
 
     @classmethod
     def from_config(cls, config: SparseWSIConfig) -> SlideProjector:
         settings = config.projector
-        return cls(config.feature_dim, settings["hidden_size"], config.text_config.hidden_size, settings["input_norm"])
+        return cls(
+            config.feature_dim,
+            settings["hidden_size"],
+            config.text_config.hidden_size,
+            settings["input_norm"],
+            settings["score_input"],
+        )
 
     def normalise(self, features: Tensor) -> Tensor:
         """fp32 [..., d] of features [..., d] of any floating dtype."""
         return F.layer_norm(features.float(), features.shape[-1:]) if self.input_norm else features.float()
 
-    def project(self, normalised: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(normalised.to(self.linear_1.weight.dtype))))
+    def project(self, normalised: Tensor, scores: Tensor, num_candidates: Tensor) -> Tensor:
+        """Embeddings [..., decoder].
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Embeddings [..., decoder] of features [..., d]."""
-        return self.project(self.normalise(features.to(self.linear_1.weight.device)))
+        Args:
+            normalised: [..., d], of `normalise`.
+            scores: [...], the scorer's.
+            num_candidates: int64, the patches of its slide that were scored, of a shape that broadcasts to that of
+                `scores`.
+        """
+        hidden = self.linear_1(normalised.to(self.linear_1.weight.dtype))
+        if self.score_input:
+            lengths = num_candidates.to(scores.device).log().expand_as(scores)
+            hidden = hidden + self.linear_score(torch.stack((scores / SCORE_SCALE, lengths / LENGTH_SCALE), dim=-1))
+        return self.linear_2(F.gelu(hidden))
+
+    def forward(self, features: Tensor, scores: Tensor, num_candidates: Tensor) -> Tensor:
+        """Embeddings [..., decoder] of features [..., d]; the rest as for `project`."""
+        device = self.linear_1.weight.device
+        return self.project(self.normalise(features.to(device)), scores.to(device), num_candidates)
 
 
 class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -124,10 +154,17 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids = repeated(ids, layout.repeats).to(input_ids.device)
         embeddings = self.get_input_embeddings()(ids)
         if selections:
-            patches = torch.cat([self.projector(one.features) for one in selections])
+            patches = torch.cat([self._slide_tokens(one) for one in selections])
             is_patch = (ids == config.slide_token_id)[:, None]
             embeddings = embeddings.masked_scatter(is_patch, patches.to(embeddings.dtype))
         return embeddings[None], layout.positions[None].to(self.device)
+
+    def _slide_tokens(self, chosen: Selection) -> Tensor:
+        """Embeddings [k, hidden], with this model's own scores where the projector reads scores, whoever chose."""
+        scores = chosen.scores
+        if self.projector.score_input:
+            scores = self.scorer(chosen.features.to(self.device)).detach()
+        return self.projector(chosen.features, scores, torch.tensor(chosen.num_candidates))
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.files import write_atomically
-from vllm_wsi.selection.selector import NOTHING_SAID, Selection
+from vllm_wsi.selection.selection import NOTHING_SAID, Selection
 from vllm_wsi.slides.places import Said, origin, refuse_guesses, with_image_mpp
 from vllm_wsi.slides.regions import extent
 

@@ -22,7 +22,7 @@ from vllm_wsi.slides import FeatureFile
 from .chunk_reader import read_tensor_rows
 from .evenly_spaced import evenly_spaced
 from .patch_matrix import Patches, finite_patches, where
-from .selector import Selection
+from .selection import Selection
 
 BLOCK_ROWS = 4096
 KMEANS_BATCH_ROWS = 4096

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import NamedTuple, TypeAlias
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_wsi.errors import SettingsError, SetupError, SlideError
 from vllm_wsi.kernels import ScoredTopK, ScorerWeights, block_rows, map_blocks, score_topk, select_topk
+from vllm_wsi.kernels.reference import apply_scorer
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import EncoderCheck, EncoderMatch
-from vllm_wsi.slides.feature_file import CoordUnit, Source
-from vllm_wsi.slides.places import PatchSize, Said, guesses, patch_size, settle
-from vllm_wsi.slides.regions import Level0Rects, level0_rects
-from vllm_wsi.slides.units import Unit
 
 from .chunk_reader import ChunkStager, read_tensor_rows
 from .scorer import ContextScorer, PatchScorer
+from .selection import Selection
 
 FrozenScorer: TypeAlias = ScorerWeights | ContextScorer
 """A scorer without gradients, as a selector runs it."""
@@ -33,108 +29,6 @@ def frozen_scorer(scorer: PatchScorer | ContextScorer) -> FrozenScorer:
     if isinstance(scorer, PatchScorer):
         return scorer.weights().map(lambda one: one.detach().clone())
     return copy.deepcopy(scorer).float().eval().requires_grad_(False)
-
-
-NOTHING_SAID = Said()
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The patches of one slide that the decoder sees, in ascending order of their rows. On the CPU."""
-
-    indices: Tensor  # int64 [k], k = min(K, patches with a finite score)
-    scores: Tensor  # fp32 [k]
-    features: Tensor  # [k, d], the file's dtype
-    num_patches: int  # N
-    num_nonfinite: int  # patches whose score was NaN or infinite: never kept
-    read_seconds: float = 0.0
-    score_seconds: float = 0.0  # upload, scoring and Top-K, less what ran while the next chunk was read
-    coords: NDArray | None = None  # [k, 2] top-left corners in coord_unit
-    coord_unit: CoordUnit | None = None  # None: there are no places, or nothing tells their unit
-    unit_source: Source | None = None
-    patch_size: PatchSize | None = None  # edge of a patch; None: not known
-    metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
-    all_scores: Tensor | None = None  # fp32 [N] of all patches, the dropped ones too; where it was asked for
-    all_coords: NDArray | None = None  # [N, 2], beside `all_scores`
-    encoder_match: EncoderMatch | None = None  # with the checkpoint's encoder; None: no checkpoint selected
-
-    @classmethod
-    def of(
-        cls,
-        slide: FeatureFile,
-        indices: Tensor,
-        scores: Tensor,
-        features: Tensor,
-        all_scores: Tensor | None = None,
-        **counts: Any,
-    ) -> Selection:
-        """A selection with what the slide's file says of the kept patches; `counts`: num_nonfinite, the seconds,
-        encoder_match."""
-        coords, unit = slide.read_coords(), slide.coord_unit
-        return cls(
-            indices=indices,
-            scores=scores,
-            features=features,
-            num_patches=slide.num_patches,
-            coords=None if coords is None else coords[indices.numpy()],
-            coord_unit=unit,
-            unit_source=slide.unit_source,
-            patch_size=None if coords is None else patch_size(slide.metadata, coords, unit, slide.name),
-            metadata=slide.metadata,
-            all_scores=all_scores,
-            all_coords=None if all_scores is None else coords,
-            **counts,
-        )
-
-    def settle(self, name: str, said: Said = NOTHING_SAID) -> tuple[Unit | None, PatchSize | None]:
-        """Unit of the coordinates and size of a patch, by the file and the user together. Raises SlideError."""
-        return settle(name, self.coord_unit, self.unit_source, self.patch_size, said)
-
-    def guesses(self, name: str, said: Said = NOTHING_SAID) -> list[str]:
-        """What of the patches' places is only guessed, in words; [] where nothing is, or the user accepts it."""
-        return [] if said.accept_guess or self.coords is None else guesses(*self.settle(name, said))
-
-    def rects(self, name: str, said: Said = NOTHING_SAID) -> Level0Rects:
-        """Level-0 rectangles of the kept patches, in their order.
-
-        Args:
-            name: names the slide in errors.
-            said: by the user; mpp is needed where the file speaks of microns and says none.
-
-        Raises:
-            SlideError: neither says where the patches lie, or how large they are, or they contradict each other.
-        """
-        return self._rects(name, self.coords, said)
-
-    def all_rects(self, name: str, said: Said = NOTHING_SAID) -> Level0Rects:
-        """The same of all N patches; for a selection that was asked to keep them."""
-        assert self.all_scores is not None
-        return self._rects(name, self.all_coords, said)
-
-    def _rects(self, name: str, coords: NDArray | None, said: Said) -> Level0Rects:
-        unit, size = self.settle(name, said)
-        return level0_rects(name, coords, None if unit is None else unit.unit, size, self.metadata, said.mpp)
-
-    def record(self, name: str = "slide", said: Said = NOTHING_SAID) -> dict[str, Any]:
-        """The selection as plain JSON values; unit and size each with their source, the user's word among them.
-
-        Raises:
-            SlideError: the file contradicts the user.
-        """
-        unit, size = self.settle(name, said)
-        return {
-            "num_patches": self.num_patches,
-            "num_selected": len(self.indices),
-            "num_nonfinite": self.num_nonfinite,
-            "indices": self.indices.tolist(),
-            "scores": self.scores.tolist(),
-            "coords": None if self.coords is None else self.coords.tolist(),
-            "coord_unit": None if unit is None or self.coords is None else unit.unit,
-            "coord_unit_source": None if unit is None or self.coords is None else unit.source,
-            "patch_size": None if size is None else size._asdict(),
-            "metadata": dict(self.metadata),
-            "encoder_match": None if self.encoder_match is None else self.encoder_match._asdict(),
-        }
 
 
 class SlideSelector:
@@ -213,6 +107,22 @@ class SlideSelector:
             score_seconds=seconds - stager.read_seconds,
         )
 
+    @torch.no_grad()
+    def rescored(self, chosen: Selection) -> Selection:
+        """A selection that something else made, with this scorer's scores of its patches. Left as it is where no patch
+        can be scored by itself (`ContextScorer`).
+
+        Raises:
+            SlideError: a patch has no finite score.
+        """
+        _, scorer = self._start_device()
+        if isinstance(scorer, ContextScorer):
+            return chosen
+        scores = apply_scorer(chosen.features.to(self._device), scorer).cpu()
+        if not bool(torch.isfinite(scores).all()):
+            raise SlideError("Selection: features: found a patch without a finite score, wanted none")
+        return replace(chosen, scores=scores)
+
     def _check(self, slide: FeatureFile) -> EncoderMatch:
         where = f"{slide.name}: {slide.key or 'features'}: found"
         if slide.feature_dim != self.feature_dim:
@@ -283,16 +193,22 @@ def _select_in_context(
     return _Kept(indices, best, read_tensor_rows(slide, indices)), int((~torch.isfinite(scores)).sum())
 
 
-@torch.no_grad()
-def best_rows(features: Tensor, scorer: FrozenScorer, k: int) -> Tensor:
-    """int64 [m], ascending: the rows that `SlideSelector` keeps of a slide whose features [n, d] are in memory.
+class BestRows(NamedTuple):
+    """What `SlideSelector` keeps of a slide whose features are in memory."""
 
-    m = min(k, patches with a finite score), and may be 0.
-    """
+    rows: Tensor  # int64 [m], ascending; m = min(k, num_candidates), and may be 0
+    num_candidates: int  # patches with a finite score
+
+
+@torch.no_grad()
+def best_rows(features: Tensor, scorer: FrozenScorer, k: int) -> BestRows:
+    """The best k of features [n, d]."""
     if isinstance(scorer, ContextScorer):
         tokens = torch.empty(len(features), scorer.hidden_size, device=features.device)
         map_blocks(features, 0, scorer.embed, tokens, block_rows(max(scorer.feature_dim, scorer.hidden_size)))
-        indices = select_topk(scorer.score_tokens(tokens), k).indices[0]
+        scores = scorer.score_tokens(tokens)
+        indices = select_topk(scores, k).indices[0]
     else:
-        indices = score_topk(features, scorer, k).indices[0]
-    return indices[indices >= 0]
+        selected = score_topk(features, scorer, k)
+        scores, indices = selected.all_scores, selected.indices[0]
+    return BestRows(indices[indices >= 0], int(torch.isfinite(scores).sum()))

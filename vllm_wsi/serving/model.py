@@ -80,8 +80,11 @@ class SparseWSIForConditionalGeneration(
             return []
         device = self.projector.linear_1.weight.device
         sizes = [len(slide) for slide in rows]
-        flat = torch.cat([slide.to(device, torch.float32) for slide in rows])
-        return self.projector(flat).to(self._dtype).split(sizes)
+        flat, scores = (
+            torch.cat([slide.to(device, torch.float32) for slide in slides]) for slides in (rows, kwargs["scores"])
+        )
+        num_candidates = torch.as_tensor(kwargs["num_candidates"]).repeat_interleave(torch.tensor(sizes))
+        return self.projector(flat, scores, num_candidates).to(self._dtype).split(sizes)
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]

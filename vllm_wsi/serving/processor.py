@@ -29,7 +29,8 @@ from vllm.multimodal.processing import (
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.checkpoint import load_scorer
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
-from vllm_wsi.selection.selector import FrozenScorer, Selection, SlideSelector
+from vllm_wsi.selection.selection import Selection
+from vllm_wsi.selection.selector import FrozenScorer, SlideSelector
 
 from . import vllm_hooks
 from .prompt_guard import check_slide_tokens
@@ -147,7 +148,9 @@ class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingIn
         return BatchFeature(
             {
                 "rows": [slide.selection.features for slide in slides],
+                "scores": [slide.selection.scores for slide in slides],
                 "kept": [slide.selection.indices for slide in slides],
+                "num_candidates": torch.tensor([slide.selection.num_candidates for slide in slides]),
                 "num_patches": torch.tensor([slide.selection.num_patches for slide in slides]),
             }
         )
@@ -157,7 +160,9 @@ class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingIn
     ) -> Mapping[str, MultiModalFieldConfig]:
         return {
             "rows": MultiModalFieldConfig.batched(MODALITY),
+            "scores": MultiModalFieldConfig.batched(MODALITY),
             "kept": MultiModalFieldConfig.batched(MODALITY, keep_on_cpu=True),
+            "num_candidates": MultiModalFieldConfig.batched(MODALITY, keep_on_cpu=True),
             "num_patches": MultiModalFieldConfig.batched(MODALITY, keep_on_cpu=True),
             "image_embeds": MultiModalFieldConfig.batched(MODALITY),  # feature matrices that a client sends by value
         }

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from vllm.logger import init_logger
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.selection.selector import FrozenScorer, Selection, SlideSelector
+from vllm_wsi.selection.selection import Selection
+from vllm_wsi.selection.selector import FrozenScorer, SlideSelector
 from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
 from vllm_wsi.slides.feature_file import RowSource, shown
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm.multimodal.parse import ModalityDataItems, MultiModalDataParser, ProcessorBatchItems
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.selection.selector import Selection
+from vllm_wsi.selection.selection import Selection
 from vllm_wsi.slides import FeatureFile, SlideIdentity, features_in_memory
 from vllm_wsi.slides.feature_file import FLOAT_DTYPES
 
@@ -67,7 +67,9 @@ class SlideParser(MultiModalDataParser):
         service = self._service
         check_selection(chosen, service.selector.feature_dim, service.max_slide_tokens)
         service.selector.encoder("Selection", chosen.metadata)
-        digest = hashlib.blake2b(f"{chosen.num_patches}{chosen.features.dtype}".encode(), digest_size=20)
+        chosen = service.selector.rescored(chosen)
+        facts = f"{chosen.num_patches} {chosen.num_candidates} {chosen.features.dtype}"
+        digest = hashlib.blake2b(facts.encode(), digest_size=20)
         for tensor in (chosen.indices, chosen.features):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return SelectedSlide(chosen, f"selection:{digest.hexdigest()}", service.scorer, service.default_k, None)

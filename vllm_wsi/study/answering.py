@@ -11,7 +11,7 @@ from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.model.prompt_layout import pad_left
 from vllm_wsi.questions.items import SlideItem
-from vllm_wsi.selection.selector import Selection
+from vllm_wsi.selection.selection import Selection
 
 BATCH = 32
 """Questions that the model answers at once."""

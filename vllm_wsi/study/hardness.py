@@ -18,8 +18,8 @@ from vllm_wsi.haystack.generator import HaystackWorld
 from vllm_wsi.haystack.recipe import groups_of_length
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.baselines import OraclePolicy, Selector, UniformPolicy
+from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selection_measures import key_patch_recall
-from vllm_wsi.selection.selector import Selection
 from vllm_wsi.stats import mean_interval, proportion_interval
 
 from .answering import choose

@@ -15,8 +15,8 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem
 from vllm_wsi.selection.baselines import OraclePolicy, Selector
 from vllm_wsi.selection.patch_matrix import finite_patches
+from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selection_measures import key_patch_recall, redundancy
-from vllm_wsi.selection.selector import Selection
 
 from .answering import choose
 

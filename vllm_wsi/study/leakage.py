@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
-from vllm_wsi.selection.selector import Selection
+from vllm_wsi.selection.selection import Selection
 from vllm_wsi.training.dataset import SlideDataset, TrainingSlide
 from vllm_wsi.training.sparselearn import SparseLearn
 

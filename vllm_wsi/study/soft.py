@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SlideItem
-from vllm_wsi.selection.selector import Selection
+from vllm_wsi.selection.selection import Selection
 from vllm_wsi.training.batches import collate
 from vllm_wsi.training.dataset import SlideDataset
 from vllm_wsi.training.model import SparseLearnModel

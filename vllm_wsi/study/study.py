@@ -17,7 +17,8 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.baselines import Selector, make_policy
 from vllm_wsi.selection.scorer import PatchScorer
-from vllm_wsi.selection.selector import Selection, frozen_scorer
+from vllm_wsi.selection.selection import Selection
+from vllm_wsi.selection.selector import frozen_scorer
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import Mismatch
 from vllm_wsi.stats import Interval, holm, mean_interval, paired_interval, paired_p
@@ -31,6 +32,9 @@ from .table_numbers import rounded, significant
 
 LEARNED = "learned"
 """The policy that keeps the K patches with the highest scores of the checkpoint's scorer."""
+
+DIVERSE = "mmr of learned"
+"""The same scores, but a patch counts for less the more it resembles one that is kept already (MMR)."""
 
 POLICY_NAMES = ("random", "uniform", "k-means", "farthest-point", "top-norm", "mmr")
 """Policies without training that are compared with the learned one; "oracle" joins them where key patches are known."""
@@ -51,6 +55,13 @@ class FixedK:
 
     def select(self, slide: FeatureFile, k: int | None = None) -> Selection:
         return self.policy.select(slide, self.k)
+
+
+def made_diverse(model: SparseWSIForConditionalGeneration, k: int) -> dict[str, Selector]:
+    """`DIVERSE` alone; nothing where the scorer does not score single patches."""
+    if not isinstance(model.scorer, PatchScorer):
+        return {}
+    return {DIVERSE: make_policy("mmr", k, scorer=frozen_scorer(model.scorer), relevance_weight=0.7)}
 
 
 class Study:
@@ -98,10 +109,7 @@ class Study:
         """The learned scorer, the policies without training, and MMR with the learned scores."""
         found: dict[str, Selector] = {LEARNED: self.model.selector(self.encoder_mismatch)}
         found |= {name: make_policy(name, self.k, self.seed) for name in POLICY_NAMES}
-        if isinstance(self.model.scorer, PatchScorer):
-            weights = frozen_scorer(self.model.scorer)
-            found["mmr of learned"] = make_policy("mmr", self.k, scorer=weights, relevance_weight=0.7)
-        return found
+        return found | made_diverse(self.model, self.k)
 
     def policy_rows(self) -> list[dict[str, Any]]:
         """Accuracy of every policy at the same K, in both position modes, and of answers without a slide.

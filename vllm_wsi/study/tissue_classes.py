@@ -30,7 +30,7 @@ from vllm_wsi.tissue.pooled_slides import PatchPool
 from vllm_wsi.tissue.tissue_patches import tissue_archive
 
 from .origin import write_origin
-from .study import LEARNED
+from .study import LEARNED, made_diverse
 from .tissue_answering import Asked, scored, write_answers
 from .tissue_study import BLIND, EVERY, ORACLE, PROBE, UNTRAINED
 from .tissue_tables import named, with_holm
@@ -144,7 +144,7 @@ def _answer_all(settings: ClassStudySettings) -> list[Row]:
     for number in range(settings.seed * 10_000, settings.seed * 10_000 + settings.count):
         slide = KatherSlide(test, min(settings.num_patches, len(test.rows)), number)
         policies: dict[str, Selector] = {LEARNED: learned, PROBE: probe, ORACLE: class_oracle(slide.tissues, k)}
-        policies |= {name: make_policy(name, k, settings.seed) for name in UNTRAINED}
+        policies |= made_diverse(model, k) | {name: make_policy(name, k, settings.seed) for name in UNTRAINED}
         policies[EVERY] = UniformPolicy(slide.num_patches)
         with slide.open() as opened:
             chosen = {

@@ -16,8 +16,8 @@ from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.checkpoint import loading
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.baselines import OraclePolicy, Selector, UniformPolicy, make_policy
+from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selection_measures import key_patch_recall
-from vllm_wsi.selection.selector import Selection
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.tissue.pooled_slides import PooledSlide, TumourSlide, natural_slides
 from vllm_wsi.tissue.tissue_generator import near_whole_slide, tissue_pool

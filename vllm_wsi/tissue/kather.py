@@ -158,6 +158,11 @@ def _stem(stems: tuple[str, ...], rng: np.random.Generator, unseen_wording: bool
     return stems[-1] if unseen_wording else stems[rng.integers(len(stems) - 1)]
 
 
+def kather_encoder(leave_out: str) -> str:
+    """What the features are named after, since their scale is that of the slides that training sees."""
+    return f"kather2016-texture@84-without-{leave_out}"
+
+
 def kather_pool(folder: str | Path, leave_out: str, side: Side = "train") -> PatchPool:
     """The tiles of one slide (`test`), or of all others (`train`), standardised by those of the others.
 
@@ -185,7 +190,7 @@ def kather_pool(folder: str | Path, leave_out: str, side: Side = "train") -> Pat
     standard = (x - seen.mean(axis=0)) / np.where(spread > 0, spread, 1)
     return PatchPool(
         f"kather-{leave_out}-{side}",
-        f"kather2016-texture@84-without-{leave_out}",
+        kather_encoder(leave_out),
         (np.clip(standard, -1e4, 1e4).astype(np.float16),),
         y,
         slides,

@@ -18,8 +18,9 @@ def collate(items: Sequence[TrainingItem], slide_token_id: int, pad_token_id: in
     """One batch for `SparseLearnModel`; S slides in all, T tokens in the longest sequence.
 
     Returns:
-        features fp32 [S, n, d] and patch_mask bool [S, n], padded on the right; input_ids, attention_mask,
-        position_ids and labels int64 [B, T], with one slide token for each patch, padded on the left. Where an item has
+        features fp32 [S, n, d] and patch_mask bool [S, n], padded on the right; num_candidates int64 [S], of
+        `TrainingSlide`; input_ids, attention_mask, position_ids and labels int64 [B, T], with one slide token for each
+        patch, padded on the left. Where an item has
         siblings, sequences are laid out as `shared_prefix` says, and branches int64 [B, Tb] numbers the conversations
         of the last Tb tokens from 1; 0 is padding.
 
@@ -40,7 +41,8 @@ def collate(items: Sequence[TrainingItem], slide_token_id: int, pad_token_id: in
         tokens = _padded(
             [_prompt(item, chat, slide_token_id) for item, chat in zip(items, chats, strict=True)], pad_token_id
         )
-    return {"features": features, "patch_mask": patch_mask} | tokens
+    num_candidates = torch.tensor([slide.num_candidates for slide in slides])
+    return {"features": features, "num_candidates": num_candidates, "patch_mask": patch_mask} | tokens
 
 
 class _Prompt(NamedTuple):

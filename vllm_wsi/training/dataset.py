@@ -36,6 +36,7 @@ class TrainingSlide(NamedTuple):
     features: Tensor  # [n, d], the file's dtype
     indices: Tensor  # int64 [n], ascending: their rows among the N
     num_patches: int  # N
+    num_candidates: int  # with a finite score, that these were chosen from; n where nothing was chosen
 
 
 class TrainingItem(NamedTuple):
@@ -209,4 +210,4 @@ class SlideDataset(Dataset):
         if n < self.stretch_positions:
             n = int(math.exp(rng.uniform(math.log(n), math.log(self.stretch_positions))))
             indices = torch.from_numpy(np.sort(rng.choice(n, len(indices), replace=False)))
-        return TrainingSlide(features, indices, n)
+        return TrainingSlide(features, indices, n, len(features))

@@ -43,10 +43,10 @@ class HardSelection:
         if (kept := self._kept.get(source)) is not None:
             return kept
         slide = read()
-        rows = best_rows(slide.features, self._scorer, self._num_slide_tokens)
+        rows, num_candidates = best_rows(slide.features, self._scorer, self._num_slide_tokens)
         if not len(rows):
             raise SlideError(f"{source.name}: features: found no patch with a finite score, wanted at least one")
-        kept = TrainingSlide(slide.features[rows], slide.indices[rows], slide.num_patches)
+        kept = TrainingSlide(slide.features[rows], slide.indices[rows], slide.num_patches, num_candidates)
         if slide.num_patches <= longest and _num_bytes(kept) <= CACHE_BYTES:
             self._kept[source] = kept
         return kept

@@ -44,9 +44,11 @@ class SparseLearnModel(nn.Module):
         """Of the decoder, where the memory goes; for `trainer: {gradient_checkpointing: true}`."""
         self.model.language_model.gradient_checkpointing_enable(**options)
 
+    # Many parameters: a batch is handed over by the names of its tensors.
     def forward(
         self,
         features: Tensor,
+        num_candidates: Tensor,
         patch_mask: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -60,7 +62,7 @@ class SparseLearnModel(nn.Module):
         Shapes as `batches.collate` makes them.
         """
         logits, wanted = self.tail_logits(
-            features, patch_mask, input_ids, attention_mask, position_ids, labels, branches
+            features, num_candidates, patch_mask, input_ids, attention_mask, position_ids, labels, branches
         )
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
         count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
@@ -69,6 +71,7 @@ class SparseLearnModel(nn.Module):
     def tail_logits(
         self,
         features: Tensor,
+        num_candidates: Tensor,
         patch_mask: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -98,13 +101,14 @@ class SparseLearnModel(nn.Module):
             scores, scored = score_slides(model.scorer, features, patch_mask)
         if not torch.equal(scored, patch_mask):
             refuse_unscored(scored)
+            num_candidates = num_candidates - (patch_mask & ~scored).sum(dim=-1)
             features = features.masked_fill(~scored[..., None], 0)
             attention_mask = attention_mask.masked_scatter(places, scored[patch_mask].to(attention_mask.dtype))
         patches = model.projector.normalise(features)
         if self.sparselearn is not None:
             patches, alpha = self.sparselearn(patches, scores, scored)
             self.last_alpha = alpha.detach()
-        tokens = model.projector.project(patches)
+        tokens = model.projector.project(patches, scores, num_candidates[:, None])
         embeddings = model.get_input_embeddings()(input_ids)
         embeddings = embeddings.masked_scatter(places[..., None], tokens[patch_mask].to(embeddings.dtype))
         tail = labels.shape[1] - int((labels != IGNORED).any(dim=0).int().argmax())

@@ -118,6 +118,11 @@ def _checked_datasets(
     problems: list[str] = []
     memory = SlideMemory(output / REMEMBERED_SLIDES)
     for stage in settings.stages:
+        if stage.sparselearn is not None and config.projector["score_input"]:
+            raise SettingsError(
+                f"stages: {stage.name}: found sparselearn beside projector: score_input, wanted a stage without it: "
+                "the decoder would read the scores, and the scorer learn nothing from its answers (scorer_run)"
+            )
         if stage.sparselearn is not None and stage.sparselearn.num_slide_tokens != config.num_slide_tokens:
             found, wanted = stage.sparselearn.num_slide_tokens, config.num_slide_tokens
             raise SettingsError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.selection.selector import NOTHING_SAID
+from vllm_wsi.selection.selection import NOTHING_SAID
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.places import guesses, patch_size, settle
 from vllm_wsi.slides.regions import extent, level0_rects, said_size

@@ -1,0 +1,123 @@
+"""Selection: the kept patches of one slide, and where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_wsi.slides import FeatureFile
+from vllm_wsi.slides.encoder_names import EncoderMatch
+from vllm_wsi.slides.feature_file import CoordUnit, Source
+from vllm_wsi.slides.places import PatchSize, Said, guesses, patch_size, settle
+from vllm_wsi.slides.regions import Level0Rects, level0_rects
+from vllm_wsi.slides.units import Unit
+
+NOTHING_SAID = Said()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The patches of one slide that the decoder sees, in ascending order of their rows. On the CPU."""
+
+    indices: Tensor  # int64 [k], k = min(K, patches with a finite score)
+    scores: Tensor  # fp32 [k]
+    features: Tensor  # [k, d], the file's dtype
+    num_patches: int  # N
+    num_nonfinite: int  # patches whose score was NaN or infinite: never kept
+    read_seconds: float = 0.0
+    score_seconds: float = 0.0  # upload, scoring and Top-K, less what ran while the next chunk was read
+    coords: NDArray | None = None  # [k, 2] top-left corners in coord_unit
+    coord_unit: CoordUnit | None = None  # None: there are no places, or nothing tells their unit
+    unit_source: Source | None = None
+    patch_size: PatchSize | None = None  # edge of a patch; None: not known
+    metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
+    all_scores: Tensor | None = None  # fp32 [N] of all patches, the dropped ones too; where it was asked for
+    all_coords: NDArray | None = None  # [N, 2], beside `all_scores`
+    encoder_match: EncoderMatch | None = None  # with the checkpoint's encoder; None: no checkpoint selected
+
+    @property
+    def num_candidates(self) -> int:
+        """Patches with a finite score, which the kept ones were chosen from."""
+        return self.num_patches - self.num_nonfinite
+
+    @classmethod
+    def of(
+        cls,
+        slide: FeatureFile,
+        indices: Tensor,
+        scores: Tensor,
+        features: Tensor,
+        all_scores: Tensor | None = None,
+        **counts: Any,
+    ) -> Selection:
+        """A selection with what the slide's file says of the kept patches; `counts`: num_nonfinite, the seconds,
+        encoder_match."""
+        coords, unit = slide.read_coords(), slide.coord_unit
+        return cls(
+            indices=indices,
+            scores=scores,
+            features=features,
+            num_patches=slide.num_patches,
+            coords=None if coords is None else coords[indices.numpy()],
+            coord_unit=unit,
+            unit_source=slide.unit_source,
+            patch_size=None if coords is None else patch_size(slide.metadata, coords, unit, slide.name),
+            metadata=slide.metadata,
+            all_scores=all_scores,
+            all_coords=None if all_scores is None else coords,
+            **counts,
+        )
+
+    def settle(self, name: str, said: Said = NOTHING_SAID) -> tuple[Unit | None, PatchSize | None]:
+        """Unit of the coordinates and size of a patch, by the file and the user together. Raises SlideError."""
+        return settle(name, self.coord_unit, self.unit_source, self.patch_size, said)
+
+    def guesses(self, name: str, said: Said = NOTHING_SAID) -> list[str]:
+        """What of the patches' places is only guessed, in words; [] where nothing is, or the user accepts it."""
+        return [] if said.accept_guess or self.coords is None else guesses(*self.settle(name, said))
+
+    def rects(self, name: str, said: Said = NOTHING_SAID) -> Level0Rects:
+        """Level-0 rectangles of the kept patches, in their order.
+
+        Args:
+            name: names the slide in errors.
+            said: by the user; mpp is needed where the file speaks of microns and says none.
+
+        Raises:
+            SlideError: neither says where the patches lie, or how large they are, or they contradict each other.
+        """
+        return self._rects(name, self.coords, said)
+
+    def all_rects(self, name: str, said: Said = NOTHING_SAID) -> Level0Rects:
+        """The same of all N patches; for a selection that was asked to keep them."""
+        assert self.all_scores is not None
+        return self._rects(name, self.all_coords, said)
+
+    def _rects(self, name: str, coords: NDArray | None, said: Said) -> Level0Rects:
+        unit, size = self.settle(name, said)
+        return level0_rects(name, coords, None if unit is None else unit.unit, size, self.metadata, said.mpp)
+
+    def record(self, name: str = "slide", said: Said = NOTHING_SAID) -> dict[str, Any]:
+        """The selection as plain JSON values; unit and size each with their source, the user's word among them.
+
+        Raises:
+            SlideError: the file contradicts the user.
+        """
+        unit, size = self.settle(name, said)
+        return {
+            "num_patches": self.num_patches,
+            "num_selected": len(self.indices),
+            "num_nonfinite": self.num_nonfinite,
+            "indices": self.indices.tolist(),
+            "scores": self.scores.tolist(),
+            "coords": None if self.coords is None else self.coords.tolist(),
+            "coord_unit": None if unit is None or self.coords is None else unit.unit,
+            "coord_unit_source": None if unit is None or self.coords is None else unit.source,
+            "patch_size": None if size is None else size._asdict(),
+            "metadata": dict(self.metadata),
+            "encoder_match": None if self.encoder_match is None else self.encoder_match._asdict(),
+        }
