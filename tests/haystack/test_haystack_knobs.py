@@ -82,6 +82,15 @@ def test_slides_without_evidence_are_answered_none_and_each_letter_is_as_likely(
     assert all(150 < none_letters[letter] < 250 for letter in LETTERS)
 
 
+@pytest.mark.parametrize(("none_share", "least", "most"), [(0.0, 0, 0), (0.5, 150, 250), (1.0, 400, 400)])
+def test_none_is_offered_about_a_finding_as_often_as_asked_and_always_about_an_empty_slide(none_share, least, most):
+    for empty_share in (1e-9, 1.0):
+        items = HaystackWorld(empty_share=empty_share, none_share=none_share).items("train", 400, 60)
+        assert all(len(item.options) == len(LETTERS) for item in items)
+        offered = sum(NONE in item.options.values() for item in items)
+        assert offered == 400 if empty_share == 1 else least <= offered <= most
+
+
 def test_an_empty_slide_is_the_slide_that_it_would_be_but_for_its_evidence():
     full, empty = HaystackWorld().slide("test", 1, 500), HaystackWorld(empty_share=1.0).slide("test", 1, 500)
     assert empty.findings == ()

@@ -58,8 +58,9 @@ class HaystackWorld:
             findings in the order of `FINDINGS`.
         num_findings: least and most findings of a slide, 1 to 3. A question of choice asks about one of them and offers
             none of the others.
-        empty_share: share of slides without a finding. Where it is above 0, "none" is among the options of every
-            question of choice.
+        empty_share: share of slides without a finding. Where it is above 0, "none" is among the options of a question
+            of choice: always about an empty slide, and as often as `none_share` says about another.
+        none_share: 1 for a test, where "none" must tell nothing; less to train on questions of fewer options too.
         shift_degrees: every patch type's centre is turned by this angle, all by the same rotation, so that the types
             lie to one another as before. At 90 a centre is orthogonal to what it was: a scorer knows nothing of it.
 
@@ -78,10 +79,11 @@ class HaystackWorld:
     open_share: float = 0.0
     num_findings: tuple[int, int] = (1, 1)
     empty_share: float = 0.0
+    none_share: float = 1.0
     shift_degrees: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("distractor_rate", "lookalike_rate", "open_share", "empty_share"):
+        for name in ("distractor_rate", "lookalike_rate", "open_share", "empty_share", "none_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"haystack: {name}: found {getattr(self, name)}, wanted 0 to 1")
         if self.feature_dim < 3:  # a centre of mean 0 that is half like another needs two directions of its own
@@ -258,7 +260,7 @@ class HaystackSlide:
         if rng.random() < self.world.open_share:
             answer = ", ".join(FINDINGS[one] for one in self.findings) or NONE
             return SlideItem(self.name, (self,), ((f"{SLIDE_MARK}\n{stem}", answer),))
-        if self.world.empty_share:
+        if self.world.empty_share and (self.finding is None or rng.random() < self.world.none_share):
             if len(options) == len(LETTERS):
                 options.remove(rng.choice([one for one in options if one != self.finding_name]))
             options.insert(rng.integers(len(options) + 1), NONE)
