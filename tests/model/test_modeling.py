@@ -103,8 +103,9 @@ def test_the_default_budget_leaves_positions_to_text(table, budget):
     assert SparseWSIConfig(text_config=text_config, position_ids="packed").slide_position_budget == 0
 
 
-def test_with_score_input_a_token_says_the_models_own_score_and_how_many_were_scored():
-    model, _ = new_model(TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=8, score_input=True))
+@pytest.mark.parametrize("inputs", [("features", "score"), ("score",)])
+def test_a_token_may_say_the_models_own_score_and_how_many_were_scored(inputs):
+    model, _ = new_model(TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=8, projector_inputs=inputs))
     model = model.eval()
     chosen = model.selector().select(slide(300, 1))
 
@@ -120,9 +121,31 @@ def test_with_score_input_a_token_says_the_models_own_score_and_how_many_were_sc
     assert torch.equal(token(), token(num_patches=3000))
 
 
-def test_score_input_takes_a_scorer_of_single_patches():
-    with pytest.raises(CheckpointError, match="score_input: found a scorer of kind 'context', wanted 'patch'"):
-        SparseWSIConfig(scorer={"kind": "context", "hidden_size": 64}, projector={"score_input": True})
+def test_a_token_without_features_says_the_same_of_patches_that_score_alike():
+    settings = TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=0, projector_inputs=("score",))
+    model, _ = new_model(settings)
+    model = model.eval()
+    model.scorer.out.weight.data[0, 1:] = 0  # the score is that of the first feature alone, less the mean
+    chosen = model.selector().select(slide(300, 1))
+    other = chosen.features.clone()
+    other[:, [3, 4]] = chosen.features[:, [4, 3]]
+    ids = torch.tensor([model.config.slide_token_id])
+    tokens = [model.prepare(ids, [replace(chosen, features=features)])[0] for features in (chosen.features, other)]
+    assert torch.allclose(tokens[0], tokens[1], atol=1e-5)
+    assert not torch.allclose(tokens[0], model.prepare(ids, [replace(chosen, features=-chosen.features)])[0])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind", "message"),
+    [
+        (["score"], "context", "inputs: found score beside a scorer of kind 'context', wanted 'patch'"),
+        ([], "patch", r"inputs: found \[\], wanted some of features, score"),
+        (["colour"], "patch", r"inputs: found \['colour'\], wanted some of features, score"),
+    ],
+)
+def test_projector_inputs_that_cannot_be_are_refused(inputs, kind, message):
+    with pytest.raises(CheckpointError, match=message):
+        SparseWSIConfig(scorer={"kind": kind, "hidden_size": 64}, projector={"inputs": inputs})
 
 
 def test_prepare_puts_projected_rows_in_the_placeholders_place(model):

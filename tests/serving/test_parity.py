@@ -16,6 +16,7 @@ from .conftest import D, make_slide, slide_message
 
 pytestmark = pytest.mark.engine
 NEW_TOKENS = 12
+INPUTS = {"qwen2": ("features",), "qwen3": ("score",), "llama": ("features", "score")}
 
 
 def start_engine(checkpoint, media_path, **options):
@@ -77,7 +78,7 @@ def test_greedy_tokens_and_first_logprobs_equal_transformers(decoder, position_i
             scorer_hidden_size=32,
             max_position_embeddings=2048,
             position_ids=position_ids,
-            score_input=decoder == "llama",
+            projector_inputs=INPUTS[decoder],
             seed=3,
         ),
     )

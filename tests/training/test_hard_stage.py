@@ -59,7 +59,8 @@ def talk(slide: Slide) -> SlideItem:
 def start(mode: str = "original", scorer: str = "patch"):
     settings = TinySettings(
         feature_dim=D, hidden_size=64, num_slide_tokens=K, scorer_hidden_size=16, scorer_kind=scorer,
-        max_position_embeddings=512, max_slide_positions=60, position_ids=mode, score_input=scorer == "patch",
+        max_position_embeddings=512, max_slide_positions=60, position_ids=mode,
+        projector_inputs=("features", "score") if scorer == "patch" else ("features",),
     )  # fmt: skip
     model, tokenizer = new_model(settings)
     return model.eval(), ChatRenderer(tokenizer), tokenizer

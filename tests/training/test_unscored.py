@@ -22,8 +22,9 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def model_with(scorer: str = "patch", gate: str | None = "none") -> SparseLearnModel:
+    inputs = ("features", "score") if (scorer, gate) == ("patch", None) else ("features",)
     new = TinySettings(feature_dim=D, hidden_size=64, num_layers=1, num_slide_tokens=K, scorer_kind=scorer,
-                       scorer_hidden_size=16, score_input=scorer == "patch" and gate is None)  # fmt: skip
+                       scorer_hidden_size=16, projector_inputs=inputs)  # fmt: skip
     model, _ = new_model(new)
     if gate is None:
         return SparseLearnModel(model, None)

@@ -19,6 +19,10 @@ FP32_PARTS = ("scorer", "projector")
 """Parts that are trained, saved and loaded in fp32, whatever the decoder's dtype: together a few MB. In bf16 thousands
 of patches would share a score, and most steps of training would round to nothing."""
 
+PROJECTOR_INPUTS = ("features", "score")
+"""What a token may say of its patch: its features; how it scored, and how many patches of its slide were scored. The
+best 32 of many patches score higher than the best 32 of few, whatever the slide shows."""
+
 POSITION_MODES = ("original", "packed")
 TEXT_POSITIONS = 4096
 """Positions that the default budget leaves to text, in a decoder that has many."""
@@ -36,9 +40,9 @@ class SparseWSIConfig(PreTrainedConfig):
         max_patches: longest slide that is served; a longer one is refused.
         scorer: {"kind": "patch", "hidden_size": h}, where h = 0 is the plain linear scorer; or {"kind": "context",
             "hidden_size": w, "num_layers": 2, "num_heads": w // 64}, Transformer blocks over the whole slide.
-        projector: {"hidden_size": m, "input_norm": True, "score_input": False} of normalise, Linear(d, m), GELU,
-            Linear(m, decoder); m is the decoder's hidden size unless given. With `score_input` the GELU also sees each
-            patch's score and how many patches its slide has; that takes a scorer of kind "patch".
+        projector: {"hidden_size": m, "input_norm": True, "inputs": ["features"]} of normalise, Linear(d, m), GELU,
+            Linear(m, decoder); m is the decoder's hidden size unless given. `inputs` are some of `PROJECTOR_INPUTS`;
+            "score" takes a scorer of kind "patch".
         position_ids: "original" (a kept patch keeps its place among the N, as in the SparseLearn paper) or
             "packed" (kept patches are counted like text).
         max_slide_positions: RoPE positions that the slides of one prompt may take together in "original" mode;
@@ -106,11 +110,14 @@ class SparseWSIConfig(PreTrainedConfig):
         self.projector: dict[str, Any] = {
             "hidden_size": text_config.hidden_size,
             "input_norm": True,
-            "score_input": False,
+            "inputs": ["features"],
         } | (projector or {})
-        if self.projector["score_input"] and self.scorer["kind"] != "patch":
+        inputs = self.projector["inputs"]
+        if not inputs or set(inputs) - set(PROJECTOR_INPUTS):
+            raise CheckpointError(f"projector: inputs: found {inputs}, wanted some of {', '.join(PROJECTOR_INPUTS)}")
+        if "score" in inputs and self.scorer["kind"] != "patch":
             raise CheckpointError(
-                f"projector: score_input: found a scorer of kind {self.scorer['kind']!r}, wanted 'patch'"
+                f"projector: inputs: found score beside a scorer of kind {self.scorer['kind']!r}, wanted 'patch'"
             )
         self.position_ids = position_ids
         self.max_slide_positions = max_slide_positions

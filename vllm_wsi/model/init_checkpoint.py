@@ -168,7 +168,7 @@ def _config(
         patch_um=settings.patch_um,
         num_slide_tokens=settings.num_slide_tokens,
         scorer={"kind": settings.scorer_kind, "hidden_size": settings.scorer_hidden_size},
-        projector={"score_input": settings.score_input},
+        projector={"inputs": list(settings.projector_inputs)},
         position_ids=settings.position_ids,
         max_slide_positions=settings.max_slide_positions,
         slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),

@@ -29,7 +29,8 @@ SCORE_SCALE, LENGTH_SCALE = 10.0, 10.0
 
 
 class SlideProjector(nn.Module):
-    """From patch features to the decoder's embeddings: normalise, Linear(d, m), GELU, Linear(m, decoder).
+    """From patches to the decoder's embeddings: normalise, Linear(d, m), GELU, Linear(m, decoder). Where a token says
+    how its patch scored, Linear(2, m) of its score and of ln N stands beside the first, or in its place.
 
     Args:
         feature_dim: d.
@@ -37,18 +38,21 @@ class SlideProjector(nn.Module):
         decoder_size: of the decoder's embeddings.
         input_norm: whether each patch is brought to mean 0 and variance 1 first. The noise gate of the training
             path (`training/sparselearn.py`) needs that, and stands between the two steps.
-        score_input: whether each token also says how its patch scored, and how many patches of the slide were scored.
-            The 32 best of many patches score higher than the 32 best of few, whatever the slide shows.
+        inputs: what each token says of its patch, some of `PROJECTOR_INPUTS`.
     """
 
     def __init__(
-        self, feature_dim: int, hidden_size: int, decoder_size: int, input_norm: bool = True, score_input: bool = False
+        self,
+        feature_dim: int,
+        hidden_size: int,
+        decoder_size: int,
+        input_norm: bool = True,
+        inputs: Sequence[str] = ("features",),
     ) -> None:
         super().__init__()
-        self.input_norm, self.score_input = input_norm, score_input
-        self.linear_1 = nn.Linear(feature_dim, hidden_size)
-        if score_input:
-            self.linear_score = nn.Linear(2, hidden_size, bias=False)
+        self.input_norm = input_norm
+        self.linear_1 = nn.Linear(feature_dim, hidden_size) if "features" in inputs else None
+        self.linear_score = nn.Linear(2, hidden_size) if "score" in inputs else None
         self.linear_2 = nn.Linear(hidden_size, decoder_size)
 
     @classmethod
@@ -59,7 +63,7 @@ class SlideProjector(nn.Module):
             settings["hidden_size"],
             config.text_config.hidden_size,
             settings["input_norm"],
-            settings["score_input"],
+            settings["inputs"],
         )
 
     def normalise(self, features: Tensor) -> Tensor:
@@ -75,15 +79,18 @@ class SlideProjector(nn.Module):
             num_candidates: int64, the patches of its slide that were scored, of a shape that broadcasts to that of
                 `scores`.
         """
-        hidden = self.linear_1(normalised.to(self.linear_1.weight.dtype))
-        if self.score_input:
+        hidden = []
+        if self.linear_1 is not None:
+            hidden.append(self.linear_1(normalised.to(self.linear_1.weight.dtype)))
+        if self.linear_score is not None:
             lengths = num_candidates.to(scores.device).log().expand_as(scores)
-            hidden = hidden + self.linear_score(torch.stack((scores / SCORE_SCALE, lengths / LENGTH_SCALE), dim=-1))
-        return self.linear_2(F.gelu(hidden))
+            told = torch.stack((scores / SCORE_SCALE, lengths / LENGTH_SCALE), dim=-1)
+            hidden.append(self.linear_score(told.to(self.linear_score.weight.dtype)))
+        return self.linear_2(F.gelu(sum(hidden[1:], hidden[0])))
 
     def forward(self, features: Tensor, scores: Tensor, num_candidates: Tensor) -> Tensor:
         """Embeddings [..., decoder] of features [..., d]; the rest as for `project`."""
-        device = self.linear_1.weight.device
+        device = self.linear_2.weight.device
         return self.project(self.normalise(features.to(device)), scores.to(device), num_candidates)
 
 
@@ -162,7 +169,7 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _slide_tokens(self, chosen: Selection) -> Tensor:
         """Embeddings [k, hidden], with this model's own scores where the projector reads scores, whoever chose."""
         scores = chosen.scores
-        if self.projector.score_input:
+        if self.projector.linear_score is not None:
             scores = self.scorer(chosen.features.to(self.device)).detach()
         return self.projector(chosen.features, scores, torch.tensor(chosen.num_candidates))
 

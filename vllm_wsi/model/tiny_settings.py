@@ -17,7 +17,7 @@ class SlideSettings(Settings, frozen=True):
     patch_um: float | None = Field(None, gt=0)  # edge of their patches, in microns
     scorer_kind: Literal["patch", "context"] = "patch"  # `selection/scorer.py`
     scorer_hidden_size: int = Field(256, ge=0)  # 0: the plain linear scorer
-    score_input: bool = False  # the projector also reads scores and N (`SlideProjector`)
+    projector_inputs: tuple[Literal["features", "score"], ...] = ("features",)  # `SlideProjector`
     num_slide_tokens: int = Field(32, ge=1)  # K
     position_ids: Literal["original", "packed"] = "original"
     max_slide_positions: int | None = Field(None, ge=1)

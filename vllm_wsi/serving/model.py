@@ -78,7 +78,7 @@ class SparseWSIForConditionalGeneration(
         rows = kwargs.get("rows")
         if rows is None:
             return []
-        device = self.projector.linear_1.weight.device
+        device = self.projector.linear_2.weight.device
         sizes = [len(slide) for slide in rows]
         flat, scores = (
             torch.cat([slide.to(device, torch.float32) for slide in slides]) for slides in (rows, kwargs["scores"])

@@ -118,9 +118,9 @@ def _checked_datasets(
     problems: list[str] = []
     memory = SlideMemory(output / REMEMBERED_SLIDES)
     for stage in settings.stages:
-        if stage.sparselearn is not None and config.projector["score_input"]:
+        if stage.sparselearn is not None and "score" in config.projector["inputs"]:
             raise SettingsError(
-                f"stages: {stage.name}: found sparselearn beside projector: score_input, wanted a stage without it: "
+                f"stages: {stage.name}: found sparselearn beside a projector that reads scores, wanted none: "
                 "the decoder would read the scores, and the scorer learn nothing from its answers (scorer_run)"
             )
         if stage.sparselearn is not None and stage.sparselearn.num_slide_tokens != config.num_slide_tokens:
