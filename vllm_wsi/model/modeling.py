@@ -24,8 +24,9 @@ from .prompt_layout import PatchRows, lay_out, repeated
 PromptIds: TypeAlias = Tensor | NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
 
 
-SCORE_SCALE, LENGTH_SCALE = 10.0, 10.0
-"""What scores, and natural logarithms of how many there are, are divided by before the projector reads them."""
+SCORE_SCALE, MIDDLE_LENGTH, LENGTH_SCALE = 4.0, 8.0, 2.0
+"""A projector reads score / 4 and (ln N - 8) / 2, so that both are near 1 in size, from 100 patches to 1,000,000. A
+length that hardly varies is learned too slowly."""
 
 
 class SlideProjector(nn.Module):
@@ -83,8 +84,8 @@ class SlideProjector(nn.Module):
         if self.linear_1 is not None:
             hidden.append(self.linear_1(normalised.to(self.linear_1.weight.dtype)))
         if self.linear_score is not None:
-            lengths = num_candidates.to(scores.device).log().expand_as(scores)
-            told = torch.stack((scores / SCORE_SCALE, lengths / LENGTH_SCALE), dim=-1)
+            length = (num_candidates.to(scores.device).log() - MIDDLE_LENGTH) / LENGTH_SCALE
+            told = torch.stack((scores / SCORE_SCALE, length.expand_as(scores)), dim=-1)
             hidden.append(self.linear_score(told.to(self.linear_score.weight.dtype)))
         return self.linear_2(F.gelu(sum(hidden[1:], hidden[0])))
 
