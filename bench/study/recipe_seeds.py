@@ -1,6 +1,6 @@
 """The demo's whole recipe from several seeds: `python -m bench.study.recipe_seeds RUNS`.
 
-It takes seven minutes a seed on two cores.
+It takes seven minutes a seed on one core.
 
 Trains `vllm-wsi train haystack --seed S` into RUNS/S, for S = 0 to 4, unless a finished run is there: a decoder, a
 projector and a scorer of their own, from first to last. Each is judged on haystack's test slides against its own oracle

@@ -34,6 +34,7 @@ def main() -> None:
     tables = {
         "policies": policies(),
         "policies_tests": policies_tests(),
+        "hardness": hardness(),
         "ablations": ablations(),
         "ablation_tests": ablation_tests_table(),
         "recipe_seeds": recipe_seeds(),
@@ -69,6 +70,19 @@ def policies_tests() -> str:
         ["selection, less the learned", *(f"{int(n):,}" for n in lengths)],
         ([shown, *(cells[policy, n] for n in lengths)] for policy, shown in POLICIES.items() if policy != "learned"),
     )
+
+
+def hardness() -> str:
+    """Right answers, and in parentheses the share of the key patches kept, for each knob."""
+    rows = rows_of("hardness")
+    cells = {}
+    for row in rows:
+        kept = f" ({float(row['key_patch_recall']):.2f})" if row["key_patch_recall"] else ""
+        cells[row["knob"], row["policy"]] = interval(row, "accuracy", "low", "high") + kept
+    shown = {"learned": "learned", "oracle": "oracle", "bayes": "Bayes limit", "farthest-point": "farthest-point"}
+    shown["random"] = "random"
+    lines = [[knob, *(cells[knob, policy] for policy in shown)] for knob in dict.fromkeys(row["knob"] for row in rows)]
+    return table(["knob", *shown.values()], lines)
 
 
 def ablations() -> str:

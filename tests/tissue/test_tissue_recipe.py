@@ -12,9 +12,9 @@ from vllm_wsi.tissue.tissue_recipe import TISSUE_PARTS, TISSUE_RECIPES
 from vllm_wsi.training.settings import load_settings
 
 
-def test_the_last_stage_has_patients_that_neither_scorer_nor_reader_has_seen():
+def test_the_last_stage_has_patients_that_the_scorer_has_not_seen():
     *earlier, last = load_settings(TISSUE_RECIPES["tissue"]).all_stages()
-    assert [stage.name for stage in earlier] == ["reader", "scorer", "reader"]
+    assert [stage.name for stage in earlier] == ["reader", "scorer"]
     assert last.selection == "hard"
     ends = {stage.data.generate["part"][1] for stage in earlier}
     assert ends == {last.data.generate["part"][0]}
