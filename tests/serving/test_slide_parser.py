@@ -175,6 +175,21 @@ def test_a_selection_of_another_encoders_features_is_refused_as_a_file_is(tmp_pa
         return SlideParser(service).parse_mm_data({"image": chosen})["image"].data
 
     for encoder in (EncoderCheck("test@1"), EncoderCheck("uni", "allow"), EncoderCheck()):
-        assert parse(encoder)[0].selection is chosen
+        assert parse(encoder)[0].selection.features is chosen.features
     with pytest.raises(SlideError, match="Selection: encoder: found features of 'test@1', wanted 'uni'"):
         parse(EncoderCheck("uni"))
+
+
+def test_a_selection_by_hand_gets_the_scorers_own_scores_and_is_refused_where_a_patch_has_none(
+    parse, selector, tmp_path
+):
+    path = make_slide(tmp_path / "a.safetensors", 40)
+    with open_features(path) as slide:
+        chosen = selector.select(slide)
+    (found,) = parse(dataclasses.replace(chosen, scores=torch.zeros(len(chosen.scores))))
+    assert torch.allclose(found.selection.scores, chosen.scores, atol=1e-5)
+    assert found.digest != parse(dataclasses.replace(chosen, num_nonfinite=1))[0].digest
+    features = chosen.features.clone()
+    features[3] *= 1e16
+    with pytest.raises(SlideError, match="Selection: features: found a patch without a finite score, wanted none"):
+        parse(dataclasses.replace(chosen, features=features))
