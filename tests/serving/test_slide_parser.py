@@ -142,6 +142,8 @@ def test_whatever_else_is_refused_in_one_sentence(parse, data, found):
         (lambda s: {"indices": s.indices - 40}, "within 0 .. 39"),
         (lambda s: {"indices": s.indices.int()}, "int32, wanted int64"),
         (lambda s: {"indices": s.indices[:0], "features": s.features[:0]}, "found 0 patches"),
+        (lambda s: {"num_nonfinite": 40 - len(s.indices) + 1}, "num_nonfinite: found 33 of 40"),
+        (lambda s: {"num_nonfinite": -1}, "num_nonfinite: found -1 of 40"),
     ],
 )
 def test_a_selection_that_does_not_fit_is_refused(parse, selector, tmp_path, change, found):

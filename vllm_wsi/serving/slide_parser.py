@@ -90,6 +90,9 @@ def check_selection(chosen: Selection, feature_dim: int, max_slide_tokens: int) 
     indices = chosen.indices
     if indices.dtype != torch.int64 or indices[0] < 0 or indices[-1] >= n or not bool((indices.diff() > 0).all()):
         raise SlideError(f"Selection: indices: found {indices.dtype}, wanted int64, rising, within 0 .. {n - 1}")
+    if not k <= chosen.num_candidates <= n:
+        found = f"{chosen.num_nonfinite} of {n} without a finite score"
+        raise SlideError(f"Selection: num_nonfinite: found {found}, wanted 0 .. {n - k}, as it keeps {k}")
     if not bool(torch.isfinite(chosen.features).all()):
         raise SlideError("Selection: features: found NaN or infinities, wanted finite numbers")
 
