@@ -49,8 +49,7 @@ def policies() -> str:
     cells: dict[tuple[str, str], str] = {}
     for row in rows:
         if row["positions"] == "original":
-            kept = f" ({float(row['key_patch_recall']):.2f})" if row["key_patch_recall"] else ""
-            cells[policy_of(row), row["length"]] = interval(row, "accuracy", "low", "high") + kept
+            cells[policy_of(row), row["length"]] = accuracy_and_kept(row)
     return table(
         ["selection", *(f"{int(n):,}" for n in lengths)],
         ([shown, *(cells[policy, n] for n in lengths)] for policy, shown in POLICIES.items()),
@@ -75,14 +74,10 @@ def policies_tests() -> str:
 def hardness() -> str:
     """Right answers, and in parentheses the share of the key patches kept, for each knob."""
     rows = rows_of("hardness")
-    cells = {}
-    for row in rows:
-        kept = f" ({float(row['key_patch_recall']):.2f})" if row["key_patch_recall"] else ""
-        cells[row["knob"], row["policy"]] = interval(row, "accuracy", "low", "high") + kept
-    shown = {"learned": "learned", "oracle": "oracle", "bayes": "Bayes limit", "farthest-point": "farthest-point"}
-    shown["random"] = "random"
+    cells = {(row["knob"], row["policy"]): accuracy_and_kept(row) for row in rows}
+    shown = ("learned", "oracle", "bayes", "farthest-point", "random")
     lines = [[knob, *(cells[knob, policy] for policy in shown)] for knob in dict.fromkeys(row["knob"] for row in rows)]
-    return table(["knob", *shown.values()], lines)
+    return table(["knob", *("Bayes limit" if policy == "bayes" else policy for policy in shown)], lines)
 
 
 def ablations() -> str:
@@ -128,6 +123,12 @@ def ablation_tests_table() -> str:
                 line[-1] += f"; {p_and_corrected(row, 'slides_p', 'slides_p_holm')}"
         lines.append(line)
     return table(["arm, less the first of the table above", "N", "accuracy", "p", "key patches kept", "p"], lines)
+
+
+def accuracy_and_kept(row: Row) -> str:
+    """accuracy [low, high] (share of the key patches kept, where it is known)"""
+    kept = f" ({float(row['key_patch_recall']):.2f})" if row["key_patch_recall"] else ""
+    return interval(row, "accuracy", "low", "high") + kept
 
 
 def p_and_corrected(row: Row, name: str, corrected: str) -> str:

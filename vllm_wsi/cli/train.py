@@ -65,10 +65,8 @@ def _place_on_tissue(
             raise SettingsError(f"{config}: found no stage on {name}, wanted one beside {flag}")
         given = {"data": None if tissue_dir is None else str(tissue_dir), argument_name: left_out[name]}
         for stage in stages:
-            stage.data.generate = {
-                **(stage.data.generate or {}),
-                **{key: value for key, value in given.items() if value is not None},
-            }
+            changes = {key: value for key, value in given.items() if value is not None}
+            stage.data.generate = (stage.data.generate or {}) | changes
             if "data" not in stage.data.generate:
                 raise SettingsError(f"{config}: {stage.name}: found no data, wanted --tissue-dir (docs/tissue.md)")
             if name == "kather":

@@ -20,9 +20,8 @@ def collate(items: Sequence[TrainingItem], slide_token_id: int, pad_token_id: in
     Returns:
         features fp32 [S, n, d] and patch_mask bool [S, n], padded on the right; num_candidates int64 [S], of
         `TrainingSlide`; input_ids, attention_mask, position_ids and labels int64 [B, T], with one slide token for each
-        patch, padded on the left. Where an item has
-        siblings, sequences are laid out as `shared_prefix` says, and branches int64 [B, Tb] numbers the conversations
-        of the last Tb tokens from 1; 0 is padding.
+        patch, padded on the left. Where an item has siblings, sequences are laid out as `shared_prefix` says, and
+        branches int64 [B, Tb] numbers the conversations of the last Tb tokens from 1; 0 is padding.
 
     Raises:
         ValueError: an item's siblings differ from it before their last slide token.
