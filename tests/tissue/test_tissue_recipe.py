@@ -2,14 +2,17 @@
 
 import numpy as np
 import pytest
+import yaml
 
 from vllm_wsi.cli.app import main
 from vllm_wsi.errors import SetupError
-from vllm_wsi.model.checkpoint import load_selector
+from vllm_wsi.model.checkpoint import load_selector, read_config
 from vllm_wsi.model.trained_parts import read_trained_parts
 from vllm_wsi.tissue.tissue_generator import TissueSplit, near_whole_slide
 from vllm_wsi.tissue.tissue_recipe import TISSUE_PARTS, TISSUE_RECIPES
 from vllm_wsi.training.settings import load_settings
+
+from .kather_tiles import write_tiles
 
 
 def test_the_last_stage_has_patients_that_the_scorer_has_not_seen():
@@ -33,6 +36,25 @@ def test_it_is_a_command_that_asks_for_the_tissues_folder(name, tmp_path, capsys
     assert main(["train", name, "--out", str(tmp_path / "run")]) == 1
     assert f"{name}: reader: found no data, wanted --tissue-dir" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_kather_asks_for_the_slide_that_is_left_out(tmp_path, capsys):
+    assert main(["train", "kather", "--tissue-dir", str(tmp_path), "--out", str(tmp_path / "run")]) == 1
+    assert "kather: found no slide to leave out, wanted --leave-out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_on_eight_tissues_records_the_encoder_of_the_slide_that_is_left_out(tmp_path):
+    recipe = yaml.safe_load(TISSUE_RECIPES["kather"].read_text())
+    recipe["model"]["new"] |= {"feature_dim": 5, "hidden_size": 64, "num_layers": 1}
+    for stage in recipe["stages"]:
+        stage["data"]["generate"] |= {"count": 4, "num_patches": 40}
+        stage |= {"steps": 1, "batch_size": 1, "warmup_steps": 0}
+    (tmp_path / "kather.yaml").write_text(yaml.safe_dump(recipe))
+    folder = write_tiles(tmp_path, slides=("01", "02", "03"))
+    command = ["train", str(tmp_path / "kather.yaml"), "--tissue-dir", str(folder), "--leave-out", "02"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert read_config(str(tmp_path / "run" / "checkpoint")).encoder == "kather2016-texture@84-without-02"
 
 
 def test_the_package_holds_what_was_trained_and_says_what_it_is():

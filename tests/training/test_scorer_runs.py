@@ -102,6 +102,16 @@ def test_two_scorers_are_refused(tmp_path):
         TrainSettings(**asked(tmp_path, scorer_from="other"))
 
 
+def test_a_scorer_does_not_learn_beside_tokens_that_tell_its_scores(tmp_path):
+    new = NEW_MODEL | {"projector_inputs": ["features", "score"]}
+    settings = TrainSettings(model={"new": new}, stages=[small_stage("a")])
+    with pytest.raises(
+        SettingsError, match="stages: a: found sparselearn beside a projector that reads scores, wanted"
+    ):
+        train(settings, tmp_path / "run", GENERATORS)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
 def test_a_scorer_that_is_not_there_is_told(tmp_path):
     write_text_decoder(tmp_path / "decoder")
     settings = ModelSettings(decoder=str(tmp_path / "decoder"), scorer_from=str(tmp_path / "nosuch"))
