@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.files import write_csv
+from vllm_wsi.processes import process_pool
 
 T = TypeVar("T")
 
@@ -96,8 +96,7 @@ def _pool(
     work: Callable[[Any], T], items: Iterable[Any], workers: int, start: Callable[..., None] | None, *given: Any
 ) -> Iterator[tuple[Any, Future[T] | None]]:
     """(item, None) where the process ended before the item did."""
-    context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-    with ProcessPoolExecutor(workers, context, start, given) as pool:
+    with process_pool(workers, start, *given) as pool:
         futures = {}
         for item in items:
             try:

@@ -8,8 +8,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.checkpoint import read_config
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.processes import process_pool
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.slides.encoder_names import EncoderCheck, Mismatch
@@ -125,7 +124,7 @@ def run_ablations(
         for seed, arm in arms:
             yield from _run_arm(settings, groups, generators, base, arm, seed)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (cores // workers,)) as pool:
+    with process_pool(workers, _start_worker, cores // workers) as pool:
         runs = [pool.submit(_run_arm, settings, groups, generators, base, arm, seed) for seed, arm in arms]
         for run in runs:
             yield from run.result()
