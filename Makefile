@@ -13,6 +13,9 @@ browser: setup
 demo: setup
 	@$(BIN)/vllm-wsi demo
 
+# Two tests run at a time, each on a core of its own: threads that spin for a core that the other has cost minutes.
+test check: export OMP_NUM_THREADS = 1
+
 test: setup browser lint
 	@$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 

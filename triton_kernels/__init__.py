@@ -1,6 +1,6 @@
 """Selection kernels: score every patch of a slide and keep the best k. Imported as `vllm_wsi.kernels`.
 
-`score.py` and `select.py` need Triton and are imported where a GPU first calls them.
+`cuda.py` and what it imports need Triton, and are imported where a GPU first calls them.
 """
 
 if __name__ == "triton_kernels":

@@ -33,8 +33,8 @@ def score_topk(
 ) -> ScoredTopK:
     """Scores every patch and keeps the k best of each slide (Hard Top-K).
 
-    On CUDA two kernels do it, where they take the input (`score.supports`); elsewhere, and on the CPU, PyTorch does,
-    with the same meaning. Ties go to the lower row; a score that is not finite is never kept.
+    On CUDA one launch does it, where it takes the input (`launch_table.supports`); elsewhere, and on the CPU, PyTorch
+    does, with the same meaning. Ties go to the lower row; a score that is not finite is never kept.
 
     Args:
         features: [N, d], all slides one after another.
@@ -94,20 +94,10 @@ def _on_cuda(
     running: Running | None,
     by_score: bool,
 ) -> ScoredTopK:
-    from .score import score_triton, supports
-    from .select import MAX_K, select_triton, stream_workspace
+    from .cuda import score_topk_cuda  # Triton is imported where a GPU first asks for it
 
     with torch.cuda.device(features.device):
-        if supports(features, weights):
-            scores = score_triton(features, weights)
-        else:
-            scores = score_patches(features, weights, first_row)
-        if k <= MAX_K:
-            workspace = stream_workspace(features.device, 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-            selected = select_triton(scores, k, features, cu_seqlens, first_row, running, by_score, workspace)
-        else:
-            selected = select_topk(scores, k, features, cu_seqlens, first_row, running, by_score)
-    return _with_scores(selected, scores)
+        return _with_scores(*score_topk_cuda(features, weights, k, cu_seqlens, first_row, running, by_score))
 
 
 def _with_scores(selected: Selected, scores: Tensor) -> ScoredTopK:

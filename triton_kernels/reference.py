@@ -107,11 +107,17 @@ def score_patches(features: Tensor, weights: ScorerWeights, first_row: int = 0) 
     return scores
 
 
+K_BUCKETS = (32, 256)
+"""The sizes of Top-K that are compiled: k is rounded up to one of them, and is a number at run time."""
+MAX_FAST_K = K_BUCKETS[-1]
+"""The largest k that the kernels keep; beyond it PyTorch selects."""
+
+
 def padded_k(k: int) -> int:
-    """k as the kernels' networks take it: a power of two, at least 2 (Triton 3.6 cannot take the top 1)."""
+    """The size of a running Top-K: of `K_BUCKETS`, or k itself where it is larger."""
     if k < 1:
         raise ValueError(f"k: found {k}, wanted at least 1")
-    return max(2, 1 << (k - 1).bit_length())
+    return next((size for size in K_BUCKETS if k <= size), k)
 
 
 def select_topk(

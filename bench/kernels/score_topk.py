@@ -38,6 +38,7 @@ from bench.kernels.providers import (
     PROVIDERS,
     RAGGED,
     SELECTORS,
+    TWO_LAUNCHES,
     Missing,
     Provider,
     check,
@@ -132,7 +133,7 @@ class Benchmark:
             mode, l2, provider = call
             same = {name: median for (*state, name), median in medians.items() if state == [mode, l2]}
             floor = max(same[name] for name in CEILINGS if name in same)
-            baselines = [median for name, median in same.items() if name not in (*CEILINGS, OURS)]
+            baselines = [median for name, median in same.items() if name not in (*CEILINGS, OURS, TWO_LAUNCHES)]
             quantiles = statistics.quantiles(values, n=5)
             row = dict.fromkeys(COLUMNS, "") | shape | {
                 "run": self.run, "triton": triton.__version__, "driver": driver_version(),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_wsi.kernels import score_topk
-from vllm_wsi.kernels.select import stream_workspace
+from vllm_wsi.kernels.buffers import stream_workspace
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import features_in_memory

@@ -88,7 +88,7 @@ def test_slides_of_a_batch_and_chunks_of_a_slide_keep_what_each_slide_keeps_alon
 
 def test_no_slides_give_empty_results():
     top = score_topk(features(0), scorer().weights(), 3, cu_seqlens=torch.tensor([0]))
-    assert [tuple(x.shape) for x in top] == [(0, 3), (0, 3), (0, 3, D), (0, 4), (0,)]
+    assert [tuple(x.shape) for x in top] == [(0, 3), (0, 3), (0, 3, D), (0, 32), (0,)]
 
 
 @pytest.mark.parametrize("hidden", [0, 32])

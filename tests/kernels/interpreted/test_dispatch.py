@@ -6,30 +6,41 @@ from functools import partial
 import pytest
 import torch
 
-from vllm_wsi.kernels import ScorerWeights, op, score_topk
-from vllm_wsi.kernels import select as select_module
+from vllm_wsi.kernels import ScorerWeights, cuda, op, score, score_topk
+from vllm_wsi.kernels.buffers import Workspace
+from vllm_wsi.kernels.launch_table import Card, FusedConfig, fused_config
 from vllm_wsi.kernels.reference import score_patches, select_topk
-from vllm_wsi.kernels.select import Workspace, select_triton
+from vllm_wsi.kernels.select import select_triton
 
 from .conftest import INTERPRETED
 from .test_score import TOLERANCE, exact, features, scorer
 
 
-@pytest.fixture
-def on_device(monkeypatch, device):
+def small_blocks(*args) -> FusedConfig | None:
+    """The interpreter sorts slowly."""
+    found = fused_config(*args)
+    return found and found._replace(block=64)
+
+
+@pytest.fixture(params=["one launch", "two launches"])
+def on_device(monkeypatch, device, request):
     """`score_topk` on the device; in the interpreter, by the CUDA path on CPU tensors."""
     if INTERPRETED:
         monkeypatch.setattr(op, "_on_cpu", op._on_cuda)
         monkeypatch.setattr(torch.cuda, "device", nullcontext)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-        monkeypatch.setattr(select_module, "stream_workspace", Workspace)
-        monkeypatch.setattr(select_module, "select_triton", partial(select_triton, block=64))
+        for module in (cuda, score):
+            monkeypatch.setattr(module, "card_of", lambda device: Card(89, 3))
+        monkeypatch.setattr(cuda, "stream_workspace", Workspace)
+        monkeypatch.setattr(cuda, "select_triton", partial(select_triton, block=64))
+        monkeypatch.setattr(cuda, "fused_config", small_blocks if request.param == "one launch" else lambda *_: None)
+    elif request.param == "two launches":
+        monkeypatch.setattr(cuda, "fused_config", lambda *_: None)
 
-    def score(x, weights, k, cu_seqlens=None, **options):
+    def run(x, weights, k, cu_seqlens=None, **options):
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
         return score_topk(x.to(device), weights.to(device), k, cu_seqlens=cu_seqlens, **options)
 
-    return score
+    return run
 
 
 def whole_numbers(h, generator):

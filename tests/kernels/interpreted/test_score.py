@@ -6,15 +6,18 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from vllm_wsi.kernels import score as score_module
+from vllm_wsi.kernels import fold
+from vllm_wsi.kernels.fold import fold_cached
+from vllm_wsi.kernels.launch_table import LaunchConfig, score_config, supports
 from vllm_wsi.kernels.reference import MAX_MAGNITUDE, score_patches
-from vllm_wsi.kernels.score import ScoreConfig, _gelu, fold_cached, score_config, score_triton, supports
+from vllm_wsi.kernels.score import score_triton
+from vllm_wsi.kernels.tile import _gelu
 from vllm_wsi.selection.scorer import seeded_scorer
 
 from .conftest import INTERPRETED
 
-CONFIG = {0: ScoreConfig(16, 64, 4, 1)}
-SMALL = ScoreConfig(64, 64, 4, 2)
+CONFIG = {0: LaunchConfig(16, 64, 4, 1)}
+SMALL = LaunchConfig(64, 64, 4, 2)
 # Relative to the scores' deviation, which is 0.15 to 0.25 here with a hidden layer. In fp32 the linear scorer keeps
 # within 2e-6; behind a hidden layer the GELU's 1.3e-6, absolute, come to 3e-6 to 6e-6.
 TOLERANCE = {torch.float32: 6e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -189,7 +192,7 @@ def test_another_feature_size_than_the_weights_is_refused(device):
 def test_weights_are_folded_once_for_each_state_of_every_tensor(h, device):
     weights = scorer(256, h).weights().to(device)
     first = fold_cached(weights, torch.float16)
-    before = len(score_module._folds)
+    before = len(fold._folds)
     for name, tensor in weights._asdict().items():
         assert fold_cached(weights, torch.float16) is first
         if isinstance(tensor, torch.Tensor):
@@ -201,4 +204,4 @@ def test_weights_are_folded_once_for_each_state_of_every_tensor(h, device):
             del other
             first = second
     assert fold_cached(weights, torch.float32) is not first
-    assert len(score_module._folds) <= before + 2  # an older state gives way, a dead tensor's at the next folding
+    assert len(fold._folds) <= before + 2  # an older state gives way, a dead tensor's at the next folding

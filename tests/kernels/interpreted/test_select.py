@@ -6,14 +6,16 @@ import triton
 import triton.language as tl
 
 from vllm_wsi.kernels import select as select_module
+from vllm_wsi.kernels.best import pack
+from vllm_wsi.kernels.buffers import Workspace
 from vllm_wsi.kernels.keys import ABSENT, pack_keys, unpack_keys
-from vllm_wsi.kernels.reference import select_topk
-from vllm_wsi.kernels.select import Workspace, _pack
+from vllm_wsi.kernels.launch_table import SELECT_BLOCK
+from vllm_wsi.kernels.reference import padded_k, select_topk
 
 from .conftest import INTERPRETED
 
 # The interpreter sorts slowly: there a program takes 64 scores at once, which cuts the same work into as many pieces.
-BLOCK = 64 if INTERPRETED else select_module.BLOCK
+BLOCK = 64 if INTERPRETED else SELECT_BLOCK
 SIZES = [0, 1, 31, 32, 33, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK]
 
 
@@ -109,7 +111,7 @@ def test_indices_equal_a_stable_sort_in_large_slides(kind, n, device):
 def _pack_kernel(scores_ptr, keys_ptr, n, first_row, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     score = tl.load(scores_ptr + at, mask=at < n, other=0.0)
-    tl.store(keys_ptr + at, _pack(score, first_row + at), mask=at < n)
+    tl.store(keys_ptr + at, pack(score, first_row + at), mask=at < n)
 
 
 @pytest.mark.parametrize("first_row", [0, 123_456, 2**31 - 1 - 1000])
@@ -240,7 +242,7 @@ def test_every_output_equals_the_oracles(by_score, device):
 
 def test_keys_without_a_patch_are_absent(device):
     keys = select_triton(noise(3).to(device), 5).keys[0].cpu()
-    assert keys[3:].tolist() == [ABSENT] * 5
+    assert keys[3:].tolist() == [ABSENT] * (padded_k(5) - 3)
     assert sorted(unpack_keys(keys[:3])[0].tolist()) == [0, 1, 2]
 
 
