@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.common.record import RESULTS, append_row, check_header
-from vllm_wsi.selection.chunk_reader import ChunkStager
+from vllm_wsi.selection.chunk_reader import ChunkReader
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import open_features
@@ -60,15 +60,14 @@ def bench_slide(path: Path, device: torch.device, rounds: int) -> list[dict[str,
     """One row for each state of the page cache."""
     with open_features(path) as slide:
         num_patches, feature_dim = slide.num_patches, slide.feature_dim
-        stager = ChunkStager(slide, torch.device("cpu"))
-        chunk = next(stager.chunks())[1].clone()
+        chunk = next(ChunkReader(slide).chunks())[1].clone()
     weights = seeded_scorer("patch", feature_dim, HIDDEN, seed=0).requires_grad_(False).weights()
     selector = SlideSelector(weights, K, device.type)
     chunk = chunk.pin_memory() if device.type == "cuda" else chunk
 
     def read() -> None:
         with open_features(path) as slide:
-            for _ in ChunkStager(slide, torch.device("cpu")).chunks():
+            for _ in ChunkReader(slide).chunks():
                 pass
 
     def upload() -> None:

@@ -1,19 +1,17 @@
-"""ChunkStager: every row once, in order, in chunks of a size that follows from the row's."""
+"""ChunkReader: every row once, in order, in chunks of a size that follows from the row's."""
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_wsi.selection.chunk_reader import CPU_CHUNK_BYTES, ChunkStager
+from vllm_wsi.selection.chunk_reader import CPU_CHUNK_BYTES, ChunkReader
 from vllm_wsi.slides import features_in_memory
-
-CPU = torch.device("cpu")
 
 
 def stage(array, chunk_rows=None, dtype=None):
     """[(first row, copy of the chunk)]: on the CPU a chunk lives until the next one."""
-    stager = ChunkStager(features_in_memory(array, dtype=dtype), CPU, chunk_rows)
-    return [(start, chunk.clone()) for start, chunk in stager.chunks()]
+    reader = ChunkReader(features_in_memory(array, dtype=dtype), chunk_rows=chunk_rows)
+    return [(start, chunk.clone()) for start, chunk in reader.chunks()]
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 10, 11, 1000, None])
@@ -38,8 +36,18 @@ def test_a_chunk_takes_few_megabytes_whatever_the_rows_are(d, dtype):
     assert sum(sizes) == x.nbytes
 
 
+def test_for_a_gpu_a_chunk_lives_until_the_one_after_the_next():
+    x = np.arange(12, dtype=np.float32).reshape(12, 1)
+    chunks = ChunkReader(features_in_memory(x), for_gpu=True, chunk_rows=3).chunks()
+    first, second = next(chunks)[1], next(chunks)[1]
+    assert first[:, 0].tolist() == [0, 1, 2]
+    assert second[:, 0].tolist() == [3, 4, 5]
+    next(chunks)
+    assert second[:, 0].tolist() == [3, 4, 5]
+
+
 def test_reading_time_is_told():
-    stager = ChunkStager(features_in_memory(np.ones((10, 3), np.float32)), CPU)
-    assert stager.read_seconds == 0
-    list(stager.chunks())
-    assert stager.read_seconds > 0
+    reader = ChunkReader(features_in_memory(np.ones((10, 3), np.float32)))
+    assert reader.read_seconds == 0
+    list(reader.chunks())
+    assert reader.read_seconds > 0

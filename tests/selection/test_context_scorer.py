@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm_wsi.errors import CheckpointError, SlideError
-from vllm_wsi.selection.scorer import ContextScorer, build_scorer, seeded_scorer
-from vllm_wsi.selection.selector import SlideSelector, frozen_scorer
+from vllm_wsi.selection.scorer import ContextScorer, build_scorer, frozen_scorer, seeded_scorer
+from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import features_in_memory
 
 D, K = 24, 8

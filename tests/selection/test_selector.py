@@ -95,7 +95,7 @@ def test_a_slide_longer_than_max_patches_is_refused(weights):
 
 
 def test_an_unknown_device_is_refused(weights):
-    with pytest.raises(SettingsError, match="found 'tpu', wanted 'cpu', 'cuda' or 'auto'"):
+    with pytest.raises(SettingsError, match="found 'tpu', wanted 'cpu', 'cuda', 'cuda:N' or 'auto'"):
         SlideSelector(weights, 32, "tpu")
 
 

@@ -6,14 +6,19 @@ import os
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from prometheus_client import REGISTRY
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.selection import scoring_device
 from vllm_wsi.selection.scorer import seeded_scorer
+from vllm_wsi.selection.scoring_device import Gpu
 from vllm_wsi.selection.selector import SlideSelector
+from vllm_wsi.serving import metrics
 from vllm_wsi.serving.service import SelectionService, SlideRequest
 from vllm_wsi.slides import SlideIdentity, features_in_memory, open_features
 from vllm_wsi.slides.formats.rows import RawRows
@@ -286,3 +291,42 @@ def test_histograms_count_each_selection_once_and_gauges_return_to_zero(service,
     assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1, 1, 1]
     assert (value("selections_queued"), value("selections_running")) == (0, 0)
     assert (value("selection_cache_slides"), value("selection_cache_bytes")) == (1, done.num_bytes)
+
+
+class FailingGpu(SlideSelector):
+    """Chooses a GPU, and then has to leave every slide to the CPU."""
+
+    def start(self, rank=0):
+        return Gpu(torch.device("cpu"))
+
+    def select(self, slide, k=None, keep_all_scores=False):
+        selection = SlideSelector.select(CountingSelector(self._scorer, self.num_slide_tokens), slide, k)
+        return replace(selection, fallback="out of memory")
+
+
+def test_two_devices_scores_never_share_a_key(selector, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring_device, "gpu_name", lambda device: "a stand-in, sm_90, Triton 3.9")
+    path, on_cpu = make_slide(tmp_path / "a.safetensors", 100), SelectionService(selector, "scorer", 16)
+    on_gpu = SelectionService(FailingGpu(selector._scorer, 8), "scorer", 16)
+    before = counted("vllm_wsi:selection_fallbacks_total", reason="out of memory")
+    left, wanted = on_gpu.select(SlideRequest(path)), on_cpu.select(SlideRequest(path))
+    assert left.digest == wanted.digest  # the CPU scored both
+    assert on_gpu.select(SlideRequest(path)) is left  # and is not asked again
+    assert counted("vllm_wsi:selection_fallbacks_total", reason="out of memory") == before + 1
+    monkeypatch.setattr(FailingGpu, "select", SlideSelector.select)
+    other = make_slide(tmp_path / "b.safetensors", 100)
+    assert on_gpu.select(SlideRequest(other)).digest != on_cpu.select(SlideRequest(other)).digest
+
+
+def test_the_device_that_scores_is_shown(service):
+    service.start()
+    assert counted("vllm_wsi:selection_device", device="cpu") == 1
+    metrics.show_device("a stand-in")
+    assert counted("vllm_wsi:selection_device", device="cpu") == 0
+    assert counted("vllm_wsi:selection_device", device="a stand-in") == 1
+    service.start()
+    assert counted("vllm_wsi:selection_device", device="a stand-in") == 0
+
+
+def counted(name, **labels):
+    return REGISTRY.get_sample_value(name, labels) or 0

@@ -34,7 +34,7 @@ def test_a_server_without_an_allowed_path_profiles_compiles_and_refuses_files(ch
 
 def test_two_api_servers_give_one_answer_and_one_table_of_counters(checkpoint, tmp_path):
     args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
-    args += ["--api-server-count", "2", "--mm-processor-kwargs", '{"selection_device": "auto"}']
+    args += ["--api-server-count", "2"]
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     slide = make_slide(tmp_path / "a.safetensors", 3000)
     with VllmServer(checkpoint, tmp_path, tmp_path / "server.log", args, env) as server:
@@ -47,6 +47,9 @@ def test_two_api_servers_give_one_answer_and_one_table_of_counters(checkpoint, t
                 answers.add(answer.choices[0].message.content)
         assert len(answers) == 1
         metrics = server.metrics()
+        assert metrics["vllm_wsi:selection_device"] == 2
+        log = server.log_path.read_text()
+        assert log.count("slides are scored on the CPU: PyTorch finds no CUDA device") == 2
         selections = metrics["vllm_wsi:selections_total"]
         assert selections in (1, 2)  # each server selects for itself
         assert metrics["vllm_wsi:selection_cache_hits_total"] == 12 - selections

@@ -7,8 +7,8 @@ import pytest
 
 from vllm_wsi.errors import CheckpointError, EncoderError, SettingsError, SlideError
 from vllm_wsi.model.config import SparseWSIConfig
-from vllm_wsi.selection.scorer import PatchScorer
-from vllm_wsi.selection.selector import SlideSelector, frozen_scorer
+from vllm_wsi.selection.scorer import PatchScorer, frozen_scorer
+from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import features_in_memory
 from vllm_wsi.slides.encoder_names import EncoderCheck, compare_encoders, recorded_encoder
 

@@ -7,8 +7,8 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.model.chat_renderer import IGNORED
 from vllm_wsi.model.init_checkpoint import new_model
 from vllm_wsi.model.tiny_settings import TinySettings
-from vllm_wsi.selection.scorer import score_slides, seeded_scorer
-from vllm_wsi.selection.selector import SlideSelector, frozen_scorer
+from vllm_wsi.selection.scorer import frozen_scorer, score_slides, seeded_scorer
+from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import features_in_memory
 from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.sparselearn import SparseLearnSettings

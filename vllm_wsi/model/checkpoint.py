@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_wsi.errors import CheckpointError, WsiError
-from vllm_wsi.selection.scorer import ContextScorer, PatchScorer, build_scorer
-from vllm_wsi.selection.selector import FrozenScorer, SlideSelector, frozen_scorer
+from vllm_wsi.selection.scorer import ContextScorer, FrozenScorer, PatchScorer, build_scorer, frozen_scorer
+from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides.encoder_names import Mismatch
 
 from .config import SparseWSIConfig

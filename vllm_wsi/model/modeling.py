@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vllm_wsi.selection.scorer import build_scorer
+from vllm_wsi.selection.scorer import build_scorer, frozen_scorer
 from vllm_wsi.selection.selection import Selection
-from vllm_wsi.selection.selector import SlideSelector, frozen_scorer
+from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides.encoder_names import Mismatch
 
 from .config import FP32_PARTS, SparseWSIConfig

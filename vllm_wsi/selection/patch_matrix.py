@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_wsi.slides import FeatureFile
 
-from .chunk_reader import ChunkStager
+from .chunk_reader import ChunkReader
 
 
 class Patches(NamedTuple):
@@ -22,15 +22,15 @@ class Patches(NamedTuple):
 
 def finite_patches(slide: FeatureFile) -> tuple[Patches, float]:
     """(the patches of a slide whose features are all finite, decoded from any dtype; seconds of reading)."""
-    stager = ChunkStager(slide, torch.device("cpu"))
+    reader = ChunkReader(slide)
     features, rows, m = torch.empty((slide.num_patches, slide.feature_dim)), [], 0
-    for start, chunk in stager.chunks():
+    for start, chunk in reader.chunks():
         chunk = chunk.float()
         finite = torch.isfinite(chunk.abs().amax(dim=1)).nonzero()[:, 0]
         torch.index_select(chunk, 0, finite, out=features[m : m + len(finite)])
         rows.append(start + finite)
         m += len(finite)
-    return Patches(slide, torch.cat(rows), features[:m]), stager.read_seconds
+    return Patches(slide, torch.cat(rows), features[:m]), reader.read_seconds
 
 
 def where(slide: FeatureFile) -> str:

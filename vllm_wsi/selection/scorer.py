@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+import hashlib
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +157,26 @@ def seeded_scorer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_scorer(kind, feature_dim, hidden_size, **options)
+
+
+FrozenScorer: TypeAlias = ScorerWeights | ContextScorer
+"""A scorer without gradients, as a selector runs it."""
+
+
+def frozen_scorer(scorer: PatchScorer | ContextScorer) -> FrozenScorer:
+    """A scorer's present weights, which later training does not change."""
+    if isinstance(scorer, PatchScorer):
+        return scorer.weights().map(lambda one: one.detach().clone())
+    return copy.deepcopy(scorer).float().eval().requires_grad_(False)
+
+
+def scorer_digest(scorer: FrozenScorer) -> str:
+    """Tells one scorer from another."""
+    parts = [repr(scorer), *scorer.state_dict().values()] if isinstance(scorer, nn.Module) else scorer
+    digest = hashlib.blake2b(digest_size=16)
+    for value in parts:
+        digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+    return digest.hexdigest()
 
 
 class SlideScores(NamedTuple):

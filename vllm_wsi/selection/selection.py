@@ -38,6 +38,8 @@ class Selection:
     all_scores: Tensor | None = None  # fp32 [N] of all patches, the dropped ones too; where it was asked for
     all_coords: NDArray | None = None  # [N, 2], beside `all_scores`
     encoder_match: EncoderMatch | None = None  # with the checkpoint's encoder; None: no checkpoint selected
+    scored_on: str = "cpu"  # or the name of a GPU, its architecture and Triton's version
+    fallback: str | None = None  # why the CPU scored what a GPU should have; None: no such thing
 
     @property
     def num_candidates(self) -> int:
@@ -55,7 +57,7 @@ class Selection:
         **counts: Any,
     ) -> Selection:
         """A selection with what the slide's file says of the kept patches; `counts`: num_nonfinite, the seconds,
-        encoder_match."""
+        encoder_match, scored_on."""
         coords, unit = slide.read_coords(), slide.coord_unit
         return cls(
             indices=indices,
@@ -120,4 +122,5 @@ class Selection:
             "patch_size": None if size is None else size._asdict(),
             "metadata": dict(self.metadata),
             "encoder_match": None if self.encoder_match is None else self.encoder_match._asdict(),
+            "scored_on": self.scored_on,
         }

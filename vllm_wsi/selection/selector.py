@@ -2,55 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vllm_wsi.errors import SettingsError, SetupError, SlideError
+from vllm_wsi.errors import SlideError, WsiError
 from vllm_wsi.kernels import ScoredTopK, ScorerWeights, block_rows, map_blocks, score_topk, select_topk
-from vllm_wsi.kernels.reference import apply_scorer
+from vllm_wsi.kernels.reference import apply_scorer, padded_k
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import EncoderCheck, EncoderMatch
 
-from .chunk_reader import ChunkStager, read_tensor_rows
-from .scorer import ContextScorer, PatchScorer
+from .chunk_reader import ChunkReader, read_tensor_rows
+from .scorer import ContextScorer, FrozenScorer
+from .scoring_device import Cpu, Place, ScoringDevice
 from .selection import Selection
-
-FrozenScorer: TypeAlias = ScorerWeights | ContextScorer
-"""A scorer without gradients, as a selector runs it."""
-
-
-def frozen_scorer(scorer: PatchScorer | ContextScorer) -> FrozenScorer:
-    """A scorer's present weights, which later training does not change."""
-    if isinstance(scorer, PatchScorer):
-        return scorer.weights().map(lambda one: one.detach().clone())
-    return copy.deepcopy(scorer).float().eval().requires_grad_(False)
 
 
 class SlideSelector:
     """Hard Top-K over a whole slide, chunk by chunk (SparseLearn, inference path).
 
-    Deterministic: the same file and weights give the same bits on every run and for every chunk size. Peak memory
-    is two chunks and the scorer's, and 8 to 16 bytes a patch while coordinates are looked up; a `ContextScorer` keeps
-    the slide's tokens too. One selector serves many threads.
+    Deterministic: the same file and weights give the same bits on every run and for every chunk size, on one device.
+    Peak memory is two chunks and the scorer's, and 8 to 16 bytes a patch while coordinates are looked up; a
+    `ContextScorer` keeps the slide's tokens too. One selector serves many threads.
 
     Args:
         scorer: per patch by its weights, or over the whole slide.
         num_slide_tokens: K.
-        device: "cpu", "cuda", or "auto" for a GPU where there is one; CUDA starts at the first slide.
+        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one that is fit; a GPU starts at the first
+            slide, or by `start`.
         max_patches: longer slides are refused.
-        chunk_rows: rows read at once; None: `ChunkStager` decides by their size.
+        chunk_rows: rows read at once; None: `ChunkReader` decides by their size.
         encoder: whose features the scorer was trained on, and whether others are refused; None: not known.
+        max_slide_tokens: the largest k that `select` is asked for; None: K.
 
     Raises:
         SettingsError: an unknown device.
         SetupError: "cuda" where there is none.
     """
 
+    # Many parameters: what a server sets, each with a default.
     def __init__(
         self,
         scorer: FrozenScorer,
@@ -59,21 +56,26 @@ class SlideSelector:
         max_patches: int | None = None,
         chunk_rows: int | None = None,
         encoder: EncoderCheck | None = None,
+        max_slide_tokens: int | None = None,
     ) -> None:
-        if device not in ("cpu", "cuda", "auto"):
-            raise SettingsError(f"device: found {device!r}, wanted 'cpu', 'cuda' or 'auto'")
-        if device == "cuda" and not _has_cuda():
-            raise SetupError("device: found 'cuda', wanted 'cpu' or 'auto': PyTorch finds no CUDA device here")
         self.num_slide_tokens = num_slide_tokens
         self.feature_dim = scorer.feature_dim
-        self._scorer, self.device_name = scorer, device
-        self._device: torch.device | None = None
+        self.device = ScoringDevice(device)
         self.max_patches, self._chunk_rows = max_patches, chunk_rows
         self.encoder = encoder or EncoderCheck()
+        self._scorer = scorer
+        self._on_gpu: tuple[Place, FrozenScorer] | None = None
+        self._sizes = sorted({padded_k(k) for k in (num_slide_tokens, max_slide_tokens or 1)})
+
+    def start(self, rank: int = 0) -> Place:
+        """Chooses the device, once; see `ScoringDevice.start`."""
+        return self.device.start(self._scorer, self._sizes, rank)
 
     @torch.no_grad()
     def select(self, slide: FeatureFile, k: int | None = None, keep_all_scores: bool = False) -> Selection:
         """Keeps the best k (default K) patches of an open feature file.
+
+        A GPU that fails leaves the slide to the CPU, and `Selection.fallback` says why.
 
         Args:
             keep_all_scores: the selection also holds the scores and places of all patches (`Selection.all_scores`).
@@ -83,14 +85,22 @@ class SlideSelector:
         """
         k = self.num_slide_tokens if k is None else k
         encoder_match = self._check(slide)
-        device, scorer = self._start_device()
-        stager = ChunkStager(slide, device, self._chunk_rows)
+        place = self.start()
+        try:
+            selection = self._select(slide, k, keep_all_scores, place)
+        except Exception as error:
+            if isinstance(error, (WsiError, OSError)) or isinstance(place, Cpu):
+                raise
+            # A reader's fault comes up on the CPU again, and then the GPU was none.
+            selection = self._select(slide, k, keep_all_scores, Cpu())
+            selection = replace(selection, fallback=self.device.failed(place, error))
+        return replace(selection, encoder_match=encoder_match)
+
+    def _select(self, slide: FeatureFile, k: int, keep_all_scores: bool, place: Place) -> Selection:
+        reader = ChunkReader(slide, not isinstance(place, Cpu), self._chunk_rows)
         began = time.perf_counter()
-        all_scores = torch.empty(slide.num_patches, device=device) if keep_all_scores else None
-        if isinstance(scorer, ContextScorer):
-            kept, num_nonfinite = _select_in_context(slide, stager, scorer, k, all_scores)
-        else:
-            kept, num_nonfinite = _select_in_stream(stager, scorer, k, all_scores)
+        select = _select_in_context if isinstance(self._scorer, ContextScorer) else _select_in_stream
+        kept, scores = select(reader, self._scorer_on(place), k, place)  # type: ignore[arg-type]
         seconds = time.perf_counter() - began
         if not len(kept.indices):
             raise SlideError(
@@ -100,12 +110,19 @@ class SlideSelector:
         return Selection.of(
             slide,
             *kept,
-            all_scores=None if all_scores is None else all_scores.cpu(),
-            num_nonfinite=num_nonfinite,
-            encoder_match=encoder_match,
-            read_seconds=stager.read_seconds,
-            score_seconds=seconds - stager.read_seconds,
+            all_scores=scores if keep_all_scores else None,
+            num_nonfinite=int((~torch.isfinite(scores)).sum()),
+            read_seconds=reader.read_seconds,
+            score_seconds=seconds - reader.read_seconds,
+            scored_on=place.name,
         )
+
+    def _scorer_on(self, place: Place) -> FrozenScorer:
+        if isinstance(place, Cpu):
+            return self._scorer
+        if self._on_gpu is None or self._on_gpu[0] is not place:
+            self._on_gpu = (place, copy.deepcopy(self._scorer).to(place.device))
+        return self._on_gpu[1]
 
     @torch.no_grad()
     def rescored(self, chosen: Selection) -> Selection:
@@ -115,10 +132,9 @@ class SlideSelector:
         Raises:
             SlideError: a patch has no finite score.
         """
-        _, scorer = self._start_device()
-        if isinstance(scorer, ContextScorer):
+        if isinstance(self._scorer, ContextScorer):
             return chosen
-        scores = apply_scorer(chosen.features.to(self._device), scorer).cpu()
+        scores = apply_scorer(chosen.features, self._scorer)
         if not bool(torch.isfinite(scores).all()):
             raise SlideError("Selection: features: found a patch without a finite score, wanted none")
         return replace(chosen, scores=scores)
@@ -131,20 +147,6 @@ class SlideSelector:
             raise SlideError(f"{where} {slide.num_patches} patches, wanted at most {self.max_patches} (max_patches)")
         return self.encoder(slide.name, slide.metadata)
 
-    def _start_device(self) -> tuple[torch.device, FrozenScorer]:
-        if self._device is None:
-            name = self.device_name
-            if name == "auto":
-                name = "cuda" if torch.cuda.is_available() else "cpu"
-            self._scorer = self._scorer.to(name)
-            self._device = torch.device(name)
-        return self._device, self._scorer
-
-
-def _has_cuda() -> bool:
-    """Without starting CUDA: PyTorch counts devices through NVML."""
-    return torch.backends.cuda.is_built() and torch.cuda.device_count() > 0
-
 
 class _Kept(NamedTuple):
     """On the CPU, without the places that no patch took."""
@@ -154,43 +156,52 @@ class _Kept(NamedTuple):
     features: Tensor
 
 
-def _select_in_stream(
-    stager: ChunkStager, weights: ScorerWeights, k: int, all_scores: Tensor | None
-) -> tuple[_Kept, int]:
-    """Chunk by chunk with a running Top-K; also counts the scores that are not finite."""
-    running: ScoredTopK | None = None
-    num_nonfinite: Tensor | int = 0
-    for start, features in stager.chunks():
-        with stager.on_stream():
-            running = score_topk(features, weights, k, first_row=start, running=running)
-            num_nonfinite = num_nonfinite + (~torch.isfinite(running.all_scores)).sum()
-            if all_scores is not None:
-                all_scores[start : start + len(features)] = running.all_scores
-    stager.wait()
+_launching = threading.Lock()
+"""Around the launches of a GPU's threads: what two of them need compiled is compiled once."""
+
+
+def _select_in_stream(reader: ChunkReader, weights: ScorerWeights, k: int, place: Place) -> tuple[_Kept, Tensor]:
+    """Chunk by chunk with a running Top-K; also the scores of all patches, on the CPU."""
+
+    def score_chunk(start: int, chunk: Tensor, running: ScoredTopK | None) -> ScoredTopK:
+        x = chunk.to(place.device, non_blocking=True)
+        with contextlib.nullcontext() if isinstance(place, Cpu) else _launching:
+            found = score_topk(x, weights, k, first_row=start, running=running)
+        scores[start : start + len(chunk)] = found.all_scores.cpu()
+        return found
+
+    scores = torch.empty(reader.num_patches)
+    running: Future[ScoredTopK] | None = None
+    for start, chunk in reader.chunks():
+        # One chunk is scored while the next is read; its buffer is free when the one after that is asked for.
+        running = place.run(score_chunk, start, chunk, None if running is None else running.result())
     assert running is not None
-    present = running.indices[0] >= 0
-    kept = (running.indices[0], running.scores[0], running.rows[0])
-    return _Kept(*(x[present].cpu() for x in kept)), int(num_nonfinite)
+    best = running.result()
+    present = best.indices[0].cpu() >= 0
+    return _Kept(*(x[0].cpu()[present] for x in (best.indices, best.scores, best.rows))), scores
 
 
-def _select_in_context(
-    slide: FeatureFile, stager: ChunkStager, scorer: ContextScorer, k: int, all_scores: Tensor | None
-) -> tuple[_Kept, int]:
+def _select_in_context(reader: ChunkReader, scorer: ContextScorer, k: int, place: Place) -> tuple[_Kept, Tensor]:
     """Tokens of all patches, then the blocks, then Top-K; the kept rows are read once more."""
-    tokens = torch.empty(slide.num_patches, scorer.hidden_size, device=stager.device)
+
+    def embed_chunk(start: int, chunk: Tensor) -> None:
+        out = tokens[start : start + len(chunk)]
+        map_blocks(chunk.to(place.device, non_blocking=True), start, scorer.embed, out, rows)
+
+    tokens = torch.empty(reader.num_patches, scorer.hidden_size, device=place.device)
     rows = block_rows(max(scorer.feature_dim, scorer.hidden_size))
-    for start, features in stager.chunks():
-        with stager.on_stream():
-            map_blocks(features, start, scorer.embed, tokens[start : start + len(features)], rows)
-    with stager.on_stream():
-        scores = scorer.score_tokens(tokens)
-        selected = select_topk(scores, k)
-        if all_scores is not None:
-            all_scores.copy_(scores)
-    stager.wait()
+    done: Future[None] | None = None
+    for start, chunk in reader.chunks():
+        if done is not None:
+            done.result()
+        done = place.run(embed_chunk, start, chunk)
+    assert done is not None
+    done.result()
+    scores = place.run(scorer.score_tokens, tokens).result().cpu()
+    selected = select_topk(scores, k)
     present = selected.indices[0] >= 0
-    indices, best = selected.indices[0][present].cpu(), selected.scores[0][present].cpu()
-    return _Kept(indices, best, read_tensor_rows(slide, indices)), int((~torch.isfinite(scores)).sum())
+    indices = selected.indices[0][present]
+    return _Kept(indices, selected.scores[0][present], read_tensor_rows(reader.slide, indices)), scores
 
 
 class BestRows(NamedTuple):

@@ -15,6 +15,7 @@ from .open_requests import AnswerOpenRequests, OpenRequests, end_with_engine
 from .viewer.page import page_router
 from .viewer.routes import router
 from .viewer.slide_view import SlideView
+from .vllm_hooks import current_service
 
 
 class SelectEndpoint:
@@ -34,9 +35,13 @@ class SelectEndpoint:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         if engine_client is not None:
             end_with_engine(engine_client, self._open, state)
-        model = engine_client.model_config if engine_client is not None else None
-        if model is None or not isinstance(model.hf_config, SparseWSIConfig):
+        if engine_client is None or not isinstance(engine_client.model_config.hf_config, SparseWSIConfig):
             return
+        model = engine_client.model_config
+        service = current_service()
+        assert service is not None  # made with the engine client's processor
+        rank = engine_client.vllm_config.parallel_config._api_process_rank
+        service.start(max(0, rank))  # -1: the only one
         from .connector import CONNECTOR
 
         # The same rules for paths and domains as for chat messages.

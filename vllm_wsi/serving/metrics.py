@@ -14,6 +14,10 @@ PATCHES_READ = Counter("vllm_wsi:patches_read", "Patches that were read and scor
 CACHE_HITS = Counter("vllm_wsi:selection_cache_hits", "Requests that were answered from a finished selection.")
 JOINED = Counter("vllm_wsi:selections_joined", "Requests that waited for a selection already under way.")
 
+FALLBACKS = Counter(
+    "vllm_wsi:selection_fallbacks", "Slides that the CPU scored because the GPU could not.", labelnames=["reason"]
+)
+
 READ_SECONDS = Histogram("vllm_wsi:read_seconds", "Reading the features of a new slide.", buckets=SECONDS)
 SCORE_SECONDS = Histogram("vllm_wsi:score_seconds", "Scoring the features of a new slide, and Top-K.", buckets=SECONDS)
 SELECTION_SECONDS = Histogram(
@@ -26,4 +30,19 @@ CACHE_SLIDES = Gauge("vllm_wsi:selection_cache_slides", "Finished selections.", 
 QUEUED = Gauge(
     "vllm_wsi:selections_queued", "New slides that wait for one of the readers.", multiprocess_mode="livesum"
 )
+DEVICE = Gauge(
+    "vllm_wsi:selection_device",
+    "API servers that score slides on this device.",
+    labelnames=["device"],
+    multiprocess_mode="livesum",
+)
 RUNNING = Gauge("vllm_wsi:selections_running", "New slides that are read and scored.", multiprocess_mode="livesum")
+
+_devices: set[str] = set()
+
+
+def show_device(name: str) -> None:
+    """Slides are scored on this device from now on."""
+    _devices.add(name)
+    for one in _devices:
+        DEVICE.labels(one).set(one == name)

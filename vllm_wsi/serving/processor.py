@@ -29,12 +29,13 @@ from vllm.multimodal.processing import (
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.checkpoint import load_scorer
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.selection.scorer import FrozenScorer, scorer_digest
 from vllm_wsi.selection.selection import Selection
-from vllm_wsi.selection.selector import FrozenScorer, SlideSelector
+from vllm_wsi.selection.selector import SlideSelector
 
 from . import vllm_hooks
 from .prompt_guard import check_slide_tokens
-from .service import SelectedSlide, scorer_digest
+from .service import SelectedSlide
 from .slide_parser import MODALITY, SlideParser
 
 MAX_SLIDE_TOKENS = 256
@@ -72,14 +73,16 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
             found = ", ".join(sorted(unknown))
             raise SettingsError(f"--mm-processor-kwargs: found {found}, wanted some of {', '.join(SERVER_OPTIONS)}")
         k = int(options.get("num_slide_tokens", config.num_slide_tokens))
-        device = str(options.get("selection_device", options.get("device", "cpu")))
+        device = str(options.get("selection_device", options.get("device", "auto")))
         room = model.max_model_len - 1
         if not 1 <= k <= room:
             raise SettingsError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
         scorer, digest = _scorer(model.model, model.revision)
         encoder = config.encoder_check(options.get("encoder_mismatch", "refuse"))
-        selector = SlideSelector(scorer, k, device, config.max_patches, encoder=encoder)
+        selector = SlideSelector(
+            scorer, k, device, config.max_patches, encoder=encoder, max_slide_tokens=self.max_slide_tokens
+        )
         # The rule for encoders is part of the key: a selection under another rule is not used.
         self.service = vllm_hooks.service_for(selector, f"{digest}:{encoder}", self.max_slide_tokens)
 

@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 from numpy.typing import NDArray
-from torch import Tensor, nn
 from vllm.logger import init_logger
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.selection import Selection
-from vllm_wsi.selection.selector import FrozenScorer, SlideSelector
+from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
 from vllm_wsi.slides.feature_file import RowSource, shown
 
@@ -77,7 +76,7 @@ class SelectedSlide:
     """A finished selection, and what it was made of."""
 
     selection: Selection
-    digest: str  # of slide identity, K, encoder and scorer: equal digests mean equal selections
+    digest: str  # of slide identity, K, encoder, scorer and device: equal digests mean equal selections
     scorer: str  # digest of the scorer's weights, and the rule for encoders
     default_k: int  # the K of the service that selected
     request: SlideRequest | None  # None where the slide came by value and is gone
@@ -129,7 +128,7 @@ class SelectionService:
         self._closing = threading.Event()
         logger.info(
             "slides: scorer %s, K = %d (at most %d by request), on %s, encoder %s, %d readers, cache of %d MiB",
-            scorer.partition(":")[0][:12], self.default_k, max_slide_tokens, selector.device_name,
+            scorer.partition(":")[0][:12], self.default_k, max_slide_tokens, selector.device.wanted,
             selector.encoder.encoder or "not recorded", threads, cache_bytes >> 20,
         )  # fmt: skip
 
@@ -145,8 +144,7 @@ class SelectionService:
             if not 1 <= k <= self.max_slide_tokens:
                 raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
             identity = request.identity()
-            parts = (identity, k, request.encoder, self.scorer, request.keep_all_scores)
-            digest = hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
+            digest = self._digest(request, k, identity, self.selector.start().name)
             with self._lock:
                 future = self._finished_or_under_way(digest)
                 if future is None:
@@ -184,6 +182,18 @@ class SelectionService:
         with naming_the_file_alone(request.path):
             return request.path, self.submit(request)
 
+    def start(self, rank: int = 0) -> None:
+        """Starts the scoring device, which may compile for a minute, so that no request waits for it.
+
+        Raises:
+            SetupError: a GPU that was asked for by name is not fit.
+        """
+        metrics.show_device(self.selector.start(rank).name)
+
+    def _digest(self, request: SlideRequest, k: int, identity: SlideIdentity, scored_on: str) -> str:
+        parts = (identity, k, request.encoder, self.scorer, request.keep_all_scores, scored_on)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
+
     def _queue(self, run: _Run) -> Future[SelectedSlide]:
         metrics.QUEUED.inc()
         try:
@@ -219,10 +229,15 @@ class SelectionService:
         try:
             with metrics.RUNNING.track_inprogress():
                 selection = self._read_and_score(run)
+            # Not `run.digest` where a GPU left the slide to the CPU: two devices' scores never share a key.
+            digest = self._digest(request, run.k, run.identity, selection.scored_on)
             done = SelectedSlide(
-                selection, run.digest, self.scorer, self.default_k, request if request.slide is None else None
+                selection, digest, self.scorer, self.default_k, request if request.slide is None else None
             )
-            self._remember(done)
+            self._remember(run.digest, done)
+            if selection.fallback is not None:
+                metrics.FALLBACKS.labels(selection.fallback).inc()
+                metrics.show_device(self.selector.start().name)
             _report(request.name, selection, waited=began - run.asked, took=time.monotonic() - began)
             return done
         except OSError as error:
@@ -243,10 +258,10 @@ class SelectionService:
             raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
         return selection
 
-    def _remember(self, done: SelectedSlide) -> None:
+    def _remember(self, asked: str, done: SelectedSlide) -> None:
         with self._lock:
             if done.num_bytes <= self._done.maxsize:
-                self._done[done.digest] = done
+                self._done[asked] = done
             metrics.CACHE_BYTES_USED.set(self._done.currsize)
             metrics.CACHE_SLIDES.set(len(self._done))
 
@@ -288,12 +303,3 @@ class _UntilClosed:
 
     def close(self) -> None:
         self._rows.close()
-
-
-def scorer_digest(scorer: FrozenScorer) -> str:
-    """Tells one scorer from another."""
-    parts = [repr(scorer), *scorer.state_dict().values()] if isinstance(scorer, nn.Module) else scorer
-    digest = hashlib.blake2b(digest_size=16)
-    for value in parts:
-        digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
-    return digest.hexdigest()

@@ -7,12 +7,15 @@ each such function, the wrapper, and the reason. Nothing else of vLLM is changed
 - `VLLM_MEDIA_CONNECTOR` is set, so that media are fetched through `SlideConnector` (`processor.use_slide_connector`);
 - the engine client's `shutdown` answers open requests (`open_requests.end_with_engine`).
 
+The log of `vllm_wsi` goes to vLLM's handlers too.
+
 A wrapper takes vLLM's function and returns the one that takes its place. A wrapped function is marked, so that a second
 call of `install` changes nothing.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from importlib import import_module
@@ -82,6 +85,8 @@ HOOKS: dict[Stage, tuple[Hook, ...]] = {
 
 def install(stage: Stage) -> None:
     """Wraps the functions of one stage, each once in a process, however often this is called."""
+    if stage == "API server":
+        _show_our_log()
     for hook in HOOKS[stage]:
         owner, name = _owner(hook.target)
         original = getattr(owner, name)
@@ -92,6 +97,15 @@ def install(stage: Stage) -> None:
         setattr(wrapped, MARK, hook.wrapper)
         is_static = isinstance(owner, type) and isinstance(owner.__dict__.get(name), staticmethod)
         setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
+
+
+def _show_our_log() -> None:
+    """vLLM shows the log of its own packages alone."""
+    ours = logging.getLogger("vllm_wsi")
+    if not ours.handlers:
+        ours.setLevel(logging.INFO)
+        for handler in logging.getLogger("vllm").handlers:
+            ours.addHandler(handler)
 
 
 def _owner(target: str) -> tuple[Any, str]:
@@ -119,7 +133,7 @@ def service_for(selector: SlideSelector, scorer: str, max_slide_tokens: int) -> 
     from .service import SelectionService
 
     global _current
-    key = (scorer, selector.num_slide_tokens, selector.device_name, selector.max_patches, max_slide_tokens)
+    key = (scorer, selector.num_slide_tokens, selector.device.wanted, selector.max_patches, max_slide_tokens)
     with _lock:
         if key not in _services:
             _services[key] = SelectionService(selector, scorer, max_slide_tokens)

@@ -16,9 +16,8 @@ from vllm_wsi.model.checkpoint import loading
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.baselines import Selector, make_policy
-from vllm_wsi.selection.scorer import PatchScorer
+from vllm_wsi.selection.scorer import PatchScorer, frozen_scorer
 from vllm_wsi.selection.selection import Selection
-from vllm_wsi.selection.selector import frozen_scorer
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import Mismatch
 from vllm_wsi.stats import Interval, holm, mean_interval, paired_interval, paired_p

@@ -8,8 +8,8 @@ from cachetools import LRUCache
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.questions.items import SlideSource
-from vllm_wsi.selection.scorer import ContextScorer, PatchScorer
-from vllm_wsi.selection.selector import best_rows, frozen_scorer
+from vllm_wsi.selection.scorer import ContextScorer, PatchScorer, frozen_scorer
+from vllm_wsi.selection.selector import best_rows
 
 from .dataset import TrainingSlide
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -19,7 +18,7 @@ from vllm_wsi.errors import SetupError, SlideError
 from vllm_wsi.files import write_atomically
 from vllm_wsi.questions.finder import FeaturePath
 from vllm_wsi.questions.items import SlideSource
-from vllm_wsi.selection.chunk_reader import ChunkStager
+from vllm_wsi.selection.chunk_reader import ChunkReader
 from vllm_wsi.slides import FeatureFile, SlideIdentity
 from vllm_wsi.slides.encoder_names import recorded_encoder
 from vllm_wsi.slides.places import said_patch_um
@@ -103,7 +102,7 @@ class SlideMemory:
 def _has_finite_patch(slide: FeatureFile) -> bool:
     """Reads all of it: a slide that is cut short is found too."""
     found = False
-    for _, chunk in ChunkStager(slide, torch.device("cpu")).chunks():
+    for _, chunk in ChunkReader(slide).chunks():
         found |= bool(finite_rows(chunk).any())
     return found
 
