@@ -75,20 +75,18 @@ def test_a_gpu_that_is_not_there_is_refused(gpus):
         SlideSelector(weights(), K, "cuda:4")
 
 
-def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_so(caplog):
-    with caplog.at_level(logging.INFO, logger="vllm_wsi"):
-        selection = SlideSelector(weights(), K, "auto").select(slide())
-    assert selection.scored_on == "cpu"
-    assert [one.message for one in caplog.records] == ["slides are scored on the CPU: PyTorch finds no CUDA device"]
+def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_so():
+    chooser = SlideSelector(weights(), K, "auto")
+    assert chooser.select(slide()).scored_on == "cpu"
+    assert chooser.device.told == "slides are scored on the CPU: PyTorch finds no CUDA device"
 
 
 @pytest.mark.parametrize("h", [0, 16])
-def test_a_fit_gpu_is_taken_and_tells_what_it_is_worth(gpus, h, caplog):
-    with caplog.at_level(logging.INFO, logger="vllm_wsi"):
-        found = SlideSelector(weights(h), K, "auto", chunk_rows=70).select(slide(), keep_all_scores=True)
-    (line,) = [one.message for one in caplog.records]
-    assert line.startswith(f"slides are scored on {NAME}: compiled and checked in ")
-    assert "32768 patches take it" in line
+def test_a_fit_gpu_is_taken_and_tells_what_it_is_worth(gpus, h):
+    chooser = SlideSelector(weights(h), K, "auto", chunk_rows=70)
+    found = chooser.select(slide(), keep_all_scores=True)
+    assert chooser.device.told.startswith(f"slides are scored on {NAME}: compiled and checked in ")
+    assert "32768 patches take it" in chooser.device.told
     wanted = SlideSelector(weights(h), K).select(slide(), keep_all_scores=True)
     assert (found.scored_on, wanted.scored_on) == (NAME, "cpu")
     for name in ("indices", "scores", "features", "all_scores"):

@@ -94,6 +94,7 @@ class ScoringDevice:
             has = f"{found} CUDA devices" if found else "no CUDA device"
             raise SetupError(f"device: found {wanted!r}, wanted 'cpu' or 'auto': PyTorch finds {has} here")
         self.wanted = wanted
+        self.told = ""  # what was chosen, in one line
         self._lock = threading.Lock()
         self._place: Place | None = None
 
@@ -120,7 +121,7 @@ class ScoringDevice:
             return "out of memory"
         with self._lock:
             if self._place is place:
-                self._place = Cpu()
+                self._place, self.told = Cpu(), "slides are scored on the CPU"
                 logger.error(
                     "%s: failed (%s: %s); from now on slides are scored on the CPU",
                     place.name, type(error).__name__, error,
@@ -131,7 +132,9 @@ class ScoringDevice:
         kind, _, index = self.wanted.partition(":")
         count = num_gpus()
         if kind == "cpu" or not count:
-            logger.info("slides are scored on the CPU%s", "" if kind == "cpu" else ": PyTorch finds no CUDA device")
+            self.told = "slides are scored on the CPU"
+            if kind != "cpu":
+                self.told += ": PyTorch finds no CUDA device"
             return Cpu()
         device = gpu_device(int(index) if index else rank % count)
         try:
@@ -149,8 +152,9 @@ class ScoringDevice:
                 wanted = "wanted a GPU that is fit to score slides"
                 raise SetupError(f"device: found {self.wanted!r}, {wanted} ({reason})") from error
             logger.warning("%s is not fit to score slides, so the CPU does (%s)", device, reason)
+            self.told = "slides are scored on the CPU"
             return Cpu()
-        logger.info("slides are scored on %s: compiled and checked in %.1f s%s", gpu.name, checked, told)
+        self.told = f"slides are scored on {gpu.name}: compiled and checked in {checked:.1f} s{told}"
         return gpu
 
 

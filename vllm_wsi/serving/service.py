@@ -88,15 +88,8 @@ class SelectedSlide:
         metadata = sum(len(key) + len(value) for key, value in chosen.metadata.items())
         everything = 0 if chosen.all_scores is None else chosen.all_scores.nbytes
         everything += 0 if chosen.all_coords is None else chosen.all_coords.nbytes
-        return (
-            chosen.indices.nbytes
-            + chosen.scores.nbytes
-            + chosen.features.nbytes
-            + coords
-            + everything
-            + metadata
-            + 1024
-        )
+        kept = chosen.indices.nbytes + chosen.scores.nbytes + chosen.features.nbytes
+        return kept + coords + everything + metadata + 1024
 
 
 class SelectionService:
@@ -126,6 +119,7 @@ class SelectionService:
         self._done: LRUCache[str, SelectedSlide] = LRUCache(cache_bytes, getsizeof=lambda done: done.num_bytes)
         self._under_way: dict[str, Future[SelectedSlide]] = {}
         self._closing = threading.Event()
+        self._device = ""  # that scores now; "" before the start
         logger.info(
             "slides: scorer %s, K = %d (at most %d by request), on %s, encoder %s, %d readers, cache of %d MiB",
             scorer.partition(":")[0][:12], self.default_k, max_slide_tokens, selector.device.wanted,
@@ -144,7 +138,7 @@ class SelectionService:
             if not 1 <= k <= self.max_slide_tokens:
                 raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
             identity = request.identity()
-            digest = self._digest(request, k, identity, self.selector.start().name)
+            digest = self._digest(request, k, identity, self.start())
             with self._lock:
                 future = self._finished_or_under_way(digest)
                 if future is None:
@@ -182,13 +176,18 @@ class SelectionService:
         with naming_the_file_alone(request.path):
             return request.path, self.submit(request)
 
-    def start(self, rank: int = 0) -> None:
-        """Starts the scoring device, which may compile for a minute, so that no request waits for it.
+    def start(self, rank: int = 0) -> str:
+        """Starts the scoring device, which may compile for a minute, so that no request waits for it. Its name.
 
         Raises:
             SetupError: a GPU that was asked for by name is not fit.
         """
-        metrics.show_device(self.selector.start(rank).name)
+        name = self.selector.start(rank).name
+        if name != self._device:
+            logger.info("%s", self.selector.device.told)
+            metrics.show_device(name)
+            self._device = name
+        return name
 
     def _digest(self, request: SlideRequest, k: int, identity: SlideIdentity, scored_on: str) -> str:
         parts = (identity, k, request.encoder, self.scorer, request.keep_all_scores, scored_on)
@@ -237,7 +236,7 @@ class SelectionService:
             self._remember(run.digest, done)
             if selection.fallback is not None:
                 metrics.FALLBACKS.labels(selection.fallback).inc()
-                metrics.show_device(self.selector.start().name)
+                self.start()
             _report(request.name, selection, waited=began - run.asked, took=time.monotonic() - began)
             return done
         except OSError as error:
