@@ -62,7 +62,7 @@ def score_topk_triton(
     _score_topk_kernel[(parts, num_slides)](
         features, features.stride(0), *folded.pointers(), folded.eps, scores, cu_seqlens, n, first_row, k,
         int(by_score), *buffers, H=folded.padded_hidden_size, BLOCK_M=config.tile.block_m,
-        BLOCK_K=config.tile.block_k, PRECISION=precision(features.dtype), **top_k_sizes(k, d, config.block),
+        BLOCK_K=config.tile.block_k, PRECISION=precision(features.dtype, folded.hidden_size), **top_k_sizes(k, d, config.block),
         **config.tile.options(),
     )  # fmt: skip
     return buffers.selected(), scores

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import ScorerWeights, padded_k
+from .reference import K_BUCKETS, ScorerWeights, padded_k
 
 MIN_DIM, MAX_DIM, DIM_STEP = 256, 2560, 64
 MAX_HIDDEN = 512
@@ -58,9 +58,13 @@ def card_of(device: torch.device) -> Card:
     return Card(10 * found.major + found.minor, found.multi_processor_count)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies X and W."""
-    return "ieee"
+def precision(dtype: torch.dtype, hidden_size: int) -> str:
+    """How `tl.dot` multiplies X and W.
+
+    fp32 goes through the tensor cores as three products of TF32 parts, which keep 21 of fp32's 24 bits; up to h = 256,
+    as beyond it that spills registers.
+    """
+    return "tf32x3" if dtype == torch.float32 and 0 < hidden_size <= 256 else "ieee"
 
 
 def top_k_sizes(k: int, feature_dim: int, block: int) -> dict[str, int]:
@@ -93,10 +97,13 @@ def score_config(arch: int, feature_dim: int, hidden_size: int, dtype: torch.dty
         arch: 80, 86, 89, 90, 100, 120 and the like.
     """
     if hidden_size == 0:
-        block_k = next(size for size in (256, 128, 64) if feature_dim % size == 0)
+        sizes = (128, 64) if dtype == torch.float32 else (256, 128, 64)
+        block_k = next(size for size in sizes if feature_dim % size == 0)
         return LaunchConfig(16, block_k, 4, 1)
-    if dtype == torch.float32:  # exact fp32 products run on the CUDA cores: small tiles
-        return LaunchConfig(32 if hidden_size > 256 else 64, 32, 8, 2)
+    if dtype == torch.float32:
+        if hidden_size > 256:
+            return LaunchConfig(32, 32, 8, 2)
+        return LaunchConfig(64, 32 if hidden_size <= 128 else 16, 8, 2)
     # Chosen by compiling ahead of time: the largest tiles that spill no register (tests/kernels/test_compile.py).
     small_shared_memory = arch in (86, 89) or arch >= 120
     if hidden_size > 256:
@@ -119,8 +126,8 @@ def fused_config(card: Card, weights: ScorerWeights, dtype: torch.dtype, k: int)
         weights: of a scorer that `supports` takes.
     """
     h = 0 if weights.hidden_weight is None else len(weights.hidden_weight)
-    if h > 256:
-        return None  # bench/results/compiled.csv: 8 to 24 instructions that spill on every architecture
+    if h > 256 or k > K_BUCKETS[0]:
+        return None  # bench/results/compiled.csv: they spill
     tile = score_config(card.arch, weights.feature_dim, h, dtype)
     at_once = 3 if h == 0 else 1
     if card.arch == 90 and h and dtype != torch.float32:

@@ -38,7 +38,7 @@ def score_triton(features: Tensor, weights: ScorerWeights, config: LaunchConfig 
     _score_kernel[(triton.cdiv(n, config.block_m),)](
         features, features.stride(0), *folded.pointers(), folded.eps, scores, n,
         D=d, H=folded.padded_hidden_size, BLOCK_M=config.block_m, BLOCK_K=config.block_k,
-        PRECISION=precision(features.dtype), **config.options(),
+        PRECISION=precision(features.dtype, folded.hidden_size), **config.options(),
     )  # fmt: skip
     return scores
 

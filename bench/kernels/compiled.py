@@ -114,7 +114,7 @@ def _features(dtype: torch.dtype, h: int) -> dict[str, str]:
 def _tile_sizes(d: int, h: int, dtype: torch.dtype, config: LaunchConfig) -> dict[str, Any]:
     padded = max(16, 1 << (h - 1).bit_length()) if h else 0
     sizes = {"D": d, "H": padded, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
-    return sizes | {"PRECISION": precision(dtype)}
+    return sizes | {"PRECISION": precision(dtype, h)}
 
 
 def _one_slide(ragged: bool) -> dict[str, None]:

@@ -3,7 +3,7 @@
 The interpreter must be chosen before Triton is imported: `tests/kernels/test_interpreted.py` runs this folder in a
 process of its own with TRITON_INTERPRET=1; on a GPU machine `pytest tests/kernels/interpreted` runs it as it is.
 
-There `tl.dot` is made exact to its contract. The interpreter's own goes through `np.matmul`, that is through a BLAS,
+There `tl.dot` is made exact to its contract, and splits fp32 as the tensor cores' `tf32x3` does. The interpreter's own goes through `np.matmul`, that is through a BLAS,
 which may give a row other bits at another place of a tile (OpenBLAS does without AVX-512), and multiplies bfloat16 as
 raw bits.
 """
@@ -23,10 +23,26 @@ if not (INTERPRETED or torch.cuda.is_available()):
 def dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
     """Column by column: every element sees the same products and sums in the same order, wherever it stands."""
     x, y = as_float32(a), as_float32(b)
+    parts = [(x, y)]
+    if input_precision == ir.INPUT_PRECISION.TF32x3:
+        (x_big, x_small), (y_big, y_small) = tf32_parts(x), tf32_parts(y)
+        parts = [(x_small, y_big), (x_big, y_small), (x_big, y_big)]
     total = np.zeros(accumulator.data.shape, np.float32)
-    for k in range(x.shape[1]):
-        total += x[:, k : k + 1] * y[k]
+    for one, other in parts:
+        for k in range(one.shape[1]):
+            total += one[:, k : k + 1] * other[k]
     return TensorHandle(accumulator.data + total, accumulator.dtype.scalar)
+
+
+def tf32_parts(x):
+    """x as a sum of two numbers of ten bits behind the leading one each, rounded to nearest as cvt.rna does."""
+
+    def rounded(x):
+        bits = x.view(np.uint32)
+        return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+    big = rounded(np.ascontiguousarray(x))
+    return big, rounded(x - big)
 
 
 def as_float32(handle):
@@ -37,6 +53,7 @@ def as_float32(handle):
 
 if INTERPRETED:
     import triton.language as tl
+    from triton._C.libtriton import ir
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     InterpreterBuilder.create_dot = dot
