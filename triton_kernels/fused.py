@@ -59,11 +59,11 @@ def score_topk_triton(
     if num_slides == 0:
         return buffers.selected(), scores
     parts = max(1, min(triton.cdiv(n, config.tile.block_m), config.programs, MAX_PARTS))
+    tile, h = config.tile, folded.hidden_size
     _score_topk_kernel[(parts, num_slides)](
         features, features.stride(0), *folded.pointers(), folded.eps, scores, cu_seqlens, n, first_row, k,
-        int(by_score), *buffers, H=folded.padded_hidden_size, BLOCK_M=config.tile.block_m,
-        BLOCK_K=config.tile.block_k, PRECISION=precision(features.dtype, folded.hidden_size), **top_k_sizes(k, d, config.block),
-        **config.tile.options(),
+        int(by_score), *buffers, H=folded.padded_hidden_size, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
+        PRECISION=precision(features.dtype, h), **top_k_sizes(k, d, config.block), **tile.options(),
     )  # fmt: skip
     return buffers.selected(), scores
 

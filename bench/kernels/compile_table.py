@@ -17,6 +17,7 @@ import triton
 from bench.common.record import RESULTS, append_row, check_header
 from bench.kernels.compiled import SHARED_KIB, Compiled, compile_fused, compile_score, compile_select
 from vllm_wsi.kernels.launch_table import score_config
+from vllm_wsi.kernels.reference import K_BUCKETS
 
 CSV = RESULTS / "compiled.csv"
 COLUMNS = [
@@ -42,20 +43,19 @@ def main() -> None:
     parser.add_argument("--feature-dim", type=int, nargs="+", default=[512, 1536])
     parser.add_argument("--hidden-size", type=int, nargs="+", default=[0, 64, 128, 256, 512])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
-    parser.add_argument("--k", type=int, nargs="+", default=[32], help="of the kernels that select; 32 or 256")
     parser.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
     args = parser.parse_args()
     check_header(args.csv, COLUMNS)
     for arch in args.arch:
-        for k in args.k:
+        for k in K_BUCKETS:
             write(args.csv, arch, {"kernel": "select", "feature_dim": 1536, "k": k}, compile_select(arch, k))
         for d, h, dtype in itertools.product(args.feature_dim, args.hidden_size, args.dtype):
             tile = score_config(arch, d, h, DTYPES[dtype])
             shape: dict[str, object] = {"feature_dim": d, "hidden_size": h, "dtype": dtype} | tile._asdict()
             write(args.csv, arch, shape | {"kernel": "score"}, compile_score(arch, d, h, DTYPES[dtype], tile))
-            for k in args.k if h <= 256 else ():
-                compiled = compile_fused(arch, d, h, DTYPES[dtype], tile, k)
-                write(args.csv, arch, shape | {"kernel": "score and select", "k": k}, compiled)
+            if h <= 256:
+                compiled = compile_fused(arch, d, h, DTYPES[dtype], tile)
+                write(args.csv, arch, shape | {"kernel": "score and select", "k": K_BUCKETS[0]}, compiled)
 
 
 if __name__ == "__main__":

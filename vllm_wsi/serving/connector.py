@@ -36,9 +36,6 @@ class SlideMediaIO(MediaIO[SlideRequest]):
     def __init__(self, k: int | None, encoder: str | None, keep_all_scores: bool = False) -> None:
         self._k, self._encoder, self._keep_all_scores = k, encoder, keep_all_scores
 
-    def get_max_bytes(self) -> int | None:
-        return envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB << 20
-
     def load_file(self, filepath: Path) -> SlideRequest:
         return SlideRequest(
             path=filepath.resolve(), k=self._k, encoder=self._encoder, keep_all_scores=self._keep_all_scores

@@ -3,9 +3,9 @@
 The interpreter must be chosen before Triton is imported: `tests/kernels/test_interpreted.py` runs this folder in a
 process of its own with TRITON_INTERPRET=1; on a GPU machine `pytest tests/kernels/interpreted` runs it as it is.
 
-There `tl.dot` is made exact to its contract, and splits fp32 as the tensor cores' `tf32x3` does. The interpreter's own goes through `np.matmul`, that is through a BLAS,
-which may give a row other bits at another place of a tile (OpenBLAS does without AVX-512), and multiplies bfloat16 as
-raw bits.
+There `tl.dot` is made exact to its contract, and splits fp32 as the tensor cores' `tf32x3` does. The interpreter's own
+goes through `np.matmul`, that is through a BLAS, which may give a row other bits at another place of a tile (OpenBLAS
+does without AVX-512), and multiplies bfloat16 as raw bits.
 """
 
 import os
