@@ -97,10 +97,14 @@ def draw(rows: list[dict[str, str]], target: Path) -> None:
     print(target)
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("csv", type=Path, nargs="?", default=RESULTS / "kernels.csv")
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path, nargs="?", default=RESULTS / "kernels.csv")
-    args = parser.parse_args()
+    args = parser().parse_args()
     draw(newest_run(args.csv), args.csv.with_suffix(".png"))
 
 

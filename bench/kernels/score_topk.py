@@ -239,15 +239,19 @@ def _lognormal(count: int, median: int) -> Iterator[int]:
         yield max(64, round(median * lengths.lognormvariate(0, 0.5)))
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    found.add_argument("--rounds", type=int, default=100)
+    found.add_argument("--part", nargs="+", default=PARTS, choices=PARTS, help="only these parts")
+    found.add_argument("--without", nargs="+", default=(), metavar="PROVIDER", help="leave out, e.g. torch.compile")
+    found.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
+    found.add_argument("--quick", action="store_true", help="one small shape for each part, few rounds")
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS, help="only these parts")
-    parser.add_argument("--without", nargs="+", default=(), metavar="PROVIDER", help="leave out, e.g. torch.compile")
-    parser.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
-    parser.add_argument("--quick", action="store_true", help="one small shape for each part, few rounds")
-    args = parser.parse_args()
+    args = parser().parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("score_topk: found no CUDA device, wanted one; --device cpu --quick tries the harness alone")
     if unknown := set(args.without) - {*PROVIDERS, *SELECTORS} | set(args.without) & {OURS, *CEILINGS}:

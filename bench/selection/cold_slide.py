@@ -36,14 +36,18 @@ SHAPES = [(n, d) for d in (512, 1536) for n in (10_000, 100_000, 400_000)]
 K, HIDDEN, DTYPE = 32, 256, "float16"
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    found.add_argument("--rounds", type=int, default=9)
+    found.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
+    found.add_argument("--folder", type=Path, help="where the slides are written; default: the temporary folder")
+    found.add_argument("--quick", action="store_true", help="one small shape, two rounds")
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
-    parser.add_argument("--folder", type=Path, help="where the slides are written; default: the temporary folder")
-    parser.add_argument("--quick", action="store_true", help="one small shape, two rounds")
-    args = parser.parse_args()
+    args = parser().parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("cold_slide: found no CUDA device, wanted one; --device cpu --quick tries the harness alone")
     check_header(args.csv, COLUMNS)

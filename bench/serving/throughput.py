@@ -83,12 +83,16 @@ DECODERS = {
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description="What 32 slide tokens buy, by vLLM's own benchmark client.")
+    found.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    found.add_argument("--decoder", default="demo", choices=DECODERS)
+    found.add_argument("--csv", type=Path, default=CSV)
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What 32 slide tokens buy, by vLLM's own benchmark client.")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
-    parser.add_argument("--decoder", default="demo", choices=DECODERS)
-    parser.add_argument("--csv", type=Path, default=CSV)
-    args = parser.parse_args()
+    args = parser().parse_args()
     check_header(args.csv, COLUMNS)
     decoder, sizes = DECODERS[args.decoder], QUICK if args.quick else FULL
     began = time.perf_counter()
@@ -107,16 +111,17 @@ def main() -> None:
 @contextmanager
 def servers(decoder: Decoder, folder: Path) -> Iterator[dict[str, VllmServer]]:
     """Every server that the cases ask, started side by side. K is 4,096 in all: `#k=` asks for less."""
-    options: dict[str, object] = {"num_slide_tokens": LARGE_K}
+    options: dict[str, object] = {"num_slide_tokens": LARGE_K, "selection_device": "cpu"}
     kwargs = ("--mm-processor-kwargs", json.dumps(options))
     kinds: dict[str, tuple[str, ...]] = {
         "as it is": kwargs,
         "no prefix cache": (*kwargs, "--no-enable-prefix-caching"),
-        "2 API servers": (*kwargs, "--api-server-count", "2"),
     }
-    room: tuple[str, ...] = ROOM
     if torch.cuda.is_available():
         kinds[ON_THE_GPU] = ("--mm-processor-kwargs", json.dumps(options | {"selection_device": "cuda"}))
+    kinds["2 API servers"] = (*kwargs, "--api-server-count", "2")  # the first to go where a card has no room
+    room: tuple[str, ...] = ROOM
+    if torch.cuda.is_available():
         fit = int(0.9 * _gpu_gib() / decoder.gpu_gib)
         for kind in list(kinds)[fit:]:
             print(f"{kind}: left out, for the card has room for {fit} servers")

@@ -39,6 +39,14 @@ def test_the_kernel_benchmark_compares_every_provider_that_runs_here(tmp_path):
     assert "left out: torch.compile: not measured on the CPU" in out
 
 
+def test_the_plan_for_a_gpu_reads_the_arguments_of_every_part_without_one(tmp_path):
+    out = run("-m", "bench.gpu", "--dry-run", "--results", tmp_path)
+    lines = [line for line in out.splitlines() if " min " in line]
+    assert len(lines) == 11
+    assert all(int(line.split(" min")[0].split()[-1]) <= 10 for line in lines[:-1])
+    assert "--decoder qwen2.5-7b" in out
+
+
 def test_the_new_slide_benchmark_gives_a_row_for_each_state_of_the_page_cache(tmp_path):
     run("-m", "bench.selection.cold_slide", "--device", "cpu", "--quick", "--csv", tmp_path / "rows.csv")
     rows = rows_of(tmp_path / "rows.csv")
