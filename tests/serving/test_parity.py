@@ -217,6 +217,22 @@ def test_a_follow_up_question_finds_the_slide_in_the_prefix_cache_and_answers_al
     assert found.num_cached_tokens >= 32
 
 
+def test_prompts_in_pieces_and_preempted_requests_answer_as_each_alone(checkpoint, slides):
+    from vllm import SamplingParams
+
+    long = SamplingParams(temperature=0, max_tokens=64, min_tokens=64)
+    messages = [slide_message(path.as_uri(), question=question) for path in slides for question in ("Why?", "And?")]
+    alone = start_engine(checkpoint, slides[0].parent, max_num_seqs=1)
+    wanted = [alone.chat(message, long, use_tqdm=False)[0].outputs[0].token_ids for message in messages]
+    tight = start_engine(
+        checkpoint, slides[0].parent, max_model_len=256, block_size=32, num_gpu_blocks_override=10,
+        enable_chunked_prefill=True, max_num_batched_tokens=48, enable_prefix_caching=False, disable_log_stats=False,
+    )  # fmt: skip
+    found = [one.outputs[0].token_ids for one in tight.chat(messages, long, use_tqdm=False)]
+    assert found == wanted
+    assert sum(one.value for one in tight.get_metrics() if one.name == "vllm:num_preemptions") > 0
+
+
 def test_a_tokenizer_without_the_slide_token_ends_the_start_with_one_sentence(checkpoint, slides, tmp_path):
     for file in checkpoint.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
