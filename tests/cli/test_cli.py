@@ -243,7 +243,7 @@ def test_help_and_version_import_nothing_heavy():
     code = """
 import sys
 from vllm_wsi.cli.app import main
-commands = ("encode", "convert", "doctor", "select", "demo", "init-checkpoint", "train", "study", "eval")
+commands = ("encode", "convert", "doctor", "select", "demo", "init-checkpoint", "train", "compile", "study", "eval")
 for arguments in ([], *([command] for command in commands)):
     assert main([*arguments, "--help"]) == 0
 assert main(["--version"]) == 0

@@ -62,7 +62,7 @@ def shared_server(checkpoint, shared_folder, tmp_path_factory):
     args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
     args += ["--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 2}', "--api-key", KEY]
     args += ["--enable-lora", "--max-lora-rank", "8"]
-    path = os.pathsep.join([str(Path(__file__).parent / "held_reader"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parent / "process_start"), os.environ.get("PYTHONPATH", "")])
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": path}
     with VllmServer(checkpoint, shared_folder, log, args, env) as running:
         yield running

@@ -60,7 +60,7 @@ def short_path():
 
 def test_every_client_is_answered_and_nothing_stays(checkpoint, short_path):
     args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "32"]
-    path = os.pathsep.join([str(Path(__file__).parent / "held_reader"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parent / "process_start"), os.environ.get("PYTHONPATH", "")])
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TMPDIR": str(short_path), "PYTHONPATH": path}
     held = make_slide(short_path / "held.safetensors", 100)
     Path(f"{held}.hold").touch()  # its rows cannot be read, as on a mount that does not answer

@@ -19,7 +19,11 @@ CASES = "qwen2-original or llama-packed or prefix_cache or preempted or position
 
 
 def run(*command):
-    env = os.environ | {"PYTHONPATH": str(HERE / "v2_runner"), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    env = os.environ | {
+        "PYTHONPATH": str(HERE / "process_start"),
+        "WSI_TESTS_V2": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1"}
     done = subprocess.run([sys.executable, *command], env=env, cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -19,6 +19,7 @@ from vllm_wsi import __version__
 from vllm_wsi.errors import WsiError
 
 from .assemble import assemble
+from .compile import compile_kernels
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
@@ -51,6 +52,7 @@ for name, command, text in (
     ("init-checkpoint", init_checkpoint, "write a small checkpoint with random weights"),
     ("train", train, "train a checkpoint (extra: train)"),
     ("assemble", assemble, "trained parts and their decoder to a checkpoint that vllm serves"),
+    ("compile", compile_kernels, "a checkpoint's kernels for a GPU that is not there, into Triton's cache"),
     ("study", study, "tables and figures: what a selection is worth (extra: study)"),
     ("eval", evaluate, "a benchmark's questions to any endpoint, scored (extra: eval)"),
 ):
