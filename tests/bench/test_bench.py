@@ -39,6 +39,17 @@ def test_the_kernel_benchmark_compares_every_provider_that_runs_here(tmp_path):
     assert "left out: torch.compile: not measured on the CPU" in out
 
 
+def test_the_page_of_the_kernels_is_what_the_arithmetic_and_the_compiled_rows_say(tmp_path):
+    copied = tmp_path / "kernels.md"
+    copied.write_text((ROOT / "docs" / "kernels.md").read_text())
+    run(
+        "-c",
+        f"from pathlib import Path; from bench.kernels import expected_time as page; page.PAGE = Path({str(copied)!r});"
+        "page.main()",
+    )
+    assert copied.read_text() == (ROOT / "docs" / "kernels.md").read_text()
+
+
 def test_the_plan_for_a_gpu_reads_the_arguments_of_every_part_without_one(tmp_path):
     out = run("-m", "bench.gpu", "--dry-run", "--results", tmp_path)
     lines = [line for line in out.splitlines() if " min " in line]

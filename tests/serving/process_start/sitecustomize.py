@@ -1,7 +1,7 @@
 """First on PYTHONPATH in the processes of some tests, so that it runs before vLLM is imported.
 
 - Rows of FILE are not read as long as FILE.hold exists.
-- With WSI_TESTS_V2, vLLM's V2 model runner, the one of GPUs, runs on the CPU. vLLM takes it where Triton works: Triton's
+- With WSI_TESTS_V2, vLLM's V2 model runner, the one of GPUs, runs on the CPU. vLLM takes it where Triton works: its
   interpreter stands in for a compiler of GPUs, and its CPU backend says that it is active.
 """
 
