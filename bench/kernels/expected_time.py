@@ -1,4 +1,4 @@
-"""What one launch should take on an H100, by arithmetic: `python -m bench.kernels.expected_time` writes docs/kernels.md.
+"""What one launch should take on an H100, by arithmetic: `bench.kernels.expected_time` writes docs/kernels.md.
 
 Nothing here is measured. For each shape it sums bytes, products and instructions, divides by what the card can do, and
 names the bound, so that the first card proves or refutes it. Beside it: what each architecture makes of the kernel.
