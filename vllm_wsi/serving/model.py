@@ -1,4 +1,4 @@
-"""The model inside vLLM's engine: a projector in front of any decoder that vLLM knows."""
+"""The model inside vLLM's engine: a projector in front of a decoder that vLLM knows."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from vllm_wsi.selection.positions import SlideSpan, prompt_positions
 
 from . import vllm_hooks
 from .adapters import DECODER_NAMES
+from .decoder_kinds import check_decoder
 from .processor import SparseWSIDummyInputsBuilder, SparseWSIMultiModalProcessor, SparseWSIProcessingInfo
 
 EXTENSIBLE_ROPE = ("default", "linear", "llama3")
@@ -48,7 +49,6 @@ class SparseWSIForConditionalGeneration(
     """
 
     hf_to_vllm_mapper = DECODER_NAMES
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -61,6 +61,7 @@ class SparseWSIForConditionalGeneration(
         vllm_hooks.install("model")
         config: SparseWSIConfig = vllm_config.model_config.hf_config
         self.config = config
+        check_decoder(vllm_config, config)
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.slide_token_id])
         with self._mark_tower_model(vllm_config, "image"):
             self.projector = SlideProjector.from_config(config).float()  # as it was trained
