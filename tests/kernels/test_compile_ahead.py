@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import triton
 
+from vllm_wsi.kernels.compile_ahead import compile_ahead
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.tiny_settings import TinySettings
+from vllm_wsi.selection.scorer import seeded_scorer
 
 pytestmark = pytest.mark.slow
 
@@ -21,23 +25,29 @@ def command(*arguments, cache):
     )  # fmt: skip
 
 
-def compiled(cache):
-    return {path.name for path in cache.rglob("*.cubin")}
-
-
 def test_a_checkpoints_kernels_lie_in_the_cache_and_are_compiled_once(tmp_path):
-    init_checkpoint(tmp_path / "c", TinySettings(feature_dim=256, hidden_size=32, scorer_hidden_size=16))
+    """d = 64 is PyTorch's to score, so that only the Top-K is compiled."""
+    init_checkpoint(tmp_path / "c", TinySettings(feature_dim=64, hidden_size=32, scorer_hidden_size=16))
     cache = tmp_path / "cache"
     first = command("--checkpoint", tmp_path / "c", "--arch", "sm_90", cache=cache)
     assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith(f"9 kernels for sm_90 in {cache}, by Triton ")
-    kernels = ["_score_topk_kernel.cubin", "_score_kernel.cubin", "_select_kernel.cubin"]
-    assert compiled(cache) == set(kernels)
-    times = {path: path.stat().st_mtime_ns for path in cache.rglob("*.cubin")}
-    assert len(times) == 9  # three dtypes: one launch for K to 32, and two launches for K to 256
+    assert first.stdout.startswith(f"6 kernels for sm_90 in {cache}, by Triton ")
+    times = {path: path.stat().st_mtime_ns for path in cache.rglob("_select_kernel.cubin")}
+    assert len(times) == 6  # three dtypes, K to 32 and to 256
     again = command("--checkpoint", tmp_path / "c", "--arch", "sm_90", cache=cache)
-    assert again.stdout.startswith("9 kernels")
+    assert again.stdout.startswith("6 kernels")
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.cubin")} == times
+
+
+def test_one_launch_and_two_are_compiled_for_each_dtype_that_a_kernel_scores(monkeypatch):
+    """By Triton's own keys; nothing is compiled."""
+    asked = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *, fn, **_: asked.append(fn.name) or True)
+    weights = seeded_scorer("patch", 256, 16, seed=0).requires_grad_(False).weights()
+    assert compile_ahead(weights, [32, 256], 90) == 9
+    assert Counter(name.rsplit(".", 1)[-1] for name in asked) == {
+        "_score_topk_kernel": 3, "_select_kernel": 3, "_score_kernel": 3,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_x", "hopper", ""])

@@ -22,8 +22,17 @@ def small_blocks(*args) -> FusedConfig | None:
     return found and found._replace(block=64)
 
 
-@pytest.fixture(params=["one launch", "two launches"])
-def on_device(monkeypatch, device, request):
+@pytest.fixture
+def launches(request) -> str:
+    """One launch, but for the tests that ask for both ways."""
+    return getattr(request, "param", "one launch")
+
+
+both_ways = pytest.mark.parametrize("launches", ["one launch", "two launches"], indirect=True)
+
+
+@pytest.fixture
+def on_device(monkeypatch, device, launches):
     """`score_topk` on the device; in the interpreter, by the CUDA path on CPU tensors."""
     if INTERPRETED:
         monkeypatch.setattr(op, "_on_cpu", op._on_cuda)
@@ -32,8 +41,8 @@ def on_device(monkeypatch, device, request):
             monkeypatch.setattr(module, "card_of", lambda device: Card(89, 3))
         monkeypatch.setattr(cuda, "stream_workspace", Workspace)
         monkeypatch.setattr(cuda, "select_triton", partial(select_triton, block=64))
-        monkeypatch.setattr(cuda, "fused_config", small_blocks if request.param == "one launch" else lambda *_: None)
-    elif request.param == "two launches":
+        monkeypatch.setattr(cuda, "fused_config", small_blocks if launches == "one launch" else lambda *_: None)
+    elif launches == "two launches":
         monkeypatch.setattr(cuda, "fused_config", lambda *_: None)
 
     def run(x, weights, k, cu_seqlens=None, **options):
@@ -61,6 +70,7 @@ def whole_numbers(h, generator):
     return x, ScorerWeights(torch.ones(256), torch.zeros(256), hidden, bias, integers(h or 256), torch.tensor(2.0), 0.0)
 
 
+@both_ways
 @pytest.mark.parametrize("h", [0, 16])
 def test_whole_numbers_give_equal_bits_on_both_devices(h, dtype, on_device):
     x, weights = whole_numbers(h, torch.Generator().manual_seed(0))

@@ -125,7 +125,7 @@ def test_the_kernels_keys_are_the_references_for_every_class_of_float(first_row,
     assert torch.equal(keys.cpu(), pack_keys(scores, first_row))
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 31, 33, 255, 256])
+@pytest.mark.parametrize("k", [1, 31, 33, 256])
 @pytest.mark.parametrize("n", [1, 5 * BLOCK])
 def test_every_k_in_both_orders(k, n, device):
     scores = noise(n).round(decimals=1)
@@ -183,12 +183,12 @@ def test_a_slide_in_chunks_keeps_what_the_whole_slide_keeps(chunk, by_score, dev
     scores = noise(n).round(decimals=1)
     scores[3:5] = float("nan")
     features = noise(n * 96, 1).reshape(n, 96).to(device)
-    whole = select_triton(scores.to(device), 33, features, by_score=by_score)
+    whole = select_triton(scores.to(device), 31, features, by_score=by_score)
     running = None
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         running = select_triton(
-            scores[part].to(device), 33, features[part], first_row=start, running=running, by_score=by_score
+            scores[part].to(device), 31, features[part], first_row=start, running=running, by_score=by_score
         )
     for one, other in zip(running, whole, strict=True):
         assert torch.equal(one, other)
@@ -234,8 +234,8 @@ def test_places_without_a_patch_hold_rows_of_zeros(device):
 def test_every_output_equals_the_oracles(by_score, device):
     scores, features = KINDS["infinite"](4 * BLOCK).to(device), noise(4 * BLOCK * 64).reshape(-1, 64).to(device)
     cu_seqlens = torch.tensor([0, 5, 5, 3 * BLOCK, 4 * BLOCK]).to(device)
-    wanted = select_topk(scores, 33, features, cu_seqlens, by_score=by_score)
-    found = select_triton(scores, 33, features, cu_seqlens, by_score=by_score)
+    wanted = select_topk(scores, 31, features, cu_seqlens, by_score=by_score)
+    found = select_triton(scores, 31, features, cu_seqlens, by_score=by_score)
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other)
 
