@@ -44,8 +44,7 @@ def compile_ahead(weights: ScorerWeights, sizes: Sequence[int], arch: int) -> in
                     score_topk_triton(x, weights, k, config, workspace=workspace)
                 count += 1
             if taken and any(fused_config(card, weights, dtype, k) is None for k in sizes):
-                h = 0 if weights.hidden_weight is None else len(weights.hidden_weight)
-                score_triton(x, weights, score_config(arch, weights.feature_dim, h, dtype))
+                score_triton(x, weights, score_config(arch, weights.feature_dim, weights.hidden_size, dtype))
                 count += 1
     return count
 

@@ -12,7 +12,7 @@ from .reference import K_BUCKETS, ScorerWeights, padded_k
 
 MIN_DIM, MAX_DIM, DIM_STEP = 256, 2560, 64
 MAX_HIDDEN = 512
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SELECT_BLOCK = 1024
 """Scores that a program takes into its Top-K at once."""
 SELECT_PARTS = 128
@@ -79,13 +79,12 @@ def top_k_sizes(k: int, feature_dim: int, block: int) -> dict[str, int]:
 def supports(features: Tensor, weights: ScorerWeights) -> bool:
     """Whether the kernels take this input. For any other input the reference is used."""
     d = features.shape[1]
-    h = 0 if weights.hidden_weight is None else weights.hidden_weight.shape[0]
     return (
         features.dtype in DTYPES
         and features.stride(1) == 1
         and MIN_DIM <= d <= MAX_DIM
         and d % DIM_STEP == 0
-        and h <= MAX_HIDDEN
+        and weights.hidden_size <= MAX_HIDDEN
     )
 
 
@@ -125,7 +124,7 @@ def fused_config(card: Card, weights: ScorerWeights, dtype: torch.dtype, k: int)
     Args:
         weights: of a scorer that `supports` takes.
     """
-    h = 0 if weights.hidden_weight is None else len(weights.hidden_weight)
+    h = weights.hidden_size
     if h > 256 or k > K_BUCKETS[0]:
         return None  # bench/results/compiled.csv: they spill
     tile = score_config(card.arch, weights.feature_dim, h, dtype)

@@ -40,6 +40,11 @@ class ScorerWeights(NamedTuple):
     def feature_dim(self) -> int:
         return self.norm_weight.shape[0]
 
+    @property
+    def hidden_size(self) -> int:
+        """h; 0 without a hidden layer."""
+        return 0 if self.hidden_weight is None else self.hidden_weight.shape[0]
+
     def tensors(self) -> list[Tensor]:
         """All but `norm_eps`; `of_tensors` makes the same scorer of them."""
         hidden = [one for one in (self.hidden_weight, self.hidden_bias) if one is not None]

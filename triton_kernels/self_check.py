@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from .fold import fold_scorer
-from .launch_table import supports
+from .launch_table import DTYPES, supports
 from .op import ScoredTopK, score_topk
 from .reference import ScorerWeights, select_topk
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CHUNKS = (3000, 1001)
 """Rows of the two chunks of the slide that is asked about; the second is odd."""
 PRODUCT_ERROR = 1e-6

@@ -15,7 +15,7 @@ import torch
 
 from vllm_wsi.kernels import ScorerWeights, score_topk, select_topk
 from vllm_wsi.kernels.buffers import Workspace
-from vllm_wsi.kernels.launch_table import card_of
+from vllm_wsi.kernels.launch_table import DTYPES, card_of
 from vllm_wsi.kernels.score import score_triton
 from vllm_wsi.kernels.select import select_triton
 from vllm_wsi.kernels.self_check import check_device
@@ -23,7 +23,6 @@ from vllm_wsi.selection.scorer import seeded_scorer
 
 SHAPES = list(itertools.product((256, 512, 1536), (0, 64, 128, 256, 512)))
 LENGTHS = (1, 31, 32, 33, 1000, 4097, 100_003)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def parser() -> argparse.ArgumentParser:

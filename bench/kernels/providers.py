@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        return 0 if self.weights.hidden_weight is None else self.weights.hidden_weight.shape[0]
+        return self.weights.hidden_size
 
 
 def make_problem(lengths: list[int], d: int, h: int, k: int, dtype: torch.dtype, device: torch.device) -> Problem:

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 from vllm_wsi.kernels.buffers import Workspace
+from vllm_wsi.kernels.compile_ahead import card_that_is_not_there
 from vllm_wsi.kernels.fused import score_topk_triton
 from vllm_wsi.kernels.launch_table import FusedConfig, LaunchConfig
 from vllm_wsi.kernels.reference import Running
@@ -19,19 +19,6 @@ CONFIG = FusedConfig(LaunchConfig(128, 64, 8, 3), 132)
 NUM_SLIDES = 2000
 
 
-class NoCard:
-    """A driver of a GPU that is not there: kernels are asked for, and never compiled or launched."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
 @pytest.fixture
 def asked_for(monkeypatch):
     """The kernels' variants that were asked for, by Triton's own keys."""
@@ -41,9 +28,9 @@ def asked_for(monkeypatch):
         found.add((fn.name, key))
         return True  # not compiled
 
-    monkeypatch.setattr(triton.runtime.driver, "_active", NoCard())
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
-    return found
+    with card_that_is_not_there(90):
+        yield found
 
 
 def slides_of_a_server(seed=0):

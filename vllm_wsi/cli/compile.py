@@ -11,8 +11,6 @@ from vllm_wsi.errors import SettingsError, needs_extra
 
 from .options import option
 
-LARGEST_K = 256
-
 
 def compile_kernels(
     checkpoint: Annotated[str, option("--checkpoint", metavar="C", help="directory or hub name")],
@@ -23,6 +21,7 @@ def compile_kernels(
 
         from vllm_wsi.kernels.compile_ahead import compile_ahead
     from vllm_wsi.kernels import ScorerWeights
+    from vllm_wsi.kernels.reference import MAX_FAST_K
     from vllm_wsi.model.checkpoint import load_scorer, read_config
 
     digits = arch.removeprefix("sm_")
@@ -34,7 +33,7 @@ def compile_kernels(
             f"{checkpoint}: found a scorer over the whole slide, which PyTorch runs: nothing to compile"
         )
     began = time.monotonic()
-    count = compile_ahead(scorer, [one for one in (k, LARGEST_K) if one <= LARGEST_K], int(digits))
+    count = compile_ahead(scorer, [one for one in (k, MAX_FAST_K) if one <= MAX_FAST_K], int(digits))
     folder = triton.knobs.cache.dir
     typer.echo(
         f"{count} kernels for {arch} in {folder}, by Triton {triton.__version__}: {time.monotonic() - began:.0f} s"
