@@ -12,6 +12,10 @@ from .reference import MAX_FAST_K, Running, Selected, padded_k
 
 MAX_PARTS = 512
 """Programs that share a slide."""
+MIN_GROUP = 16
+"""Programs that merge what they kept among themselves first; more, where more parts fit a block."""
+TICKETS = 1 + MAX_PARTS // MIN_GROUP
+"""Counters of a slide: its own, and one for each group of programs."""
 
 
 class Workspace:
@@ -19,7 +23,7 @@ class Workspace:
 
     def __init__(self, device: torch.device | str, num_slides: int = 1) -> None:
         self.keys = torch.empty(num_slides * MAX_PARTS * MAX_FAST_K, dtype=torch.int64, device=device)
-        self.tickets = torch.zeros(num_slides, dtype=torch.int32, device=device)
+        self.tickets = torch.zeros((num_slides, TICKETS), dtype=torch.int32, device=device)
         self.nothing = torch.full((num_slides * MAX_FAST_K,), ABSENT, device=device)  # what no earlier chunk kept
 
 

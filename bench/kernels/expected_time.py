@@ -30,7 +30,8 @@ ISSUE = 132 * 4 * 32 * 1.755e9  # instructions of single threads a second: 4 sch
 STATISTICS = 4.7  # instructions for each element of X, in the loop (counted in the machine code)
 EPILOGUE = 24.0  # for each hidden unit of a row: 18.3 of the GELU, the rest scales, adds and sums
 LAUNCH = 3.0  # microseconds
-MERGE = 1.0  # microseconds for 1,024 keys that the last program merges
+MERGE = 1.0  # microseconds for 1,024 keys that one program merges
+ARRIVE = 1.0  # microseconds for a counter, and for what others stored to be seen
 
 
 class Expected(NamedTuple):
@@ -41,7 +42,7 @@ class Expected(NamedTuple):
     products: float
     loop: float  # instructions beside the products
     epilogue: float
-    tail: float  # launch, waves that are not full, and the last program's merge
+    tail: float  # launch, waves that are not full, and the merges of the last programs
     total: float
     copy: float  # of as many bytes as X has, half of them read and half written
 
@@ -67,7 +68,9 @@ def expected(n: int, d: int, h: int, dtype: str) -> Expected:
     overlapped = config.programs > H100.multiprocessors  # another program's loop runs beside an epilogue
     body = max(memory, l2, products, loop)
     body = max(body, loop + epilogue) if overlapped else body + epilogue
-    tail = LAUNCH + MERGE * math.ceil(programs * 32 / 1024)
+    in_block = 1024 // 32
+    levels = [programs] if programs <= in_block else [in_block, math.ceil(programs / in_block)]
+    tail = LAUNCH + sum(ARRIVE + MERGE * math.ceil(parts / in_block) for parts in levels)
     tail += 1e6 * body * (waves - 1)
     memory, l2, products, loop, epilogue = (1e6 * one for one in (memory, l2, products, loop, epilogue))
     return Expected(memory, l2, products, loop, epilogue, tail, 1e6 * body + tail, copy=memory)

@@ -68,6 +68,21 @@ def test_the_number_of_programs_changes_no_bit(programs, device):
     check(features(150, 256).to(device), scorer(256, 0).weights().to(device), 32, config(0, programs))
 
 
+@pytest.mark.parametrize("programs", [16, 17, 33])
+def test_groups_of_programs_change_no_bit(programs, device):
+    x, weights = features(16 * programs, 256).to(device), scorer(256, 0).weights().to(device)
+    x[::5, 3] = float("nan")
+    workspace = Workspace(device)
+    check(x, weights, 32, config(0, programs), workspace=workspace)
+    assert workspace.tickets.eq(0).all()
+
+
+def test_groups_of_programs_change_no_bit_of_a_batch(device):
+    x, weights = features(320, 256).to(device), scorer(256, 0).weights().to(device)
+    cu_seqlens = torch.tensor([0, 0, 300, 320], dtype=torch.int32, device=device)
+    check(x, weights, 5, config(0, programs=20), cu_seqlens=cu_seqlens)
+
+
 @pytest.mark.parametrize("lengths", [[0, 5, 40], [40, 0], [1] * 4, [63, 65, 32], [0]], ids=str)
 def test_slides_of_a_batch_are_selected_as_each_alone(lengths, device):
     x, weights = features(sum(lengths), 256).to(device), scorer(256, 64).weights().to(device)

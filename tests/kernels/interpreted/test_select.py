@@ -137,7 +137,7 @@ def test_every_k_in_both_orders(k, n, device):
 def test_the_number_of_programs_changes_no_bit(kind, device):
     scores = KINDS[kind](7 * BLOCK - 3).to(device)
     first = select_triton(scores, 32, num_parts=1)
-    for parts in (2, 3, 7, 20):
+    for parts in (2, 7, 40):
         other = select_triton(scores, 32, num_parts=parts)
         assert torch.equal(other.indices, first.indices), parts
         assert torch.equal(other.scores, first.scores), parts
