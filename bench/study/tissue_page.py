@@ -30,6 +30,7 @@ def main() -> None:
         "separation": separation(),
         "elsewhere": elsewhere(),
         "calibration": calibration(),
+        "steps": steps(),
     }
     write_tables(PAGE, {f"tissue:{name}": table for name, table in tables.items()})
 
@@ -123,6 +124,24 @@ def calibration() -> str:
         if row["policy"] in ("learned", "linear probe", "oracle", "no slide")
     ]
     return table(["question", "shown", "questions", "accuracy", "confidence", "ECE", "Brier"], lines)
+
+
+def steps() -> str:
+    """Written answers from the learned 32 after 120 steps of the last stage and after 240, of all lengths together."""
+    found: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+    for number, name in (("120", "answers"), ("240", "longer/answers")):
+        for row in rows_of(name):
+            if row["policy"] == "learned" and row["length"] in LENGTHS:
+                cells = found.setdefault((row["kind"], row["fold"], number), {})
+                cells.setdefault(row["share"], []).append(int(row["written_correct"]))
+    shares = sorted({share for cells in found.values() for share in cells}, key=float)
+    lines = [
+        [kind.replace("_", ", "), fold, number, *(f"{sum(cells[one])} of {len(cells[one])}" for one in shares)]
+        for (kind, fold, number), cells in sorted(found.items())
+    ]
+    return table(
+        ["question", "fold", "steps", *(f"{float(one):.0%}" if float(one) else "none" for one in shares)], lines
+    )
 
 
 def shares_of(rows: Sequence[Row]) -> list[str]:
