@@ -19,10 +19,20 @@ from vllm_wsi.slides import features_in_memory
 
 D, K = 64, 8
 NAME = "a stand-in, sm_90, Triton 3.9"
+
+
+def cuda_error(code, text):
+    error = torch.AcceleratorError(f"CUDA error: {text}")
+    error.error_code = code
+    return error
+
+
 FAULTS = {
     "compile error": CompilationError("kernel", None, "no such instruction"),
     "out of memory": torch.cuda.OutOfMemoryError("CUDA out of memory"),
-    "sticky error": RuntimeError("CUDA error: an illegal memory access was encountered"),
+    "out of pinned memory": cuda_error(2, "out of memory"),
+    "sticky error": cuda_error(700, "an illegal memory access was encountered"),
+    "error without a code": RuntimeError("CUDA error: unspecified launch failure"),
 }
 
 
@@ -167,7 +177,7 @@ def test_a_gpu_that_scores_wrong_is_not_taken(gpus, change, said, monkeypatch):
         SlideSelector(weights(), K, "cuda").start()
 
 
-@pytest.mark.parametrize("fault", ["compile error", "sticky error"])
+@pytest.mark.parametrize("fault", ["compile error", "sticky error", "error without a code"])
 def test_a_gpu_that_fails_is_left_for_good_and_the_slide_goes_to_the_cpu(gpus, fault, monkeypatch, caplog):
     chooser = SlideSelector(weights(), K, "auto")
     assert chooser.select(slide()).scored_on == NAME
@@ -184,9 +194,10 @@ def test_a_gpu_that_fails_is_left_for_good_and_the_slide_goes_to_the_cpu(gpus, f
     assert "from now on slides are scored on the CPU" in line.message
 
 
-def test_a_slide_that_finds_no_memory_goes_to_the_cpu_alone(gpus, monkeypatch, caplog):
+@pytest.mark.parametrize("fault", ["out of memory", "out of pinned memory"])
+def test_a_slide_that_finds_no_memory_goes_to_the_cpu_alone(gpus, fault, monkeypatch, caplog):
     chooser = SlideSelector(weights(), K, "auto")
-    mended = failing(monkeypatch, FAULTS["out of memory"])
+    mended = failing(monkeypatch, FAULTS[fault])
     with caplog.at_level(logging.WARNING, logger="vllm_wsi"):
         selection = chooser.select(slide())
     assert (selection.scored_on, selection.fallback) == ("cpu", "out of memory")

@@ -18,7 +18,11 @@ SLIDES_OUTSIDE_V1 = {"/tokenize", "/invocations"}  # which vLLM itself leaves op
 def routes(shared_server) -> list[tuple[str, str]]:
     """(method, path) of all routes: those of vLLM's app with our plugin, built as the server builds it."""
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser  # vLLM 0.33
+    except ImportError:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     with pytest.MonkeyPatch.context() as patch:

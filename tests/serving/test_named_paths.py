@@ -9,9 +9,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from vllm.renderers.chat_utils import MM_PARSER_MAP
 
 from .conftest import KEY, make_slide
+
+try:
+    from vllm.renderers.chat_utils.chat_message import MM_PARSER_MAP  # vLLM 0.33
+except ImportError:
+    from vllm.renderers.chat_utils import MM_PARSER_MAP
 
 pytestmark = pytest.mark.server
 IN_OPEN = 0x20

@@ -20,7 +20,7 @@ CASES = "qwen2-original or llama-packed or prefix_cache or preempted or position
 
 def run(*command):
     env = os.environ | {
-        "PYTHONPATH": str(HERE / "process_start"),
+        "PYTHONPATH": os.pathsep.join([str(HERE / "process_start"), os.environ.get("PYTHONPATH", "")]),
         "WSI_TESTS_V2": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }

@@ -12,7 +12,7 @@ ALL = [hook for hooks in vllm_hooks.HOOKS.values() for hook in hooks]
 
 @pytest.mark.parametrize("hook", ALL, ids=lambda hook: hook.target)
 def test_each_hook_names_a_function_that_this_vllm_has(hook):
-    owner, name = vllm_hooks._owner(hook.target)
+    owner, name = hook.place()
     assert callable(getattr(owner, name))
 
 
@@ -22,7 +22,7 @@ def test_installing_a_stage_twice_wraps_each_function_once(stage):
 from vllm_wsi.serving import vllm_hooks as hooks
 found = []
 for _ in range(3):
-    found.append([getattr(*hooks._owner(hook.target)) for hook in hooks.HOOKS[{stage!r}]])
+    found.append([getattr(*hook.place()) for hook in hooks.HOOKS[{stage!r}]])
     hooks.install({stage!r})
 before, first, second = found
 assert all(one is not other for one, other in zip(before, first)), "not wrapped"

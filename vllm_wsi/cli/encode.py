@@ -9,7 +9,7 @@ import typer
 
 from vllm_wsi.errors import needs_extra
 
-from .options import Device, argument, option
+from .options import argument, option
 from .slides_bar import slides_bar
 
 ENCODER_HELP = (
@@ -47,7 +47,7 @@ def encode(
     workers: Annotated[
         int | None, option("--workers", metavar="N", min=1, help="slides at once (default: by the encoder)")
     ] = None,
-    device: Device = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], option("--device")] = "auto",
 ) -> None:
     with needs_extra("slides"):
         from vllm_wsi.encoding.encode_many import SUMMARY, Encoded, encode_many, find_jobs

@@ -11,7 +11,6 @@ import typer
 option = partial(typer.Option, show_default=False)
 argument = partial(typer.Argument, show_default=False)
 
-Device = Annotated[Literal["auto", "cpu", "cuda"], option("--device")]
 Encoder = Annotated[str | None, option("--encoder", help="which features, where a file holds several")]
 Mismatch = Literal["refuse", "allow"]
 MISMATCH_HELP = "features of another encoder than the checkpoint's (default refuse)"

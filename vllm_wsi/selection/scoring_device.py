@@ -23,6 +23,8 @@ GPU_THREADS = 2
 NEEDED_BYTES = GPU_THREADS * 3 * CUDA_CHUNK_BYTES + (256 << 20)
 """Free memory that a GPU must have: the chunks, their scores and a margin."""
 TIMED_ROWS = 32_768
+CUDA_OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ class ScoringDevice:
 
     def failed(self, place: Place, error: Exception) -> str:
         """Leaves a GPU for good, unless its memory alone was short. Returns the reason, in two words."""
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if _is_out_of_memory(error):
             logger.warning("%s: out of memory for a slide, which the CPU scores instead (%s)", place.name, error)
             return "out of memory"
         with self._lock:
@@ -179,6 +181,13 @@ def gpu_name(device: torch.device) -> str:
 
 def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU, or of the pinned memory that CUDA gives: neither harms the slides after this one."""
+    if isinstance(error, torch.AcceleratorError):
+        return getattr(error, "error_code", None) == CUDA_OUT_OF_MEMORY
+    return isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def _check_memory(gpu: Gpu) -> None:

@@ -107,6 +107,20 @@ class SparseWSIForConditionalGeneration(
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | IntermediateTensors:
+        """Hidden states of the decoder.
+
+        Args:
+            input_ids: int64 [T], or None where `inputs_embeds` is given.
+            positions: int64 [T], or [3, T] in "original" mode, all three rows alike.
+            intermediate_tensors: of the pipeline's earlier stage.
+            inputs_embeds: [T, hidden].
+
+        vLLM compiles the decoder below and captures CUDA graphs of this whole method, so nothing here may wait for the
+        GPU, branch on a value, or make a tensor at a new address. `positions[0]` is a view of vLLM's own buffer; how
+        many dimensions it has depends on the checkpoint alone. The projector and the positions stay outside: vLLM calls
+        `embed_multimodal` and `get_mrope_input_positions` before. tests/serving/test_compiled_forward.py holds that it
+        is one graph, without breaks and without a second compilation.
+        """
         if intermediate_tensors is not None:
             inputs_embeds = None
         if positions.ndim == 2:  # M-RoPE's channels, all alike: the decoder knows one

@@ -1,8 +1,8 @@
 """Refuses prompts that vLLM's own checks let through.
 
 A slide token that a user types is a real token: without a check it would take a slide's place, or reach the decoder as
-an untrained embedding. And vLLM merges the `image_embeds` parts of a prompt whatever JSON they hold, and fails on most
-of it.
+an untrained embedding. And vLLM takes the `image_embeds` and `image_pil` parts of a prompt whatever JSON they hold, and
+fails on most of it.
 """
 
 from __future__ import annotations
@@ -51,3 +51,16 @@ def refusing_embeds_without_data(original: Callable[..., Any]) -> Callable[..., 
         return original(modality, data_items, mm_processor)
 
     return get_embeds_data
+
+
+def refusing_json_pictures(original: Callable[..., None]) -> Callable[..., None]:
+    """Wraps `AsyncMultiModalContentParser.parse_image_pil`, through which all parts of HTTP requests go."""
+
+    def parse_image_pil(self: Any, image_pil: Any, *args: Any, **kwargs: Any) -> None:
+        is_json = isinstance(image_pil, (str, bool, int, float, list, dict))
+        if is_json and isinstance(self._tracker.model_config.hf_config, SparseWSIConfig):
+            found = type(image_pil).__name__
+            raise VLLMValidationError(f"image_pil: found a {found}, wanted image_url with a slide's URL")
+        original(self, image_pil, *args, **kwargs)
+
+    return parse_image_pil

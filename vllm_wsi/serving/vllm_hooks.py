@@ -1,7 +1,7 @@
 """Everything that this plugin changes in vLLM.
 
 vLLM has entry points for plugins, a model registry and a registry of media connectors; these carry the plugin
-(`plugin.py`, `endpoint.py`, `connector.py`). Where vLLM 0.32 offers none, a function of vLLM is wrapped: `HOOKS` lists
+(`plugin.py`, `endpoint.py`, `connector.py`). Where vLLM offers none, a function of vLLM is wrapped: `HOOKS` lists
 each such function, the wrapper, and the reason. Nothing else of vLLM is changed, except two things of one server:
 
 - `VLLM_MEDIA_CONNECTOR` is set, so that media are fetched through `SlideConnector` (`processor.use_slide_connector`);
@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -36,6 +37,14 @@ class Hook(NamedTuple):
     target: str  # module:function or module:Class.method
     wrapper: str  # module of this room:function
     reason: str
+    target_0_33: str = ""  # from vLLM 0.33 on, where it lies elsewhere
+
+    def place(self) -> tuple[Any, str]:
+        """The module or class of this vLLM that holds the function, and the function's name there."""
+        if self.target_0_33:
+            with suppress(ImportError, AttributeError):
+                return _owner(self.target_0_33)
+        return _owner(self.target)
 
 
 HOOKS: dict[Stage, tuple[Hook, ...]] = {
@@ -56,6 +65,13 @@ HOOKS: dict[Stage, tuple[Hook, ...]] = {
             "vllm.renderers.chat_utils:_get_embeds_data",
             "prompt_guard:refusing_embeds_without_data",
             "an `image_embeds` part of any other JSON would raise an error that becomes an HTTP 500",
+            target_0_33="vllm.renderers.chat_utils.item_tracker:_get_embeds_data",
+        ),
+        Hook(
+            "vllm.renderers.chat_utils:AsyncMultiModalContentParser.parse_image_pil",
+            "prompt_guard:refusing_json_pictures",
+            "an `image_pil` part of a JSON request is no picture, which vLLM 0.33 finds out by an HTTP 500",
+            target_0_33="vllm.renderers.chat_utils.content_parser:AsyncMultiModalContentParser.parse_image_pil",
         ),
         Hook(
             "vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware.__call__",
@@ -88,7 +104,7 @@ def install(stage: Stage) -> None:
     if stage == "API server":
         _show_our_log()
     for hook in HOOKS[stage]:
-        owner, name = _owner(hook.target)
+        owner, name = hook.place()
         original = getattr(owner, name)
         if getattr(original, MARK, None) == hook.wrapper:
             continue
@@ -109,12 +125,12 @@ def _show_our_log() -> None:
 
 
 def _owner(target: str) -> tuple[Any, str]:
-    """The module or class that holds a function, and the function's name there."""
     module, _, path = target.partition(":")
     *classes, name = path.split(".")
     owner: Any = import_module(module)
     for one in classes:
         owner = getattr(owner, one)
+    getattr(owner, name)
     return owner, name
 
 
