@@ -107,6 +107,15 @@ def test_the_heat_map_shows_the_slide_under_the_scores_and_outlines_what_was_kep
     assert not np.array_equal(picture[50, 50], (200, 200, 200))
 
 
+def test_a_kept_patch_smaller_than_a_pixel_of_the_heat_map_is_still_outlined():
+    rects, size = np.array([[100.0, 0, 0.5, 0.5], [700, 0, 0.5, 0.5]]), (1000.0, 1.0)
+    overlay = heat_overlay(rects, np.zeros(2), size, 100)
+    picture = heat_map(overlay, None, rects[:1], size)
+    outlined = (picture[0] == KEPT_COLOUR).all(axis=1).nonzero()[0].tolist()
+    assert 10 in outlined
+    assert all(abs(x - 10) <= 1 for x in outlined)
+
+
 def test_the_montage_puts_the_best_first_eight_in_a_row():
     rects = squares(*[(i * 100, 0) for i in range(32)])
     scores = np.roll(np.arange(32.0), 5)

@@ -115,8 +115,8 @@ def heat_map(
     share = overlay[..., 3:] / 255 * alpha
     picture = Image.fromarray((base * (1 - share) + overlay[..., :3] * share).round().astype(np.uint8))
     draw, scale = ImageDraw.Draw(picture), width / size_px[0]
-    for x, y, w, h in kept.tolist():
-        draw.rectangle((x * scale, y * scale, (x + w) * scale - 1, (y + h) * scale - 1), outline=KEPT_COLOUR, width=2)
+    for x, y, w, h in (kept * scale).tolist():
+        draw.rectangle((x, y, max(x, x + w - 1), max(y, y + h - 1)), outline=KEPT_COLOUR, width=2)
     return np.asarray(picture)
 
 
