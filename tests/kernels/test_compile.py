@@ -29,12 +29,13 @@ def test_the_scoring_kernel_spills_no_register_and_uses_the_tensor_cores(arch, h
     assert found.shared_bytes <= compiled.SHARED_KIB[arch] * 1024
 
 
-@pytest.mark.parametrize(("arch", "h", "dtype"), [(90, 128, torch.bfloat16), (80, 256, torch.float32)])
+@pytest.mark.parametrize(("arch", "h", "dtype"), [(90, 128, torch.bfloat16), (100, 256, torch.float32)])
 def test_the_one_launch_of_the_table_spills_no_register(arch, h, dtype):
     config = fused_config(Card(arch, 1), seeded_scorer("patch", 512, h, seed=0).weights(), dtype, 32)
     found = compiled.compile_fused(arch, 512, h, dtype, config.tile)
     assert found.spills == 0
-    assert found.tensor_op == TENSOR_OP[arch]
+    assert found.tensor_op == (TENSOR_OP[arch] if dtype != torch.float32 else "HMMA")
+    assert found.instructions > 1000  # Triton 3.7.1 made 16 of the tile that this card had before
 
 
 def test_what_would_spill_takes_two_launches():
