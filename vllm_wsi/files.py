@@ -23,11 +23,12 @@ QC_SUFFIX = ".qc.png"  # of the pictures that `encode --qc` draws of tissue and 
 
 
 @contextmanager
-def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+def replacing(path: Path, mode: str = "wb", durable: bool = True, **options: Any) -> Iterator[IO[Any]]:
     """A file to write that takes the name `path` at the end of the `with`, whole; after an error it is removed.
 
     Args:
         mode: as for `open`, to write.
+        durable: whole also after a power cut, which costs some milliseconds.
         options: as for `open`.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -35,7 +36,8 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]
         with os.fdopen(handle, mode, **options) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

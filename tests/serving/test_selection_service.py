@@ -19,7 +19,8 @@ from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.scoring_device import Gpu
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.serving import metrics
-from vllm_wsi.serving.service import SelectionService, SlideRequest
+from vllm_wsi.serving.service import SelectionService
+from vllm_wsi.serving.slide_request import SlideRequest
 from vllm_wsi.slides import SlideIdentity, features_in_memory, open_features
 from vllm_wsi.slides.formats.rows import RawRows
 
@@ -71,7 +72,8 @@ def test_the_second_request_runs_no_selection(service, selector, tmp_path):
     path = make_slide(tmp_path / "a.safetensors", 100)
     first, second = (service.select(SlideRequest(path)) for _ in range(2))
     assert selector.runs == 1
-    assert second is first
+    assert second.selection is first.selection
+    assert (first.source, second.source) == ("file", "memory")
 
 
 def test_sixty_four_requests_at_once_run_one_selection(service, selector, tmp_path):
@@ -114,7 +116,8 @@ def test_a_file_replaced_under_its_name_is_read_anew(service, selector, tmp_path
 def test_two_names_of_one_file_are_one_slide(service, selector, tmp_path):
     path = make_slide(tmp_path / "a.safetensors", 100)
     (tmp_path / "link.safetensors").symlink_to(path)
-    assert service.select(SlideRequest(tmp_path / "link.safetensors")) is service.select(SlideRequest(path))
+    link, file = (service.select(SlideRequest(one)) for one in (tmp_path / "link.safetensors", path))
+    assert link.selection is file.selection
     assert selector.runs == 1
 
 
@@ -182,8 +185,8 @@ def test_a_slide_larger_than_the_cache_is_answered(selector, tmp_path):
 def test_equal_arrays_are_one_slide_and_other_arrays_another(service, selector):
     x = np.random.default_rng(0).standard_normal((30, D)).astype(np.float32)
     first = service.select(SlideRequest(slide=features_in_memory(x)))
-    assert service.select(SlideRequest(slide=features_in_memory(x.copy()))) is first
-    assert service.select(SlideRequest(slide=features_in_memory(x + 1))) is not first
+    assert service.select(SlideRequest(slide=features_in_memory(x.copy()))).selection is first.selection
+    assert service.select(SlideRequest(slide=features_in_memory(x + 1))).selection is not first.selection
     assert selector.runs == 2
 
 
@@ -270,7 +273,7 @@ def test_the_start_of_a_service_says_what_selects(selector, log_lines):
     SelectionService(selector, "0123456789abcdef:rule", max_slide_tokens=16, threads=3, cache_bytes=5 << 20)
     assert log_lines == [
         "slides: scorer 0123456789ab, K = 8 (at most 16 by request), on cpu, encoder not recorded, 3 readers, "
-        "cache of 5 MiB"
+        "cache of 5 MiB, store none"
     ]
 
 
@@ -312,7 +315,7 @@ def test_two_devices_scores_never_share_a_key(selector, tmp_path, monkeypatch):
     before = counted("vllm_wsi:selection_fallbacks_total", reason="out of memory")
     left, wanted = on_gpu.select(SlideRequest(path)), on_cpu.select(SlideRequest(path))
     assert left.digest == wanted.digest  # the CPU scored both
-    assert on_gpu.select(SlideRequest(path)) is left  # and is not asked again
+    assert on_gpu.select(SlideRequest(path)).selection is left.selection  # and is not asked again
     assert counted("vllm_wsi:selection_fallbacks_total", reason="out of memory") == before + 1
     monkeypatch.setattr(FailingGpu, "select", SlideSelector.select)
     other = make_slide(tmp_path / "b.safetensors", 100)

@@ -15,7 +15,8 @@ from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.serving import connector, stalling_pool
 from vllm_wsi.serving.connector import SlideConnector
-from vllm_wsi.serving.service import LOOK_UP_THREADS, SelectionService, SlideRequest
+from vllm_wsi.serving.service import LOOK_UP_THREADS, SelectionService
+from vllm_wsi.serving.slide_request import SlideRequest
 from vllm_wsi.serving.stalling_pool import SlidesStalled
 from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.formats.rows import RawRows

@@ -8,7 +8,7 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,20 +102,35 @@ class SlideSelector:
         select = _select_in_context if isinstance(self._scorer, ContextScorer) else _select_in_stream
         kept, scores = select(reader, self._scorer_on(place), k, place)  # type: ignore[arg-type]
         seconds = time.perf_counter() - began
-        if not len(kept.indices):
-            raise SlideError(
-                f"{slide.name}: {slide.key or 'features'}: found no patch with a finite score among "
-                f"{slide.num_patches}, wanted at least one; the features hold NaN or infinities"
-            )
-        return Selection.of(
+        found = _selection(
             slide,
-            *kept,
-            all_scores=scores if keep_all_scores else None,
-            num_nonfinite=int((~torch.isfinite(scores)).sum()),
+            kept,
+            scores,
             read_seconds=reader.read_seconds,
             score_seconds=seconds - reader.read_seconds,
             scored_on=place.name,
         )
+        return found if keep_all_scores else replace(found, all_scores=None, all_coords=None)
+
+    @torch.no_grad()
+    def select_by_scores(self, slide: FeatureFile, scores: Tensor, k: int, scored_on: str) -> Selection:
+        """The best k by scores of all patches that this scorer gave them before; reads the kept rows alone.
+
+        Args:
+            scores: fp32 [N].
+            scored_on: the device that gave them.
+
+        Raises:
+            SlideError: as `select`, or there is not one score for each patch.
+        """
+        encoder_match = self._check(slide)
+        if len(scores) != slide.num_patches:
+            raise SlideError(f"{slide.name}: scores: found {len(scores)}, wanted one for each of {slide.num_patches}")
+        began = time.perf_counter()
+        kept = _kept_by_scores(slide, scores, k)
+        seconds = time.perf_counter() - began
+        counts = {"read_seconds": seconds, "scored_on": scored_on, "encoder_match": encoder_match}
+        return _selection(slide, kept, scores, **counts)
 
     def _scorer_on(self, place: Place) -> FrozenScorer:
         if isinstance(place, Cpu):
@@ -198,10 +213,26 @@ def _select_in_context(reader: ChunkReader, scorer: ContextScorer, k: int, place
     assert done is not None
     done.result()
     scores = place.run(scorer.score_tokens, tokens).result().cpu()
+    return _kept_by_scores(reader.slide, scores, k), scores
+
+
+def _kept_by_scores(slide: FeatureFile, scores: Tensor, k: int) -> _Kept:
+    """The best k by the scores of all patches; their rows are read."""
     selected = select_topk(scores, k)
     present = selected.indices[0] >= 0
     indices = selected.indices[0][present]
-    return _Kept(indices, selected.scores[0][present], read_tensor_rows(reader.slide, indices)), scores
+    return _Kept(indices, selected.scores[0][present], read_tensor_rows(slide, indices))
+
+
+def _selection(slide: FeatureFile, kept: _Kept, scores: Tensor, **counts: Any) -> Selection:
+    """With the scores and places of all patches. Raises SlideError where no patch was kept."""
+    if not len(kept.indices):
+        raise SlideError(
+            f"{slide.name}: {slide.key or 'features'}: found no patch with a finite score among "
+            f"{slide.num_patches}, wanted at least one; the features hold NaN or infinities"
+        )
+    num_nonfinite = int((~torch.isfinite(scores)).sum())
+    return Selection.of(slide, *kept, all_scores=scores, num_nonfinite=num_nonfinite, **counts)
 
 
 class BestRows(NamedTuple):

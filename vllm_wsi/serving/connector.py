@@ -22,7 +22,8 @@ from vllm_wsi.selection.chunk_reader import read_tensor_rows
 from vllm_wsi.slides import SlideIdentity, open_features
 
 from .client_errors import fetch_errors_as_422, naming_the_file_alone, stalls_as_503
-from .service import SelectedSlide, SelectionService, SlideRequest
+from .service import SelectionService
+from .slide_request import SelectedSlide, SlideRequest
 from .vllm_hooks import current_service
 
 CONNECTOR = "vllm_wsi"

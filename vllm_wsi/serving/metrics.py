@@ -18,6 +18,15 @@ FALLBACKS = Counter(
     "vllm_wsi:selection_fallbacks", "Slides that the CPU scored because the GPU could not.", labelnames=["reason"]
 )
 
+STORE_EVENTS = Counter(
+    "vllm_wsi:selection_store_events",
+    "What the selection store did: hit, scores hit, miss, saved, evicted, damaged (removed), fault (of its disk).",
+    labelnames=["event"],
+)
+STORE_BYTES = Counter(
+    "vllm_wsi:selection_store_bytes", "Bytes that the selection store saved, evicted or removed.", labelnames=["event"]
+)
+
 READ_SECONDS = Histogram("vllm_wsi:read_seconds", "Reading the features of a new slide.", buckets=SECONDS)
 SCORE_SECONDS = Histogram("vllm_wsi:score_seconds", "Scoring the features of a new slide, and Top-K.", buckets=SECONDS)
 SELECTION_SECONDS = Histogram(
@@ -37,6 +46,13 @@ DEVICE = Gauge(
     multiprocess_mode="livesum",
 )
 RUNNING = Gauge("vllm_wsi:selections_running", "New slides that are read and scored.", multiprocess_mode="livesum")
+
+
+def count_store(event: str, num_bytes: int) -> None:
+    STORE_EVENTS.labels(event).inc()
+    if num_bytes:
+        STORE_BYTES.labels(event).inc(num_bytes)
+
 
 _devices: set[str] = set()
 

@@ -32,16 +32,19 @@ from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.selection.scorer import FrozenScorer, scorer_digest
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
+from vllm_wsi.store.selection_store import store_settings
 
 from . import vllm_hooks
 from .prompt_guard import check_slide_tokens
-from .service import SelectedSlide
 from .slide_parser import MODALITY, SlideParser
+from .slide_request import SelectedSlide
 
 MAX_SLIDE_TOKENS = 256
 """Largest K that one request may ask for, unless the server's own K is larger."""
 
-SERVER_OPTIONS = ("num_slide_tokens", "selection_device", "device", "encoder_mismatch")
+SERVER_OPTIONS = (
+    "num_slide_tokens", "selection_device", "device", "encoder_mismatch", "selection_store", "selection_store_gib",
+)  # fmt: skip
 """`selection_device` is ours: vLLM takes `device` only on a CPU or on an instance that runs no language model, because
 a processor's memory is not in its budget. A selection's is small and bounded (`selection/chunk_reader.py`)."""
 
@@ -84,7 +87,8 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
             scorer, k, device, config.max_patches, encoder=encoder, max_slide_tokens=self.max_slide_tokens
         )
         # The rule for encoders is part of the key: a selection under another rule is not used.
-        self.service = vllm_hooks.service_for(selector, f"{digest}:{encoder}", self.max_slide_tokens)
+        store = store_settings(options.get("selection_store"), options.get("selection_store_gib"))
+        self.service = vllm_hooks.service_for(selector, f"{digest}:{encoder}", self.max_slide_tokens, store)
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
         tokenizer = self.ctx.tokenizer

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +18,16 @@ from numpy.typing import NDArray
 from vllm.logger import init_logger
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
-from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
+from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.feature_file import RowSource, shown
+from vllm_wsi.store.selection_key import SelectionKey
+from vllm_wsi.store.selection_store import SelectionStore
+from vllm_wsi.store.stored_selector import StoredSelector
 
 from . import metrics
 from .client_errors import naming_the_file_alone
+from .slide_request import SelectedSlide, SlideRequest
 from .stalling_pool import ENDING, SlidesStalled, StallingPool
 
 THREADS = 16
@@ -35,63 +37,6 @@ CACHE_BYTES = 256 << 20
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers alone
 
 
-@dataclass(frozen=True)
-class SlideRequest:
-    """One slide of one request: a path, or an open file (which the service then closes)."""
-
-    path: Path | None = None
-    slide: FeatureFile | None = None
-    k: int | None = None  # None: the server's K
-    encoder: str | None = None  # which features, where a file holds several
-    keep_all_scores: bool = False  # for a heat map: scores and places of all patches
-
-    @property
-    def name(self) -> str:
-        """Of the file, without its folder."""
-        if self.slide is not None:
-            return self.slide.name
-        return "" if self.path is None else self.path.name
-
-    def identity(self) -> SlideIdentity:
-        """Costs one stat for a path. Raises SlideError where there is no file."""
-        if self.slide is not None:
-            return self.slide.identity
-        assert self.path is not None
-        return SlideIdentity.of_file(self.path)
-
-    def open(self) -> FeatureFile:
-        if self.slide is not None:
-            return self.slide
-        assert self.path is not None
-        return open_features(self.path, self.encoder)
-
-    def close(self) -> None:
-        """Closes the open file, where there is one."""
-        if self.slide is not None:
-            self.slide.close()
-
-
-@dataclass(frozen=True)
-class SelectedSlide:
-    """A finished selection, and what it was made of."""
-
-    selection: Selection
-    digest: str  # of slide identity, K, encoder, scorer and device: equal digests mean equal selections
-    scorer: str  # digest of the scorer's weights, and the rule for encoders
-    default_k: int  # the K of the service that selected
-    request: SlideRequest | None  # None where the slide came by value and is gone
-
-    @property
-    def num_bytes(self) -> int:
-        chosen = self.selection
-        coords = 0 if chosen.coords is None else chosen.coords.nbytes
-        metadata = sum(len(key) + len(value) for key, value in chosen.metadata.items())
-        everything = 0 if chosen.all_scores is None else chosen.all_scores.nbytes
-        everything += 0 if chosen.all_coords is None else chosen.all_coords.nbytes
-        kept = chosen.indices.nbytes + chosen.scores.nbytes + chosen.features.nbytes
-        return kept + coords + everything + metadata + 1024
-
-
 class SelectionService:
     """Selects each slide once, however many requests ask for it.
 
@@ -99,6 +44,7 @@ class SelectionService:
         selector: of the served checkpoint.
         scorer: digest of its weights, and its rule for encoders.
         max_slide_tokens: largest K that one request may ask for.
+        store: selections that outlive this process; None: there are none.
         threads: slides that are read and scored at once.
         cache_bytes: bound of the finished selections that are remembered.
     """
@@ -108,11 +54,13 @@ class SelectionService:
         selector: SlideSelector,
         scorer: str,
         max_slide_tokens: int,
+        store: SelectionStore | None = None,
         threads: int = THREADS,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.selector, self.scorer, self.max_slide_tokens = selector, scorer, max_slide_tokens
         self.default_k = selector.num_slide_tokens
+        self._stored = StoredSelector(selector, scorer, store)
         self._pool = StallingPool("wsi-selection", threads)
         self._look_ups = StallingPool("wsi-look-up", LOOK_UP_THREADS)
         self._lock = threading.Lock()
@@ -121,9 +69,11 @@ class SelectionService:
         self._closing = threading.Event()
         self._device = ""  # that scores now; "" before the start
         logger.info(
-            "slides: scorer %s, K = %d (at most %d by request), on %s, encoder %s, %d readers, cache of %d MiB",
+            "slides: scorer %s, K = %d (at most %d by request), on %s, encoder %s, %d readers, cache of %d MiB, "
+            "store %s",
             scorer.partition(":")[0][:12], self.default_k, max_slide_tokens, selector.device.wanted,
             selector.encoder.encoder or "not recorded", threads, cache_bytes >> 20,
+            "none" if store is None else store.folder,
         )  # fmt: skip
 
     def submit(self, request: SlideRequest) -> Future[SelectedSlide]:
@@ -137,12 +87,12 @@ class SelectionService:
             k = self.default_k if request.k is None else request.k
             if not 1 <= k <= self.max_slide_tokens:
                 raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
-            identity = request.identity()
-            digest = self._digest(request, k, identity, self.start())
+            key = SelectionKey(request.identity(), request.encoder, self.scorer, self.start())
+            digest = _digest(key, k, request)
             with self._lock:
                 future = self._finished_or_under_way(digest)
                 if future is None:
-                    run = _Run(request, k, identity, digest, time.monotonic())
+                    run = _Run(request, k, key, digest, time.monotonic())
                     future = self._under_way[digest] = self._queue(run)
                     return future
         except BaseException:
@@ -189,10 +139,6 @@ class SelectionService:
             self._device = name
         return name
 
-    def _digest(self, request: SlideRequest, k: int, identity: SlideIdentity, scored_on: str) -> str:
-        parts = (identity, k, request.encoder, self.scorer, request.keep_all_scores, scored_on)
-        return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
-
     def _queue(self, run: _Run) -> Future[SelectedSlide]:
         metrics.QUEUED.inc()
         try:
@@ -227,35 +173,42 @@ class SelectionService:
         metrics.QUEUED.dec()
         try:
             with metrics.RUNNING.track_inprogress():
-                selection = self._read_and_score(run)
+                selection, source = self._stored.select(
+                    run.key, lambda: self._opened(run), run.k, request.keep_all_scores, self._check_open
+                )
             # Not `run.digest` where a GPU left the slide to the CPU: two devices' scores never share a key.
-            digest = self._digest(request, run.k, run.identity, selection.scored_on)
-            done = SelectedSlide(
-                selection, digest, self.scorer, self.default_k, request if request.slide is None else None
-            )
-            self._remember(run.digest, done)
+            digest = _digest(run.key._replace(scored_on=selection.scored_on), run.k, request)
+            path_request = request if request.slide is None else None
+            done = SelectedSlide(selection, digest, self.scorer, self.default_k, path_request, source)
+            self._remember(run.digest, replace(done, source="memory"))
             if selection.fallback is not None:
                 metrics.FALLBACKS.labels(selection.fallback).inc()
                 self.start()
-            _report(request.name, selection, waited=began - run.asked, took=time.monotonic() - began)
+            _report(request.name, done, waited=began - run.asked, took=time.monotonic() - began)
             return done
         except OSError as error:
             name = request.slide.name if request.slide is not None else request.path
             raise SlideError(f"{name}: found an unreadable file ({error}), wanted a feature file") from error
         finally:
+            request.close()
             with self._lock:
                 self._under_way.pop(run.digest, None)
 
-    def _read_and_score(self, run: _Run) -> Selection:
-        request = run.request
+    @contextlib.contextmanager
+    def _opened(self, run: _Run) -> Iterator[FeatureFile]:
+        """Raises SlideError at both ends where the file is not in the state that was asked for."""
+        request, identity = run.request, run.key.identity
         with request.open() as slide:
-            if slide.identity != run.identity or request.identity() != run.identity:
+            if slide.identity != identity or request.identity() != identity:
                 raise SlideError(f"{slide.name}: the file changed while it was opened; ask again")
-            slide.rows = _UntilClosed(slide.rows, self._closing)
-            selection = self.selector.select(slide, run.k, request.keep_all_scores)
-        if request.identity() != run.identity:
+            slide.rows = _UntilClosed(slide.rows, self._check_open)
+            yield slide
+        if request.identity() != identity:
             raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
-        return selection
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise SlidesStalled(ENDING)
 
     def _remember(self, asked: str, done: SelectedSlide) -> None:
         with self._lock:
@@ -270,21 +223,27 @@ class _Run(NamedTuple):
 
     request: SlideRequest
     k: int
-    identity: SlideIdentity
+    key: SelectionKey
     digest: str
     asked: float  # time.monotonic()
 
 
-def _report(name: str, selection: Selection, waited: float, took: float) -> None:
-    """The numbers of a new slide, and one line for the log."""
-    metrics.SELECTIONS.inc()
-    metrics.PATCHES_READ.inc(selection.num_patches)
-    metrics.READ_SECONDS.observe(selection.read_seconds)
-    metrics.SCORE_SECONDS.observe(selection.score_seconds)
-    metrics.SELECTION_SECONDS.observe(waited + took)
+def _digest(key: SelectionKey, k: int, request: SlideRequest) -> str:
+    return key.of_selection(k) + ("-all-scores" if request.keep_all_scores else "")
+
+
+def _report(name: str, done: SelectedSlide, waited: float, took: float) -> None:
+    """The numbers of a slide that was not remembered, and one line for the log."""
+    selection = done.selection
+    if done.source == "file":
+        metrics.SELECTIONS.inc()
+        metrics.PATCHES_READ.inc(selection.num_patches)
+        metrics.READ_SECONDS.observe(selection.read_seconds)
+        metrics.SCORE_SECONDS.observe(selection.score_seconds)
+        metrics.SELECTION_SECONDS.observe(waited + took)
     logger.info(
-        "selected %d of %d patches of %s in %.3f s (read %.3f s, scored %.3f s, waited %.3f s before)",
-        len(selection.indices), selection.num_patches, shown(name, 80), took,
+        "selected %d of %d patches of %s in %.3f s by the %s (read %.3f s, scored %.3f s, waited %.3f s before)",
+        len(selection.indices), selection.num_patches, shown(name, 80), took, done.source,
         selection.read_seconds, selection.score_seconds, waited,
     )  # fmt: skip
 
@@ -292,12 +251,11 @@ def _report(name: str, selection: Selection, waited: float, took: float) -> None
 class _UntilClosed:
     """Rows of a slide, as long as the service is open."""
 
-    def __init__(self, rows: RowSource, closing: threading.Event) -> None:
-        self._rows, self._closing, self.near_rows = rows, closing, rows.near_rows
+    def __init__(self, rows: RowSource, check_open: Callable[[], None]) -> None:
+        self._rows, self._check_open, self.near_rows = rows, check_open, rows.near_rows
 
     def read_into(self, start: int, out: NDArray) -> None:
-        if self._closing.is_set():
-            raise SlidesStalled(ENDING)
+        self._check_open()
         self._rows.read_into(start, out)
 
     def close(self) -> None:

@@ -16,7 +16,8 @@ from vllm_wsi.selection.selection import Selection
 from vllm_wsi.slides import FeatureFile, SlideIdentity, features_in_memory
 from vllm_wsi.slides.feature_file import FLOAT_DTYPES
 
-from .service import SelectedSlide, SelectionService, SlideRequest
+from .service import SelectionService
+from .slide_request import SelectedSlide, SlideRequest
 
 MODALITY = "image"  # the part type that every OpenAI client can send
 WANTED = "wanted a slide: an open file (open_features(path)), a Selection, or features (N, d) as an array or tensor"

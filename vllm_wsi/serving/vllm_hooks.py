@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from vllm_wsi.selection.selector import SlideSelector
+    from vllm_wsi.store.selection_store import StoreSettings
 
     from .service import SelectionService
 
@@ -141,18 +142,24 @@ _current: SelectionService | None = None
 _lock = threading.Lock()
 
 
-def service_for(selector: SlideSelector, scorer: str, max_slide_tokens: int) -> SelectionService:
+def service_for(
+    selector: SlideSelector, scorer: str, max_slide_tokens: int, store: StoreSettings | None = None
+) -> SelectionService:
     """The process-wide service of one checkpoint and setting, which also becomes the current one.
 
     vLLM makes a processor for every chat request; the service, its cache and its threads stay.
     """
+    from vllm_wsi.store.selection_store import SelectionStore
+
+    from . import metrics
     from .service import SelectionService
 
     global _current
-    key = (scorer, selector.num_slide_tokens, selector.device.wanted, selector.max_patches, max_slide_tokens)
+    key = (scorer, selector.num_slide_tokens, selector.device.wanted, selector.max_patches, max_slide_tokens, store)
     with _lock:
         if key not in _services:
-            _services[key] = SelectionService(selector, scorer, max_slide_tokens)
+            opened = None if store is None else SelectionStore(*store, metrics.count_store)
+            _services[key] = SelectionService(selector, scorer, max_slide_tokens, opened)
         _current = _services[key]
         return _current
 

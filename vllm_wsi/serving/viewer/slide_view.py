@@ -13,7 +13,7 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.rendering.geojson import geojson
 from vllm_wsi.serving.client_errors import naming_the_file_alone
 from vllm_wsi.serving.connector import BY_VALUE, SlideConnector, parse_fragment
-from vllm_wsi.serving.service import SelectedSlide
+from vllm_wsi.serving.slide_request import SelectedSlide
 from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.places import Said, origin, refuse_guesses, with_image_mpp
 from vllm_wsi.slides.regions import extent, said_size
@@ -63,6 +63,7 @@ class SlideView:
         chosen, image = selected.selection, found.image
         name = _name(selected)
         record = chosen.record(name, said) | {"encoder": _encoder(url, chosen.metadata), "rects": None}
+        record["source"] = selected.source
         record |= {"extent_px": None, "guesses": chosen.guesses(name, said)}
         try:
             rects = chosen.rects(name, _said_with_image(said, chosen.metadata, image))

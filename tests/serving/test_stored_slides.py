@@ -1,0 +1,67 @@
+"""Servers over one selection store: a slide is read once, whichever API server, replica or restart is asked."""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from vllm_wsi.serving.server_process import ServerError, VllmServer
+
+from .conftest import make_slide, slide_message
+
+pytestmark = pytest.mark.server
+ARGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8")
+ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+def start(checkpoint, folder, store, log, *args):
+    options = ["--mm-processor-kwargs", json.dumps({"selection_store": str(store), "selection_store_gib": 1})]
+    return VllmServer(checkpoint, folder, log, [*ARGS, *options, *args], ENV)
+
+
+def ask(server, url):
+    """On a connection of its own, so that any of the API servers may get it."""
+    with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=120) as client:
+        answer = client.chat.completions.create(
+            model=server.model, messages=slide_message(url), max_tokens=6, temperature=0
+        )
+        return answer.choices[0].message.content
+
+
+def events(server):
+    """What the store did, by its name."""
+    found = re.findall(r'^vllm_wsi:selection_store_events_total{event="([^"]+)"} (\S+)$', server.metrics_text(), re.M)
+    return {event: float(value) for event, value in found}
+
+
+def test_two_api_servers_and_a_replica_read_a_slide_once_and_then_no_row_of_it(checkpoint, tmp_path):
+    slides = [make_slide(tmp_path / f"{seed}.safetensors", 3000, seed=seed) for seed in range(3)]
+    urls = [path.as_uri() for path in slides]
+    store = tmp_path / "store"
+    with start(checkpoint, tmp_path, store, tmp_path / "a.log", "--api-server-count", "2") as server:
+        with ThreadPoolExecutor(24) as pool:
+            answers = list(pool.map(lambda i: ask(server, urls[i % 3]), range(24)))
+        assert all(answers[i] == answers[i % 3] for i in range(24))
+        metrics = server.metrics()
+        assert metrics["vllm_wsi:selections_total"] == 3
+        assert metrics["vllm_wsi:patches_read_total"] == 9000
+    with start(checkpoint, tmp_path, store, tmp_path / "b.log") as replica:
+        assert [ask(replica, url) for url in urls] == answers[:3]
+        sources = [httpx.post(f"{replica.api}/wsi/select", json={"url": urls[0]}).json()["source"] for _ in range(2)]
+        other_k = httpx.post(f"{replica.api}/wsi/select", json={"url": f"{urls[0]}#k=40"}).json()
+        heat_map = httpx.get(f"{replica.api}/wsi/heatmap.png", params={"url": urls[0], "patch_size_level0": 256})
+        metrics, found = replica.metrics(), events(replica)
+    assert sources == ["memory", "memory"]
+    assert (other_k["source"], other_k["num_selected"]) == ("stored scores", 40)
+    assert heat_map.status_code == 200, heat_map.text
+    assert metrics["vllm_wsi:patches_read_total"] == 0
+    assert (found["hit"], found["scores hit"]) == (3, 2)
+
+
+def test_a_store_that_cannot_be_made_ends_the_start_with_one_sentence(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ServerError, match=r"selection_store: found .*file/store.*wanted a folder that can be made"):
+        start(checkpoint, tmp_path, tmp_path / "file" / "store", tmp_path / "a.log")

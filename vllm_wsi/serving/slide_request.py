@@ -1,0 +1,69 @@
+"""What is asked of a slide, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vllm_wsi.selection.selection import Selection
+from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
+from vllm_wsi.store.stored_selector import Source
+
+
+@dataclass(frozen=True)
+class SlideRequest:
+    """One slide of one request: a path, or an open file (which the service then closes)."""
+
+    path: Path | None = None
+    slide: FeatureFile | None = None
+    k: int | None = None  # None: the server's K
+    encoder: str | None = None  # which features, where a file holds several
+    keep_all_scores: bool = False  # for a heat map: scores and places of all patches
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its folder."""
+        if self.slide is not None:
+            return self.slide.name
+        return "" if self.path is None else self.path.name
+
+    def identity(self) -> SlideIdentity:
+        """Costs one stat for a path. Raises SlideError where there is no file."""
+        if self.slide is not None:
+            return self.slide.identity
+        assert self.path is not None
+        return SlideIdentity.of_file(self.path)
+
+    def open(self) -> FeatureFile:
+        if self.slide is not None:
+            return self.slide
+        assert self.path is not None
+        return open_features(self.path, self.encoder)
+
+    def close(self) -> None:
+        """Closes the open file, where there is one."""
+        if self.slide is not None:
+            self.slide.close()
+
+
+@dataclass(frozen=True)
+class SelectedSlide:
+    """A finished selection, and what it was made of."""
+
+    selection: Selection
+    digest: str  # of slide identity, K, encoder, scorer and device: equal digests mean equal selections
+    scorer: str  # digest of the scorer's weights, and the rule for encoders
+    default_k: int  # the K of the service that selected
+    request: SlideRequest | None  # None where the slide came by value and is gone
+    source: Source | Literal["memory"] = "file"
+
+    @property
+    def num_bytes(self) -> int:
+        chosen = self.selection
+        coords = 0 if chosen.coords is None else chosen.coords.nbytes
+        metadata = sum(len(key) + len(value) for key, value in chosen.metadata.items())
+        everything = 0 if chosen.all_scores is None else chosen.all_scores.nbytes
+        everything += 0 if chosen.all_coords is None else chosen.all_coords.nbytes
+        kept = chosen.indices.nbytes + chosen.scores.nbytes + chosen.features.nbytes
+        return kept + coords + everything + metadata + 1024

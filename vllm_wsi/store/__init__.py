@@ -1,0 +1,1 @@
+"""Finished selections on disk: a slide is scored once in its life."""
