@@ -21,7 +21,8 @@ from vllm_wsi.slides import open_features, write_features
 from vllm_wsi.slides.encoder_names import EncoderCheck
 from vllm_wsi.store import selection_store
 from vllm_wsi.store.selection_key import SelectionKey
-from vllm_wsi.store.selection_store import SelectionStore, StoreSettings, store_settings
+from vllm_wsi.store.selection_store import SelectionStore
+from vllm_wsi.store.store_settings import StoreSettings, store_settings
 from vllm_wsi.store.stored_selector import StoredSelector
 
 D, K = 32, 8

@@ -32,7 +32,7 @@ from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.selection.scorer import FrozenScorer, scorer_digest
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
-from vllm_wsi.store.selection_store import store_settings
+from vllm_wsi.store.store_settings import store_settings
 
 from . import vllm_hooks
 from .prompt_guard import check_slide_tokens

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from vllm_wsi.selection.selector import SlideSelector
-    from vllm_wsi.store.selection_store import StoreSettings
+    from vllm_wsi.store.store_settings import StoreSettings
 
     from .service import SelectionService
 

@@ -17,24 +17,23 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.files import replacing
 from vllm_wsi.selection.selection import Selection
-from vllm_wsi.slides.encoder_names import EncoderMatch
-from vllm_wsi.slides.places import PatchSize
 
+from .selection_tensors import selection_of, selection_tensors
+from .store_settings import MAX_BYTES
 from .stored_file import Kind, from_bytes, to_bytes
 
-ENVIRONMENT = "VLLM_WSI_STORE"
-MAX_BYTES = 10 << 30
 PREFIX = 3  # hexadecimal digits of a digest that name its folder: 4,096 folders
 SUFFIX = ".safetensors"
 LOCKS = "locks"
 EVICT_TO = 0.9
 """Of the bound, so that not every new file begins a search for the oldest."""
+MAX_PRUNINGS = 3
+"""In a row; a store on which nothing can be removed is tried again when the next file is saved."""
 LEFT_BEHIND_SECONDS = 3600
 """A file that is still written aside after so long was left by a process that was killed."""
 WAIT_SECONDS = 30.0
@@ -42,32 +41,6 @@ WAIT_SECONDS = 30.0
 POLL_SECONDS = 0.02
 
 logger = logging.getLogger(__name__)
-
-
-class StoreSettings(NamedTuple):
-    folder: Path
-    max_bytes: int
-
-
-def store_settings(folder: str | os.PathLike[str] | None, max_gib: object = None) -> StoreSettings | None:
-    """A store as a user names it: by the folder, else by the environment variable VLLM_WSI_STORE; None: none is named.
-
-    Args:
-        max_gib: bound of its files, a number; None: 10.
-
-    Raises:
-        SettingsError: the bound is no positive number, or is given without a folder.
-    """
-    folder = folder or os.environ.get(ENVIRONMENT) or None
-    if max_gib is not None and folder is None:
-        raise SettingsError("selection_store_gib: found no selection_store, wanted its folder too")
-    try:
-        max_bytes = MAX_BYTES if max_gib is None else int(float(max_gib) * (1 << 30))  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        max_bytes = 0
-    if max_bytes <= 0:
-        raise SettingsError(f"selection_store_gib: found {max_gib!r}, wanted a positive number")
-    return None if folder is None else StoreSettings(Path(folder).absolute(), max_bytes)
 
 
 class StoredFile(NamedTuple):
@@ -98,6 +71,7 @@ class SelectionStore:
         self.folder, self.max_bytes, self._count = folder, max_bytes, count
         self._lock = threading.Lock()
         self._size: int | None = None  # None: nobody looked yet
+        self._saved = 0  # bytes that this process ever saved
         self._is_pruning = False
         self._said: set[str] = set()
         try:
@@ -110,7 +84,7 @@ class SelectionStore:
     def load_selection(self, digest: str) -> Selection | None:
         found = self._load("selection", digest)
         self._count("miss" if found is None else "hit", 0)
-        return None if found is None else _to_selection(*found)
+        return None if found is None else selection_of(*found)
 
     def load_scores(self, digest: str) -> Tensor | None:
         """fp32 [N], as they were, NaN and infinities too."""
@@ -121,7 +95,7 @@ class SelectionStore:
 
     def save_selection(self, digest: str, chosen: Selection) -> None:
         """Without the scores and places of all patches, which `save_scores` keeps."""
-        self._save("selection", digest, *_from_selection(chosen))
+        self._save("selection", digest, *selection_tensors(chosen))
 
     def save_scores(self, digest: str, scores: Tensor) -> None:
         self._save("scores", digest, {"scores": scores}, {})
@@ -189,6 +163,7 @@ class SelectionStore:
             OSError: the folder cannot be read.
         """
         bound = self.max_bytes if max_bytes is None else max_bytes
+        saved_before = self._saved
         found = sorted(self.files(), key=lambda file: file.used)
         size = sum(file.num_bytes for file in found)
         goal = size if size <= bound else int(EVICT_TO * bound)
@@ -200,7 +175,7 @@ class SelectionStore:
                 size -= file.num_bytes
                 self._count("evicted", file.num_bytes)
         with self._lock:
-            self._size = size
+            self._size = size + self._saved - saved_before
         return size
 
     def _load(self, kind: Kind, digest: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -239,20 +214,30 @@ class SelectionStore:
 
     def _grown(self, num_bytes: int) -> None:
         with self._lock:
+            self._saved += num_bytes
             if self._size is not None:
                 self._size += num_bytes
-            if self._is_pruning or (self._size is not None and self._size <= self.max_bytes):
+            if self._is_pruning or not self._may_be_full():
                 return
             self._is_pruning = True
         threading.Thread(target=self._prune_aside, name="wsi-store-prune", daemon=True).start()
 
+    def _may_be_full(self) -> bool:
+        return self._size is None or self._size > self.max_bytes
+
     def _prune_aside(self) -> None:
-        try:
-            self.prune()
-        except OSError as error:
-            self._fault("reading", error)
-        finally:
-            self._is_pruning = False
+        full = True
+        for _ in range(MAX_PRUNINGS):  # others may save meanwhile
+            try:
+                self.prune()
+            except OSError as error:
+                self._fault("reading", error)
+            with self._lock:
+                full = self._size is not None and self._may_be_full()
+                self._is_pruning = full
+            if not full:
+                return
+        self._is_pruning = False
 
     def _remove(self, path: Path) -> None:
         try:
@@ -268,33 +253,3 @@ class SelectionStore:
                 "selection store %s: %s failed (%s); slides are selected without it where it fails", self.folder, doing,
                 error.strerror or error,
             )  # fmt: skip
-
-
-def _from_selection(chosen: Selection) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {"indices": chosen.indices, "scores": chosen.scores, "features": chosen.features}
-    if chosen.coords is not None:
-        tensors["coords"] = torch.from_numpy(chosen.coords)
-    facts = {
-        "num_patches": chosen.num_patches,
-        "num_nonfinite": chosen.num_nonfinite,
-        "coord_unit": chosen.coord_unit,
-        "unit_source": chosen.unit_source,
-        "patch_size": chosen.patch_size,
-        "metadata": dict(chosen.metadata),
-        "encoder_match": chosen.encoder_match,
-        "scored_on": chosen.scored_on,
-    }
-    return tensors, facts
-
-
-def _to_selection(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Selection:
-    patch_size, encoder_match = facts.pop("patch_size"), facts.pop("encoder_match")
-    return Selection(
-        indices=tensors["indices"],
-        scores=tensors["scores"],
-        features=tensors["features"],
-        coords=tensors["coords"].numpy() if "coords" in tensors else None,
-        patch_size=None if patch_size is None else PatchSize(*patch_size),
-        encoder_match=None if encoder_match is None else EncoderMatch(*encoder_match),
-        **facts,
-    )
