@@ -304,14 +304,14 @@ class FailingGpu(SlideSelector):
         return Gpu(torch.device("cpu"))
 
     def select(self, slide, k=None, keep_all_scores=False):
-        selection = SlideSelector.select(CountingSelector(self._scorer, self.num_slide_tokens), slide, k)
+        selection = SlideSelector.select(CountingSelector(self.scorer, self.num_slide_tokens), slide, k)
         return replace(selection, fallback="out of memory")
 
 
 def test_two_devices_scores_never_share_a_key(selector, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring_device, "gpu_name", lambda device: "a stand-in, sm_90, Triton 3.9")
     path, on_cpu = make_slide(tmp_path / "a.safetensors", 100), SelectionService(selector, "scorer", 16)
-    on_gpu = SelectionService(FailingGpu(selector._scorer, 8), "scorer", 16)
+    on_gpu = SelectionService(FailingGpu(selector.scorer, 8), "scorer", 16)
     before = counted("vllm_wsi:selection_fallbacks_total", reason="out of memory")
     left, wanted = on_gpu.select(SlideRequest(path)), on_cpu.select(SlideRequest(path))
     assert left.digest == wanted.digest  # the CPU scored both

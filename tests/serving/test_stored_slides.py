@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from vllm_wsi.cli.app import main
 from vllm_wsi.serving.server_process import ServerError, VllmServer
 
 from .conftest import make_slide, slide_message
@@ -48,8 +49,11 @@ def test_two_api_servers_and_a_replica_read_a_slide_once_and_then_no_row_of_it(c
         metrics = server.metrics()
         assert metrics["vllm_wsi:selections_total"] == 3
         assert metrics["vllm_wsi:patches_read_total"] == 9000
+    warmed = make_slide(tmp_path / "warmed.safetensors", 3000, seed=9)
+    assert main(["warm", str(warmed), "--checkpoint", str(checkpoint), "--store", str(store)]) == 0
     with start(checkpoint, tmp_path, store, tmp_path / "b.log") as replica:
         assert [ask(replica, url) for url in urls] == answers[:3]
+        assert ask(replica, warmed.as_uri())
         sources = [httpx.post(f"{replica.api}/wsi/select", json={"url": urls[0]}).json()["source"] for _ in range(2)]
         other_k = httpx.post(f"{replica.api}/wsi/select", json={"url": f"{urls[0]}#k=40"}).json()
         heat_map = httpx.get(f"{replica.api}/wsi/heatmap.png", params={"url": urls[0], "patch_size_level0": 256})
@@ -58,7 +62,7 @@ def test_two_api_servers_and_a_replica_read_a_slide_once_and_then_no_row_of_it(c
     assert (other_k["source"], other_k["num_selected"]) == ("stored scores", 40)
     assert heat_map.status_code == 200, heat_map.text
     assert metrics["vllm_wsi:patches_read_total"] == 0
-    assert (found["hit"], found["scores hit"]) == (3, 2)
+    assert (found["hit"], found["scores hit"]) == (4, 2)
 
 
 def test_a_store_that_cannot_be_made_ends_the_start_with_one_sentence(checkpoint, tmp_path):

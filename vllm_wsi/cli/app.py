@@ -28,8 +28,10 @@ from .eval import evaluate
 from .init_checkpoint import init_checkpoint
 from .options import option
 from .select import select
+from .store import store
 from .study import study
 from .train import train
+from .warm import warm
 
 PROGRAM = "vllm-wsi"
 USAGE = 2
@@ -48,6 +50,8 @@ for name, command, text in (
     ("convert", convert, "feature files of any format to safetensors, which are read fast (extra: slides)"),
     ("doctor", doctor, "what is in a feature file, and what is wrong with it"),
     ("select", select, "the patches that a checkpoint keeps of a slide, as JSON"),
+    ("warm", warm, "selects slides ahead of time, into a selection store"),
+    ("store", store, "what lies in a selection store; checks and prunes it"),
     ("demo", demo, "a slide, a real server, an answer and the patches behind it"),
     ("init-checkpoint", init_checkpoint, "write a small checkpoint with random weights"),
     ("train", train, "train a checkpoint (extra: train)"),

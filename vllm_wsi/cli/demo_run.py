@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -12,8 +13,10 @@ from pathlib import Path
 from vllm_wsi.errors import SetupError
 from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.model.checkpoint import read_config
+from vllm_wsi.parts.fetch import cache_folder
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.slides.encoder_names import Mismatch, recorded_encoder
+from vllm_wsi.store.store_settings import ENVIRONMENT
 
 from .demo_answers import show
 from .demo_slides import UNFAMILIAR, DemoSlide, Progress, Scene, photograph, users_slide, virtual_slide
@@ -21,6 +24,7 @@ from .demo_tissue import fits_tissue, tissue_scene, tissue_slides
 
 UNTRAINED = "random weights: the answer is noise, the path is real"
 VIRTUAL_MODEL = "the demo checkpoint, trained on virtual slides alone"
+STORE_GIB = 1
 SERVER_ARGS = ("--max-model-len", "2048", "--max-num-seqs", "8", "--enforce-eager")
 
 
@@ -93,9 +97,12 @@ def _own_scenes(work: Path) -> list[Scene]:
 
 def _play(scene: Scene, work: Path, options: DemoOptions, is_last: bool) -> None:
     """Starts a server, and asks it about the scene's slides."""
-    args = [*SERVER_ARGS, *scene.server_args]
+    options_of_slides: dict[str, object] = {}
+    if not os.environ.get(ENVIRONMENT):
+        options_of_slides |= {"selection_store": str(cache_folder() / "store"), "selection_store_gib": STORE_GIB}
     if any(one.encoder_mismatch == "allow" for one in scene.slides):
-        args += ["--mm-processor-kwargs", json.dumps({"encoder_mismatch": "allow"})]
+        options_of_slides["encoder_mismatch"] = "allow"
+    args = [*SERVER_ARGS, *scene.server_args, "--mm-processor-kwargs", json.dumps(options_of_slides)]
     media = scene.slides[0].features.parent
     progress = Progress("starting vllm serve")
     with VllmServer(scene.checkpoint, media, work / "server.log", args, on_wait=progress.tick) as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ from vllm_wsi.errors import needs_extra
 
 from .options import argument, option
 from .slides_bar import slides_bar
+from .warm import STORE_HELP, named_store
 
 ENCODER_HELP = (
     "colour-texture (built in, for trying things out), efficientnet-lite0 (ImageNet weights, fetched once), a name "
@@ -24,6 +26,7 @@ CHANNELS_HELP = (
     "names or numbers from 0 of the three that are encoded as red, green and blue, of fluorescence and the like "
     "(default: RGB alone)"
 )
+WARM_HELP = "also select each new slide for this checkpoint, into the selection store"
 QC_HELP = "pictures of tissue and patches; where it is --out, the viewer links them"
 
 
@@ -48,9 +51,11 @@ def encode(
         int | None, option("--workers", metavar="N", min=1, help="slides at once (default: by the encoder)")
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], option("--device")] = "auto",
+    warm: Annotated[str | None, option("--warm", metavar="C", help=WARM_HELP)] = None,
+    store: Annotated[Path | None, option("--store", metavar="DIR", help=STORE_HELP)] = None,
 ) -> None:
     with needs_extra("slides"):
-        from vllm_wsi.encoding.encode_many import SUMMARY, Encoded, encode_many, find_jobs
+        from vllm_wsi.encoding.encode_many import SUMMARY, Encoded, encode_many, find_jobs, nothing
         from vllm_wsi.encoding.encode_slide import EncodeSettings
     from vllm_wsi.slides.many_slides import count_by_status, write_summary
 
@@ -65,6 +70,11 @@ def encode(
         dtype=dtype,
         batch_size=batch_size,
     )
+    afterwards = nothing
+    if warm is not None:
+        from vllm_wsi.store.warm import WarmSettings, warm_file
+
+        afterwards = partial(warm_file, WarmSettings(warm, named_store(store), device=device))
     jobs = find_jobs(slides, out, qc)
     out.mkdir(parents=True, exist_ok=True)
     with slides_bar(len(jobs)) as (bar, ended):
@@ -72,7 +82,7 @@ def encode(
         def progress(done: int, total: int) -> None:
             bar.set_postfix_str(f"{done:,} of {total:,} patches")
 
-        outcomes = encode_many(jobs, encoder, settings, device, workers, ended, progress)
+        outcomes = encode_many(jobs, encoder, settings, device, workers, ended, progress, afterwards)
     counts = count_by_status(outcomes)
     write_summary(out / SUMMARY, outcomes, Encoded)
     print(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed; see {out / SUMMARY}")

@@ -11,6 +11,7 @@ import typer
 option = partial(typer.Option, show_default=False)
 argument = partial(typer.Argument, show_default=False)
 
+DEVICE_HELP = "auto (default), cpu, cuda or cuda:N"
 Encoder = Annotated[str | None, option("--encoder", help="which features, where a file holds several")]
 Mismatch = Literal["refuse", "allow"]
 MISMATCH_HELP = "features of another encoder than the checkpoint's (default refuse)"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from vllm_wsi.errors import needs_extra
 
-from .options import Encoder, EncoderMismatch, argument, option
+from .options import DEVICE_HELP, Encoder, EncoderMismatch, argument, option
 
 K_HELP = "patches to keep (default: the checkpoint's)"
 UNIT_HELP = "of the coordinates, where the file does not say it"
@@ -22,7 +22,7 @@ def select(
     checkpoint: Annotated[str, option("--checkpoint", help="directory or hub name")],
     k: Annotated[int | None, option("-k", metavar="K", min=1, help=K_HELP)] = None,
     encoder: Encoder = None,
-    device: Annotated[str, option("--device", help="auto (default), cpu, cuda or cuda:N")] = "auto",
+    device: Annotated[str, option("--device", help=DEVICE_HELP)] = "auto",
     encoder_mismatch: EncoderMismatch = "refuse",
     geojson: Annotated[Path | None, option("--geojson", metavar="FILE", help="kept patches for QuPath")] = None,
     heatmap: Annotated[

@@ -64,6 +64,10 @@ def _images_below(path: Path) -> list[Path] | None:
     return found
 
 
+def nothing(path: Path) -> None:
+    """What is done with a new feature file where nothing is asked for."""
+
+
 def finished(job: Job, encoder_id: str, settings: EncodeSettings) -> Encoded | None:
     """What the feature file tells that is there already, made the same way; None where there is none.
 
@@ -86,6 +90,7 @@ def finished(job: Job, encoder_id: str, settings: EncodeSettings) -> Encoded | N
         return Encoded(str(job.slide), "skipped", found.num_patches, reason="is there already", tissue_share=share)
 
 
+# Many parameters: what is encoded, how, on what, and who is told.
 def encode_many(
     jobs: Sequence[Job],
     encoder_name: str,
@@ -94,6 +99,7 @@ def encode_many(
     workers: int | None = None,
     on_outcome: Callable[[Encoded], None] = lambda outcome: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    afterwards: Callable[[Path], None] = nothing,
 ) -> list[Encoded]:
     """Encodes slides, each once; one that fails, or that takes its process down, stops no other.
 
@@ -101,6 +107,8 @@ def encode_many(
         workers: processes; None: one for each core for the built-in encoder, one for others, which use all cores.
         on_outcome: called as each slide ends.
         on_progress: called with patches done and in all, where one worker does one slide after the other.
+        afterwards: called with each new feature file, in the process that wrote it, while the system still has it in
+            memory. Its errors are warnings.
 
     Returns:
         In the order of the jobs.
@@ -134,9 +142,9 @@ def encode_many(
             end(job, there)
     workers = min(workers, len(waiting))
     if workers > 1:
-        ended = _in_processes(waiting, (encoder_name, device), settings, workers)
+        ended = _in_processes(waiting, (encoder_name, device), settings, workers, afterwards)
     else:
-        ended = ((job, _encode(job, encoder, settings, on_progress)) for job in waiting)
+        ended = ((job, _encode(job, encoder, settings, afterwards, on_progress)) for job in waiting)
     for job, outcome in ended:
         end(job, outcome)
     return [outcomes[job] for job in jobs]
@@ -157,6 +165,7 @@ def _encode(
     job: Job,
     encoder: PatchEncoder,
     settings: EncodeSettings,
+    afterwards: Callable[[Path], None],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Encoded:
     began = time.perf_counter()
@@ -166,7 +175,12 @@ def _encode(
         return Encoded(str(job.slide), "failed", reason=why_failed(job.slide, error))
     seconds = round(time.perf_counter() - began, 2)
     share = None if result.tissue_share is None else round(result.tissue_share, 4)
-    warning = "; ".join(result.warnings)
+    warnings = list(result.warnings)
+    try:
+        afterwards(job.out)
+    except Exception as error:  # the feature file is whole
+        warnings.append(why_failed(job.out, error))
+    warning = "; ".join(warnings)
     return Encoded(str(job.slide), "done", result.num_patches, seconds, tissue_share=share, warning=warning)
 
 
@@ -181,14 +195,18 @@ def _start_worker(name: str, device: str) -> None:
     _worker_encoder = load_encoder(name, device)
 
 
-def _encode_in_worker(job: Job, settings: EncodeSettings) -> Encoded:
+def _encode_in_worker(job: Job, settings: EncodeSettings, afterwards: Callable[[Path], None]) -> Encoded:
     assert _worker_encoder is not None
-    return _encode(job, _worker_encoder, settings)
+    return _encode(job, _worker_encoder, settings, afterwards)
 
 
 def _in_processes(
-    jobs: Sequence[Job], encoder: tuple[str, str], settings: EncodeSettings, workers: int
+    jobs: Sequence[Job],
+    encoder: tuple[str, str],
+    settings: EncodeSettings,
+    workers: int,
+    afterwards: Callable[[Path], None],
 ) -> Iterator[tuple[Job, Encoded]]:
-    work = partial(_encode_in_worker, settings=settings)
+    work = partial(_encode_in_worker, settings=settings, afterwards=afterwards)
     for job, outcome in in_processes(work, jobs, workers, _start_worker, *encoder):
         yield job, outcome or Encoded(str(job.slide), "failed", reason=crashed(job.slide))

@@ -63,13 +63,13 @@ class SlideSelector:
         self.device = ScoringDevice(device)
         self.max_patches, self._chunk_rows = max_patches, chunk_rows
         self.encoder = encoder or EncoderCheck()
-        self._scorer = scorer
+        self.scorer = scorer
         self._on_gpu: tuple[Place, FrozenScorer] | None = None
         self._sizes = sorted({padded_k(k) for k in (num_slide_tokens, max_slide_tokens or 1)})
 
     def start(self, rank: int = 0) -> Place:
         """Chooses the device, once; see `ScoringDevice.start`."""
-        return self.device.start(self._scorer, self._sizes, rank)
+        return self.device.start(self.scorer, self._sizes, rank)
 
     @torch.no_grad()
     def select(self, slide: FeatureFile, k: int | None = None, keep_all_scores: bool = False) -> Selection:
@@ -99,7 +99,7 @@ class SlideSelector:
     def _select(self, slide: FeatureFile, k: int, keep_all_scores: bool, place: Place) -> Selection:
         reader = ChunkReader(slide, not isinstance(place, Cpu), self._chunk_rows)
         began = time.perf_counter()
-        select = _select_in_context if isinstance(self._scorer, ContextScorer) else _select_in_stream
+        select = _select_in_context if isinstance(self.scorer, ContextScorer) else _select_in_stream
         kept, scores = select(reader, self._scorer_on(place), k, place)  # type: ignore[arg-type]
         seconds = time.perf_counter() - began
         found = _selection(
@@ -134,9 +134,9 @@ class SlideSelector:
 
     def _scorer_on(self, place: Place) -> FrozenScorer:
         if isinstance(place, Cpu):
-            return self._scorer
+            return self.scorer
         if self._on_gpu is None or self._on_gpu[0] is not place:
-            self._on_gpu = (place, copy.deepcopy(self._scorer).to(place.device))
+            self._on_gpu = (place, copy.deepcopy(self.scorer).to(place.device))
         return self._on_gpu[1]
 
     @torch.no_grad()
@@ -147,9 +147,9 @@ class SlideSelector:
         Raises:
             SlideError: a patch has no finite score.
         """
-        if isinstance(self._scorer, ContextScorer):
+        if isinstance(self.scorer, ContextScorer):
             return chosen
-        scores = apply_scorer(chosen.features, self._scorer)
+        scores = apply_scorer(chosen.features, self.scorer)
         if not bool(torch.isfinite(scores).all()):
             raise SlideError("Selection: features: found a patch without a finite score, wanted none")
         return replace(chosen, scores=scores)

@@ -33,6 +33,7 @@ from vllm_wsi.selection.scorer import FrozenScorer, scorer_digest
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.store.store_settings import store_settings
+from vllm_wsi.store.stored_selector import scorer_name
 
 from . import vllm_hooks
 from .prompt_guard import check_slide_tokens
@@ -88,7 +89,7 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         )
         # The rule for encoders is part of the key: a selection under another rule is not used.
         store = store_settings(options.get("selection_store"), options.get("selection_store_gib"))
-        self.service = vllm_hooks.service_for(selector, f"{digest}:{encoder}", self.max_slide_tokens, store)
+        self.service = vllm_hooks.service_for(selector, scorer_name(digest, encoder), self.max_slide_tokens, store)
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
         tokenizer = self.ctx.tokenizer

@@ -23,7 +23,7 @@ from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.feature_file import RowSource, shown
 from vllm_wsi.store.selection_key import SelectionKey
 from vllm_wsi.store.selection_store import SelectionStore
-from vllm_wsi.store.stored_selector import StoredSelector
+from vllm_wsi.store.stored_selector import StoredSelector, unchanged
 
 from . import metrics
 from .client_errors import naming_the_file_alone
@@ -196,15 +196,9 @@ class SelectionService:
 
     @contextlib.contextmanager
     def _opened(self, run: _Run) -> Iterator[FeatureFile]:
-        """Raises SlideError at both ends where the file is not in the state that was asked for."""
-        request, identity = run.request, run.key.identity
-        with request.open() as slide:
-            if slide.identity != identity or request.identity() != identity:
-                raise SlideError(f"{slide.name}: the file changed while it was opened; ask again")
+        with unchanged(run.request.open, run.request.identity, run.key.identity) as slide:
             slide.rows = _UntilClosed(slide.rows, self._check_open)
             yield slide
-        if request.identity() != identity:
-            raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
 
     def _check_open(self) -> None:
         if self._closing.is_set():

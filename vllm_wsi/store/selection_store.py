@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from .stored_file import Kind, from_bytes, to_bytes
 PREFIX = 3  # hexadecimal digits of a digest that name its folder: 4,096 folders
 SUFFIX = ".safetensors"
 LOCKS = "locks"
+KINDS: tuple[Kind, ...] = get_args(Kind)
 EVICT_TO = 0.9
 """Of the bound, so that not every new file begins a search for the oldest."""
 MAX_PRUNINGS = 3
@@ -47,7 +48,7 @@ class StoredFile(NamedTuple):
     """One file of a store, as a walk finds it."""
 
     path: Path
-    kind: str  # "selection" or "scores"
+    kind: str  # of `KINDS`; "aside": not finished; anything else is not ours
     num_bytes: int
     used: float  # seconds since 1970
 
@@ -152,6 +153,16 @@ class SelectionStore:
                         kind = entry.name.removesuffix(SUFFIX).rpartition(".")[2] if entry.name[0] != "." else "aside"
                         yield StoredFile(Path(entry.path), kind, facts.st_size, facts.st_mtime)
 
+    def check(self) -> tuple[int, int]:
+        """Reads every file and removes those that are damaged or foreign: (good, removed). Raises OSError."""
+        good = removed = 0
+        for file in list(self.files()):
+            if file.kind not in KINDS:
+                continue
+            found = self._load(file.kind, file.path.name.partition(".")[0], mark=False)
+            good, removed = good + (found is not None), removed + (found is None)
+        return good, removed
+
     def prune(self, max_bytes: int | None = None) -> int:
         """Where the bound is exceeded, removes what was not used for the longest time until `EVICT_TO` of it is left.
         Also removes what killed processes left behind.
@@ -178,7 +189,7 @@ class SelectionStore:
             self._size = size + self._saved - saved_before
         return size
 
-    def _load(self, kind: Kind, digest: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _load(self, kind: Kind, digest: str, mark: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         path = self.path(kind, digest)
         try:
             data = path.read_bytes()
@@ -193,8 +204,9 @@ class SelectionStore:
             self._count("damaged", len(data))
             self._remove(path)
             return None
-        with contextlib.suppress(OSError):
-            os.utime(path)  # used now
+        if mark:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # used now
         return found
 
     def _save(self, kind: Kind, digest: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

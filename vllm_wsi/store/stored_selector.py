@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
-from vllm_wsi.slides import FeatureFile
+from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
+from vllm_wsi.slides.encoder_names import EncoderCheck
 
 from .selection_key import SelectionKey
 from .selection_store import SelectionStore
@@ -34,6 +38,20 @@ class StoredSelector:
 
     def __init__(self, selector: SlideSelector, scorer: str, store: SelectionStore | None = None) -> None:
         self.selector, self.scorer, self.store = selector, scorer, store
+
+    def select_file(self, path: Path, k: int | None = None, encoder: str | None = None) -> Selected:
+        """As a server with this checkpoint selects a file of a `file://` URL.
+
+        Args:
+            k: None: the selector's.
+            encoder: which features, where a file holds several.
+        """
+        identity = SlideIdentity.of_file(path)
+        key = SelectionKey(identity, encoder, self.scorer, self.selector.start().name)
+        opened = partial(
+            unchanged, partial(open_features, path, encoder), partial(SlideIdentity.of_file, path), identity
+        )
+        return self.select(key, opened, self.selector.num_slide_tokens if k is None else k)
 
     # Many parameters: what is asked of a slide, and how it is opened and waited for.
     def select(
@@ -91,3 +109,21 @@ class StoredSelector:
         if not keep_all_scores:
             selection = replace(selection, all_scores=None, all_coords=None)
         return Selected(selection, "file" if scores is None else "stored scores")
+
+
+def scorer_name(digest: str, encoder: EncoderCheck) -> str:
+    """Of a scorer by the digest of its weights, and of the rule by which features of other encoders are refused."""
+    return f"{digest}:{encoder}"
+
+
+@contextmanager
+def unchanged(
+    open_slide: Callable[[], FeatureFile], now: Callable[[], SlideIdentity], wanted: SlideIdentity
+) -> Iterator[FeatureFile]:
+    """An open slide. Raises SlideError at both ends where its file is not in the state that is wanted."""
+    with open_slide() as slide:
+        if slide.identity != wanted or now() != wanted:
+            raise SlideError(f"{slide.name}: the file changed while it was opened; ask again")
+        yield slide
+    if now() != wanted:
+        raise SlideError(f"{slide.name}: the file changed while it was read; ask again")
