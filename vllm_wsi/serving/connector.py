@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, unquote
 
 import vllm.envs as envs
 from torch import Tensor
+from urllib3.util import parse_url
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
 from vllm.multimodal.media.connector import global_thread_pool
 
@@ -22,6 +23,7 @@ from vllm_wsi.selection.chunk_reader import read_tensor_rows
 from vllm_wsi.slides import SlideIdentity, open_features
 
 from .client_errors import fetch_errors_as_422, naming_the_file_alone, stalls_as_503
+from .remote_state import remote_identity, remote_identity_now
 from .service import SelectionService
 from .slide_request import SelectedSlide, SlideRequest
 from .vllm_hooks import current_service
@@ -38,9 +40,7 @@ class SlideMediaIO(MediaIO[SlideRequest]):
         self._k, self._encoder, self._keep_all_scores = k, encoder, keep_all_scores
 
     def load_file(self, filepath: Path) -> SlideRequest:
-        return SlideRequest(
-            path=filepath.resolve(), k=self._k, encoder=self._encoder, keep_all_scores=self._keep_all_scores
-        )
+        return self.request(path=filepath.resolve())
 
     def load_base64(self, media_type: str, data: str) -> SlideRequest:
         return self.load_bytes(decode_base64(data, "data URL"))
@@ -67,7 +67,11 @@ class SlideMediaIO(MediaIO[SlideRequest]):
         slide.load_coords = None if coords is None else lambda: coords
         slide.name = BY_VALUE
         slide.identity = SlideIdentity(f"content:{digest}", len(data))
-        return SlideRequest(slide=slide, k=self._k, encoder=self._encoder, keep_all_scores=self._keep_all_scores)
+        return self.request(slide=slide)
+
+    def request(self, **where: Any) -> SlideRequest:
+        """What is asked of the slide that `where` names: path, slide or told."""
+        return SlideRequest(k=self._k, encoder=self._encoder, keep_all_scores=self._keep_all_scores, **where)
 
 
 class PathIO(MediaIO[Path]):
@@ -90,6 +94,8 @@ class SlideConnector(MediaConnector):
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> SelectedSlide:  # type: ignore[override]
         service, url, media_io = self._prepare(image_url)
         with fetch_errors_as_422():
+            if _is_web(url):
+                return self._fetch_remote(service, url, media_io)
             request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
         with naming_the_file_alone(request.path), stalls_as_503():
             return service.select(request)
@@ -102,7 +108,34 @@ class SlideConnector(MediaConnector):
         with fetch_errors_as_422(), stalls_as_503():
             if url[:5].lower() == "file:":
                 return await service.select_async(partial(self.load_from_url, url, media_io))
+            if _is_web(url):
+                return await self._fetch_remote_async(service, url, media_io)
             request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
+            return await service.select_async(request)
+
+    def _fetch_remote(self, service: SelectionService, url: str, media_io: SlideMediaIO) -> SelectedSlide:
+        self._assert_url_in_allowed_media_domains(parse_url(url))
+        told = remote_identity_now(self.connection, url, fetch_seconds())
+        if told is not None and (known := service.known(media_io.request(told=told))) is not None:
+            return known.result()
+        request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
+        if told is not None:
+            settle_identity(request, told, remote_identity_now(self.connection, url, fetch_seconds()))
+        return service.select(request)
+
+    async def _fetch_remote_async(self, service: SelectionService, url: str, media_io: SlideMediaIO) -> SelectedSlide:
+        """A slide that is known is not fetched, and one that many ask for at once is fetched once."""
+        self._assert_url_in_allowed_media_domains(parse_url(url))
+        told = await remote_identity(self.connection, url, fetch_seconds())
+        if told is None:
+            return await service.select_async(
+                await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
+            )
+        async with service.fetching.setdefault(told, asyncio.Lock()):
+            if (known := await service.known_async(media_io.request(told=told))) is not None:
+                return known
+            request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
+            settle_identity(request, told, await remote_identity(self.connection, url, fetch_seconds()))
             return await service.select_async(request)
 
     def fetch_image_embedding(self, data: str) -> Tensor:
@@ -144,6 +177,18 @@ class SlideConnector(MediaConnector):
         if url[:5].lower() == "data:" and not url.partition(",")[0].endswith(";base64"):
             raise SlideError(f"data URL: found {url[:32]!r}, wanted data:[media type];base64,...")
         return service, url, SlideMediaIO(**parse_fragment(fragment), keep_all_scores=keep_all_scores)
+
+
+def _is_web(url: str) -> bool:
+    return url[:5].lower() in ("http:", "https")
+
+
+def settle_identity(request: SlideRequest, before: SlideIdentity, after: SlideIdentity | None) -> None:
+    """Names a fetched slide by the state that its server told, where it told the same before and after the fetch, and
+    of as many bytes as came. Otherwise the slide keeps the name that its content gives it."""
+    assert request.slide is not None
+    if before == after and request.slide.identity.size == before.size:
+        request.slide.identity = before
 
 
 def decode_base64(data: str, name: str) -> bytes:

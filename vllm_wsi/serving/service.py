@@ -12,6 +12,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from vllm.logger import init_logger
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.selector import SlideSelector
-from vllm_wsi.slides import FeatureFile
+from vllm_wsi.slides import FeatureFile, SlideIdentity
 from vllm_wsi.slides.feature_file import RowSource, shown
 from vllm_wsi.store.selection_key import SelectionKey
 from vllm_wsi.store.selection_store import SelectionStore
@@ -68,6 +69,7 @@ class SelectionService:
         self._under_way: dict[str, Future[SelectedSlide]] = {}
         self._closing = threading.Event()
         self._device = ""  # that scores now; "" before the start
+        self.fetching: WeakValueDictionary[SlideIdentity, asyncio.Lock] = WeakValueDictionary()
         logger.info(
             "slides: scorer %s, K = %d (at most %d by request), on %s, encoder %s, %d readers, cache of %d MiB, "
             "store %s",
@@ -84,11 +86,7 @@ class SelectionService:
             SlidesStalled: it is a new slide, and all threads have long been waiting for others.
         """
         try:
-            k = self.default_k if request.k is None else request.k
-            if not 1 <= k <= self.max_slide_tokens:
-                raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
-            key = SelectionKey(request.identity(), request.encoder, self.scorer, self.start())
-            digest = _digest(key, k, request)
+            k, key, digest = self._key(request)
             with self._lock:
                 future = self._finished_or_under_way(digest)
                 if future is None:
@@ -100,6 +98,43 @@ class SelectionService:
             raise
         request.close()
         return future
+
+    def _key(self, request: SlideRequest) -> tuple[int, SelectionKey, str]:
+        """(K, key, digest) of what is asked."""
+        k = self.default_k if request.k is None else request.k
+        if not 1 <= k <= self.max_slide_tokens:
+            raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
+        key = SelectionKey(request.identity(), request.encoder, self.scorer, self.start())
+        return k, key, request.digest(key, k)
+
+    def known(self, request: SlideRequest) -> Future[SelectedSlide] | None:
+        """A selection for which the slide's file is not needed: remembered, under way, or stored.
+
+        Raises:
+            SlideError: there is no such K.
+        """
+        k, key, digest = self._key(request)
+        with self._lock:
+            future = self._finished_or_under_way(digest)
+        if future is not None or self._stored.store is None or request.keep_all_scores:
+            return future
+        found = self._stored.store.load_selection(key.of_selection(k), count_miss=False)
+        if found is None:
+            return None
+        done = SelectedSlide(found, digest, self.scorer, self.default_k, None, "store")
+        self._remember(digest, replace(done, source="memory"))
+        _report(request.name, done, waited=0.0, took=0.0)
+        future = Future()
+        future.set_result(done)
+        return future
+
+    async def known_async(self, request: SlideRequest) -> SelectedSlide | None:
+        """The same, awaited; the store is read on a thread of its own."""
+        found: Future[SelectedSlide] | None = await asyncio.wrap_future(self._look_ups.submit(self.known, request))
+        if found is None:
+            return None
+        selected: SelectedSlide = await asyncio.shield(asyncio.wrap_future(found))
+        return selected
 
     def select(self, request: SlideRequest) -> SelectedSlide:
         return self.submit(request).result()
@@ -177,7 +212,7 @@ class SelectionService:
                     run.key, lambda: self._opened(run), run.k, request.keep_all_scores, self._check_open
                 )
             # Not `run.digest` where a GPU left the slide to the CPU: two devices' scores never share a key.
-            digest = _digest(run.key._replace(scored_on=selection.scored_on), run.k, request)
+            digest = request.digest(run.key._replace(scored_on=selection.scored_on), run.k)
             path_request = request if request.slide is None else None
             done = SelectedSlide(selection, digest, self.scorer, self.default_k, path_request, source)
             self._remember(run.digest, replace(done, source="memory"))
@@ -220,10 +255,6 @@ class _Run(NamedTuple):
     key: SelectionKey
     digest: str
     asked: float  # time.monotonic()
-
-
-def _digest(key: SelectionKey, k: int, request: SlideRequest) -> str:
-    return key.of_selection(k) + ("-all-scores" if request.keep_all_scores else "")
 
 
 def _report(name: str, done: SelectedSlide, waited: float, took: float) -> None:

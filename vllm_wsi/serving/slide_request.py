@@ -8,18 +8,21 @@ from typing import Literal
 
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
+from vllm_wsi.store.selection_key import SelectionKey
 from vllm_wsi.store.stored_selector import Source
 
 
 @dataclass(frozen=True)
 class SlideRequest:
-    """One slide of one request: a path, or an open file (which the service then closes)."""
+    """One slide of one request: a path, an open file (which the service then closes), or the identity alone of a slide
+    that perhaps need not be opened."""
 
     path: Path | None = None
     slide: FeatureFile | None = None
     k: int | None = None  # None: the server's K
     encoder: str | None = None  # which features, where a file holds several
     keep_all_scores: bool = False  # for a heat map: scores and places of all patches
+    told: SlideIdentity | None = None  # what a web server tells of a slide that was not fetched
 
     @property
     def name(self) -> str:
@@ -32,8 +35,14 @@ class SlideRequest:
         """Costs one stat for a path. Raises SlideError where there is no file."""
         if self.slide is not None:
             return self.slide.identity
+        if self.told is not None:
+            return self.told
         assert self.path is not None
         return SlideIdentity.of_file(self.path)
+
+    def digest(self, key: SelectionKey, k: int) -> str:
+        """Of the selection that is asked for; one with the scores of all patches is another one."""
+        return key.of_selection(k) + ("-all-scores" if self.keep_all_scores else "")
 
     def open(self) -> FeatureFile:
         if self.slide is not None:

@@ -82,9 +82,10 @@ class SelectionStore:
                 f"selection_store: found {folder} ({error.strerror}), wanted a folder that can be made"
             ) from None
 
-    def load_selection(self, digest: str) -> Selection | None:
+    def load_selection(self, digest: str, count_miss: bool = True) -> Selection | None:
         found = self._load("selection", digest)
-        self._count("miss" if found is None else "hit", 0)
+        if found is not None or count_miss:
+            self._count("miss" if found is None else "hit", 0)
         return None if found is None else selection_of(*found)
 
     def load_scores(self, digest: str) -> Tensor | None:

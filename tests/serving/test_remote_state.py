@@ -1,0 +1,235 @@
+"""Slides on the web: which state a URL leads to, and that a known one is not fetched again. Real HTTP servers."""
+
+import asyncio
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+from vllm.exceptions import VLLMUnprocessableEntityError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+
+from vllm_wsi.selection.scorer import seeded_scorer
+from vllm_wsi.selection.selector import SlideSelector
+from vllm_wsi.serving import vllm_hooks
+from vllm_wsi.serving.connector import CONNECTOR
+from vllm_wsi.serving.remote_state import identity_by_headers, unsigned
+from vllm_wsi.slides import SlideIdentity
+from vllm_wsi.store.store_settings import StoreSettings
+
+D = 64
+OLD, NOW = "Sun, 01 Nov 2026 10:00:00 GMT", "Sun, 29 Nov 2026 10:00:00 GMT"
+
+
+def body(seed, n=300):
+    return save({"features": np.random.default_rng(seed).standard_normal((n, D)).astype(np.float32)})
+
+
+class Web:
+    """A web server of one slide. It counts whole bodies and requests for one byte."""
+
+    def __init__(self):
+        self.data, self.etag, self.modified, self.ranges = body(0), '"one"', None, True
+        self.asked, self.status, self.before_body = Counter(), None, lambda: None
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                web.answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/slides/a.safetensors"
+
+    def answer(self, handler):
+        one_byte = handler.headers.get("Range") == "bytes=0-0"
+        self.asked["one byte" if one_byte else "body"] += 1
+        if not one_byte:
+            self.before_body()
+        data = self.data
+        partly = one_byte and self.ranges
+        handler.send_response(self.status or (206 if partly else 200))
+        for name, value in (("ETag", self.etag), ("Last-Modified", self.modified)):
+            if value is not None:
+                handler.send_header(name, value)
+        if partly:
+            handler.send_header("Content-Range", f"bytes 0-0/{len(data)}")
+        handler.send_header("Content-Length", str(1 if partly else len(data)))
+        handler.end_headers()
+        try:
+            handler.wfile.write(data[:1] if partly else data)
+        except OSError:  # a client that knows enough by the headers hangs up
+            handler.close_connection = True
+
+
+@pytest.fixture
+def web():
+    found = Web()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+@pytest.fixture
+def connector(monkeypatch, tmp_path):
+    return new_connector(monkeypatch, tmp_path, "a")
+
+
+def new_connector(monkeypatch, tmp_path, name):
+    """As a server has it that starts now, with the store of `tmp_path`."""
+    monkeypatch.setattr(vllm_hooks, "_current", None)
+    monkeypatch.setattr(vllm_hooks, "_services", {})
+    weights = seeded_scorer("patch", D, 16, seed=0).requires_grad_(False).weights()
+    vllm_hooks.service_for(SlideSelector(weights, 8), "scorer", 16, StoreSettings(tmp_path / "store", 1 << 30))
+    return MEDIA_CONNECTOR_REGISTRY.load(CONNECTOR)
+
+
+def fetch(connector, url, how):
+    if how == "now":
+        return connector.fetch_image(url)
+    return asyncio.run(fetch_and_close(connector, url))
+
+
+async def fetch_and_close(connector, *urls):
+    try:
+        found = await asyncio.gather(*map(connector.fetch_image_async, urls))
+        return found if len(urls) > 1 else found[0]
+    finally:
+        await (await connector.connection.get_async_client()).close()
+        connector.connection._async_client = None  # of this event loop
+
+
+@pytest.mark.parametrize("how", ["now", "awaited"])
+def test_an_unchanged_slide_is_not_fetched_again_in_this_server_nor_after_a_restart(
+    how, web, connector, monkeypatch, tmp_path
+):
+    first = fetch(connector, web.url, how)
+    assert (first.source, web.asked["body"]) == ("file", 1)
+    again = fetch(connector, f"{web.url}?X-Amz-Signature=other&X-Amz-Date=2", how)
+    assert (again.source, again.digest) == ("memory", first.digest)
+    restarted = fetch(new_connector(monkeypatch, tmp_path, "b"), web.url, how)
+    assert restarted.source == "store"
+    assert restarted.selection.features.equal(first.selection.features)
+    assert web.asked["body"] == 1
+
+
+def test_a_changed_slide_is_fetched_and_selected_anew(web, connector):
+    first = fetch(connector, web.url, "awaited")
+    web.data, web.etag = body(1), '"two"'
+    second = fetch(connector, web.url, "awaited")
+    assert web.asked["body"] == 2
+    assert not second.selection.features.equal(first.selection.features)
+    web.data, web.etag = body(0), '"one"'
+    assert fetch(connector, web.url, "awaited").digest == first.digest
+    assert web.asked["body"] == 2
+
+
+def test_another_k_and_a_slide_of_another_query_are_other_selections(web, connector):
+    assert len(fetch(connector, f"{web.url}#k=3", "awaited").selection.indices) == 3
+    assert len(fetch(connector, f"{web.url}#k=5", "awaited").selection.indices) == 5
+    fetch(connector, f"{web.url}?id=2#k=5", "awaited")
+    assert web.asked["body"] == 3
+
+
+def test_many_questions_about_a_new_slide_fetch_it_once(web, connector):
+    found = asyncio.run(fetch_and_close(connector, *[web.url] * 16))
+    assert web.asked["body"] == 1
+    assert len({one.digest for one in found}) == 1
+
+
+@pytest.mark.parametrize("missing", ["validator", "ranges and length", "state after"])
+def test_a_server_that_tells_no_state_is_fetched_from_each_time_and_the_answer_is_right(missing, web, connector):
+    if missing == "validator":
+        web.etag, web.modified = 'W/"weak"', None
+    if missing == "ranges and length":
+        web.ranges, web.etag = False, None
+    if missing == "state after":  # another node of the server's has other ETags
+
+        def other_node():
+            web.etag = f'"{len(web.asked)}{web.asked["body"]}"'
+
+        web.before_body = other_node
+    first, second = (fetch(connector, web.url, "awaited") for _ in range(2))
+    assert web.asked["body"] == 2
+    assert first.selection.features.equal(second.selection.features)
+    assert second.source == "memory"  # by its content
+
+
+def test_a_slide_that_changes_between_headers_and_body_is_not_taken_for_the_state_of_the_headers(web, connector):
+    def change():
+        web.data, web.etag = body(1), '"two"'
+
+    web.before_body = change
+    changed = fetch(connector, web.url, "awaited")
+    web.before_body = lambda: None
+    web.data, web.etag = body(0), '"one"'
+    first = fetch(connector, web.url, "awaited")
+    assert web.asked["body"] == 2
+    assert not first.selection.features.equal(changed.selection.features)
+
+
+@pytest.mark.parametrize("status", [403, 404, 500])
+def test_an_error_of_the_server_is_told_as_it_was_before(status, web, connector, monkeypatch):
+    monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
+    web.status = status
+    with pytest.raises(VLLMUnprocessableEntityError, match=str(status)):
+        fetch(connector, web.url, "awaited")
+
+
+def test_a_domain_that_is_not_allowed_is_not_even_asked(web, connector):
+    connector.allowed_media_domains = ["example.org"]
+    for how in ("now", "awaited"):
+        with pytest.raises(ValueError, match="must be from one of the allowed domains"):
+            fetch(connector, web.url, how)
+    assert not web.asked
+
+
+def state(status=206, **headers):
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return identity_by_headers("https://h/a", status, names)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"ETag": 'W/"1"'}, {"ETag": "1"}, {"ETag": '""'}, {},
+        {"Last_Modified": OLD}, {"Last_Modified": NOW, "Date": NOW}, {"Last_Modified": "x", "Date": NOW},
+        {"Last_Modified": "Sun, 29 Nov 2026 09:59:01 GMT", "Date": NOW},
+        {"ETag": '"1"', "Content_Range": "bytes 0-0/*"}, {"ETag": '"1"', "Content_Range": "bytes 0-9/10"},
+        {"ETag": '"1"', "Content_Range": "bytes 0-0/-1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_headers_that_tell_no_state(headers):
+    assert state(**{"Content_Range": "bytes 0-0/10"} | headers) is None
+
+
+def test_headers_that_tell_a_state():
+    at = "https://h/a"
+    assert state(Content_Range="bytes 0-0/10", ETag='"1"') == SlideIdentity(at, 10, content='ETag "1"')
+    by_date = SlideIdentity(at, 10, content="Last-Modified 2026-11-01T10:00:00+00:00")
+    assert state(Content_Range="bytes 0-0/10", Last_Modified=OLD, Date=NOW) == by_date
+    assert state(200, Content_Length="10", ETag='"1"') == SlideIdentity(at, 10, content='ETag "1"')
+    assert state(200, Content_Length="10", ETag='"1"', Content_Encoding="gzip") is None
+    assert state(200, Content_Length="", ETag='"1"') is None
+    assert state(404, Content_Length="10", ETag='"1"') is None
+
+
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        ("HTTPS://Host.org:8443/a%20b?X-Amz-Signature=1&X-Amz-Date=2", "https://host.org:8443/a%20b"),
+        ("https://h/a?X-Goog-Signature=1&id=7", "https://h/a?id=7"),
+        ("https://h/a?sv=2024&sig=x&se=y&sp=r&sr=b", "https://h/a"),
+        ("https://h/a?Expires=1&Signature=2&Key-Pair-Id=3", "https://h/a"),
+        ("https://h/a?versionId=3&v=", "https://h/a?versionId=3&v="),
+        ("https://user:secret@h/a", "https://h/a"),
+    ],
+)
+def test_what_signs_a_url_is_no_part_of_the_slides_name(url, wanted):
+    assert unsigned(url) == wanted

@@ -1,0 +1,120 @@
+"""Which state of which slide a web URL leads to, told by the server's headers, without the slide's body.
+
+The server is asked for one byte by GET, because a presigned URL allows no HEAD. A strong ETag (RFC 9110, 8.8) tells the
+state; so does Last-Modified, where it lies a minute before the answer's Date: of a younger file another state may have
+the same second. A server that gives neither is fetched from at each question.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import requests
+import vllm.envs as envs
+from vllm.connections import HTTPConnection
+from vllm.logger import init_logger
+
+from vllm_wsi.slides import SlideIdentity
+
+from .client_errors import FETCH_ERRORS
+
+STRONG_AFTER = timedelta(seconds=60)
+ONE_BYTE = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
+PROBE_SECONDS = 10
+SIGNING = frozenset((
+    # S3, Google Cloud Storage (V4 by prefix, V2), CloudFront
+    "awsaccesskeyid", "googleaccessid", "signature", "expires", "key-pair-id", "policy",
+    # Azure's shared access signatures
+    "sv", "ss", "srt", "sp", "se", "st", "spr", "sip", "sig", "sr", "skoid", "sktid", "skt", "ske", "sks", "skv",
+))  # fmt: skip
+"""Query parameters that allow a request and do not choose what it leads to; all others do."""
+SIGNING_PREFIXES = ("x-amz-", "x-goog-")
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+async def remote_identity(connection: HTTPConnection, url: str, timeout: float) -> SlideIdentity | None:
+    """None where the server's headers tell no state, or where it answers with an error, which fetching will tell of."""
+    try:
+        response = await connection.get_async_response(
+            url, timeout=min(timeout, PROBE_SECONDS), extra_headers=ONE_BYTE, allow_redirects=_redirects()
+        )
+        async with response as answer:
+            return identity_by_headers(url, answer.status, answer.headers)
+    except FETCH_ERRORS as error:
+        logger.debug("%s: no state told (%s)", urlsplit(url).path, error)
+        return None
+
+
+def remote_identity_now(connection: HTTPConnection, url: str, timeout: float) -> SlideIdentity | None:
+    """The same, in the caller's thread."""
+    try:
+        with connection.get_response(
+            url, stream=True, timeout=min(timeout, PROBE_SECONDS), extra_headers=ONE_BYTE, allow_redirects=_redirects()
+        ) as answer:
+            return identity_by_headers(url, answer.status_code, answer.headers)
+    except (requests.RequestException, OSError) as error:
+        logger.debug("%s: no state told (%s)", urlsplit(url).path, error)
+        return None
+
+
+def identity_by_headers(url: str, status: int, headers: Mapping[str, str]) -> SlideIdentity | None:
+    """The identity of what a URL leads to, or None.
+
+    Args:
+        status: of the answer to a request for one byte: 206, or 200 from a server that knows no ranges.
+        headers: by names in any case.
+    """
+    length = _length(status, headers)
+    validator = _validator(headers)
+    if length is None or validator is None:
+        return None
+    return SlideIdentity(unsigned(url), length, content=validator)
+
+
+def unsigned(url: str) -> str:
+    """The URL without what only signs it: a new signature is the same slide."""
+    parts = urlsplit(url)
+    kept = [
+        (name, value)
+        for name, value in parse_qsl(parts.query, keep_blank_values=True)
+        if name.lower() not in SIGNING and not name.lower().startswith(SIGNING_PREFIXES)
+    ]
+    host = (parts.hostname or "") + (f":{parts.port}" if parts.port is not None else "")
+    return f"{parts.scheme.lower()}://{host}{parts.path}" + (f"?{urlencode(kept)}" if kept else "")
+
+
+def _length(status: int, headers: Mapping[str, str]) -> int | None:
+    """Bytes of the whole."""
+    if status == 206:
+        found = re.fullmatch(r"bytes 0-0/(\d+)", headers.get("Content-Range", ""))
+        return int(found[1]) if found else None
+    text = headers.get("Content-Length", "")
+    is_plain = headers.get("Content-Encoding", "identity") == "identity"
+    return int(text) if status == 200 and is_plain and text.isascii() and text.isdigit() else None
+
+
+def _validator(headers: Mapping[str, str]) -> str | None:
+    etag = headers.get("ETag", "")
+    if re.fullmatch(r'"[^"]+"', etag):
+        return f"ETag {etag}"
+    modified, answered = _date(headers.get("Last-Modified")), _date(headers.get("Date"))
+    if modified is None or answered is None or answered - modified < STRONG_AFTER:
+        return None
+    return f"Last-Modified {modified.isoformat()}"
+
+
+def _date(text: str | None) -> datetime | None:
+    try:
+        found = parsedate_to_datetime(text or "")
+    except (ValueError, TypeError, IndexError):
+        return None
+    return found if found.tzinfo is not None else None
+
+
+def _redirects() -> bool:
+    return bool(envs.VLLM_MEDIA_URL_ALLOW_REDIRECTS)
