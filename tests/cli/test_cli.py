@@ -313,7 +313,7 @@ def test_demo_takes_a_slide_image_from_encoding_to_the_answer(shared_data, tmp_p
 @pytest.mark.server
 def test_demo_answers_about_the_real_slide_with_evidence_and_times(shared_data, tmp_path):
     slide = shared_data / "features/mopadi_TCGA-AD-6964/features.h5"
-    done = run("demo", "--slide", str(slide), "--out", str(tmp_path))
+    done = run("demo", "--slide", str(slide), "--out", str(tmp_path), VLLM_WSI_STORE=str(tmp_path / "store"))
     assert done.returncode == 0, done.stderr
     assert "777 patches x 512" in done.stdout
     assert "random weights" in done.stdout

@@ -2,7 +2,9 @@
 
 import asyncio
 import threading
+import time
 from collections import Counter
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -32,7 +34,7 @@ class Web:
 
     def __init__(self):
         self.data, self.etag, self.modified, self.ranges = body(0), '"one"', None, True
-        self.asked, self.status, self.before_body = Counter(), None, lambda: None
+        self.asked, self.status, self.body_status, self.before_body = Counter(), None, None, lambda: None
         web = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -53,7 +55,8 @@ class Web:
             self.before_body()
         data = self.data
         partly = one_byte and self.ranges
-        handler.send_response(self.status or (206 if partly else 200))
+        failed = self.status if one_byte else self.body_status or self.status
+        handler.send_response(failed or (206 if partly else 200))
         for name, value in (("ETag", self.etag), ("Last-Modified", self.modified)):
             if value is not None:
                 handler.send_header(name, value)
@@ -181,6 +184,36 @@ def test_an_error_of_the_server_is_told_as_it_was_before(status, web, connector,
         fetch(connector, web.url, "awaited")
 
 
+def test_a_fetch_that_fails_fails_at_once_for_all_who_wait(web, connector, monkeypatch):
+    monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
+    web.body_status, web.before_body = 500, partial(time.sleep, 1)
+
+    async def ask():
+        try:
+            return await asyncio.gather(
+                *[connector.fetch_image_async(web.url) for _ in range(16)], return_exceptions=True
+            )
+        finally:
+            await (await connector.connection.get_async_client()).close()
+            connector.connection._async_client = None
+
+    errors = asyncio.run(ask())
+    assert {type(error) for error in errors} == {VLLMUnprocessableEntityError}
+    assert web.asked["body"] == 1
+
+
+def test_bytes_of_vllms_media_cache_are_not_taken_for_the_servers_state(web, connector, monkeypatch, tmp_path):
+    """It keeps bytes by their URL alone."""
+    monkeypatch.setenv("VLLM_MEDIA_CACHE", str(tmp_path / "media"))
+    connector = MEDIA_CONNECTOR_REGISTRY.load(CONNECTOR)
+    old = fetch(connector, web.url, "awaited")
+    web.data, web.etag = body(1), '"two"'
+    assert fetch(connector, web.url, "awaited").digest == old.digest  # as vLLM means it
+    monkeypatch.delenv("VLLM_MEDIA_CACHE")
+    new = fetch(MEDIA_CONNECTOR_REGISTRY.load(CONNECTOR), web.url, "awaited")
+    assert not new.selection.features.equal(old.selection.features)
+
+
 def test_a_domain_that_is_not_allowed_is_not_even_asked(web, connector):
     connector.allowed_media_domains = ["example.org"]
     for how in ("now", "awaited"):
@@ -201,7 +234,9 @@ def state(status=206, **headers):
         {"Last_Modified": OLD}, {"Last_Modified": NOW, "Date": NOW}, {"Last_Modified": "x", "Date": NOW},
         {"Last_Modified": "Sun, 29 Nov 2026 09:59:01 GMT", "Date": NOW},
         {"ETag": '"1"', "Content_Range": "bytes 0-0/*"}, {"ETag": '"1"', "Content_Range": "bytes 0-9/10"},
-        {"ETag": '"1"', "Content_Range": "bytes 0-0/-1"},
+        {"ETag": '"1"', "Content_Range": "bytes 0-0/-1"}, {"ETag": '"1"', "Content_Range": "bytes 0-0/" + "9" * 5000},
+        {"ETag": '"1"', "Last_Modified": "Sun, 29 Nov 2026 09:59:01 GMT", "Date": NOW},  # made of seconds, perhaps
+        {"Last_Modified": "Sun, 01 Nov 99999999999 10:00:00 GMT", "Date": NOW},
     ],
     ids=str,
 )  # fmt: skip
@@ -224,6 +259,11 @@ def test_headers_that_tell_a_state():
     ("url", "wanted"),
     [
         ("HTTPS://Host.org:8443/a%20b?X-Amz-Signature=1&X-Amz-Date=2", "https://host.org:8443/a%20b"),
+        ("https://h/slide?st=1&se=3", "https://h/slide?st=1&se=3"),  # Azure's names, and no signature of Azure's
+        ("https://h/a?Signature=1&Expires=2", "https://h/a?Signature=1&Expires=2"),
+        ("https://h/a?id=%ff", "https://h/a?id=%FF"),
+        ("https://h/a?id=%fe&x=a+b", "https://h/a?id=%FE&x=a+b"),
+        ("http://[::1]:80/a", "http://[::1]:80/a"),
         ("https://h/a?X-Goog-Signature=1&id=7", "https://h/a?id=7"),
         ("https://h/a?sv=2024&sig=x&se=y&sp=r&sr=b", "https://h/a"),
         ("https://h/a?Expires=1&Signature=2&Key-Pair-Id=3", "https://h/a"),

@@ -32,29 +32,6 @@ def test_a_server_without_an_allowed_path_profiles_compiles_and_refuses_files(ch
         assert ask(f"data:application/octet-stream;base64,{data}").usage.completion_tokens == 4
 
 
-def test_two_api_servers_give_one_answer_and_one_table_of_counters(checkpoint, tmp_path):
-    args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
-    args += ["--api-server-count", "2"]
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    slide = make_slide(tmp_path / "a.safetensors", 3000)
-    with VllmServer(checkpoint, tmp_path, tmp_path / "server.log", args, env) as server:
-        answers = set()
-        for _ in range(12):  # a new connection each time: the kernel deals them out to the two servers
-            with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=120) as client:
-                answer = client.chat.completions.create(
-                    model=server.model, messages=slide_message(slide.as_uri()), max_tokens=4, temperature=0
-                )
-                answers.add(answer.choices[0].message.content)
-        assert len(answers) == 1
-        metrics = server.metrics()
-        assert metrics["vllm_wsi:selection_device"] == 2
-        log = server.log_path.read_text()
-        assert log.count("slides are scored on the CPU: PyTorch finds no CUDA device") == 2
-        selections = metrics["vllm_wsi:selections_total"]
-        assert selections in (1, 2)  # each server selects for itself
-        assert metrics["vllm_wsi:selection_cache_hits_total"] == 12 - selections
-
-
 def test_an_unknown_plugin_ends_the_start_with_the_installed_names(checkpoint, tmp_path):
     with pytest.raises(ServerError, match=r"unknown plugin 'nosuch'\. Installed vLLM plugins: .*vllm_wsi"):
         VllmServer(checkpoint, None, tmp_path / "server.log", ["--plugin", "nosuch"])

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from vllm_wsi.cli.app import main
-from vllm_wsi.serving.server_process import ServerError, VllmServer
+from vllm_wsi.serving.server_process import VllmServer
 
 from .conftest import make_slide, slide_message
 
@@ -49,6 +49,9 @@ def test_two_api_servers_and_a_replica_read_a_slide_once_and_then_no_row_of_it(c
         metrics = server.metrics()
         assert metrics["vllm_wsi:selections_total"] == 3
         assert metrics["vllm_wsi:patches_read_total"] == 9000
+        # One table of counters for both.
+        assert metrics["vllm_wsi:selection_device"] == 2
+        assert server.log_path.read_text().count("slides are scored on the CPU: PyTorch finds no CUDA device") == 2
     warmed = make_slide(tmp_path / "warmed.safetensors", 3000, seed=9)
     assert main(["warm", str(warmed), "--checkpoint", str(checkpoint), "--store", str(store)]) == 0
     with start(checkpoint, tmp_path, store, tmp_path / "b.log") as replica:
@@ -63,9 +66,3 @@ def test_two_api_servers_and_a_replica_read_a_slide_once_and_then_no_row_of_it(c
     assert heat_map.status_code == 200, heat_map.text
     assert metrics["vllm_wsi:patches_read_total"] == 0
     assert (found["hit"], found["scores hit"]) == (4, 2)
-
-
-def test_a_store_that_cannot_be_made_ends_the_start_with_one_sentence(checkpoint, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ServerError, match=r"selection_store: found .*file/store.*wanted a folder that can be made"):
-        start(checkpoint, tmp_path, tmp_path / "file" / "store", tmp_path / "a.log")

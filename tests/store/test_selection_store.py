@@ -246,9 +246,9 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_file_that_is_read_as
 
 
 def test_what_a_killed_process_left_aside_is_removed_after_an_hour(tmp_path):
-    store = SelectionStore(tmp_path)
+    store, name = SelectionStore(tmp_path), f".abc{'0' * 37}.scores.safetensors"
     (tmp_path / "abc").mkdir()
-    old, new = (tmp_path / "abc" / name for name in (".abc.old", ".abc.new"))
+    old, new = (tmp_path / "abc" / f"{name}.{end}" for end in ("x1", "x2"))
     for file in (old, new):
         file.write_bytes(b"half")
     os.utime(old, (0, time.time() - 7200))
@@ -282,6 +282,91 @@ def test_a_store_that_outgrows_its_bound_prunes_itself(tmp_path):
     assert sum(file.num_bytes for file in store.files()) <= 500_000
 
 
+def test_files_that_are_not_the_stores_are_never_removed_also_behind_links(tmp_path):
+    """A folder of slides may be named as a store by mistake, and one of its folders may be a link."""
+    store, elsewhere = SelectionStore(tmp_path / "store", max_bytes=1000), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    own = f"abc{'0' * 37}.scores.safetensors"
+    others = [store.folder / "svs" / "a.svs", store.folder / "svs" / "svs1.scores.safetensors", elsewhere / own]
+    others += [store.folder / "abc" / name for name in ("notes.txt", ".hidden", f"def{own[3:]}", f"{own}.bak")]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 5000)
+        os.utime(path, (0, 0))
+    (store.folder / "def").symlink_to(elsewhere)
+    (store.folder / "abc" / own).symlink_to(elsewhere / own)
+    store.check()
+    store.prune(0)
+    assert all(path.read_bytes() == b"x" * 5000 for path in others)
+    assert store.load_scores(own.partition(".")[0]) is None  # the link goes, what it leads to stays
+    assert others[2].exists()
+
+
+def test_what_other_processes_save_counts_for_the_bound(tmp_path):
+    stores = [SelectionStore(tmp_path, max_bytes=500_000) for _ in range(6)]
+    for i in range(60):
+        stores[i % 6].save_scores(f"{i:03x}{'0' * 37}", torch.zeros(10_000))
+        time.sleep(0.01)  # for the walks aside
+    until = time.monotonic() + 10
+    while sum(file.num_bytes for file in stores[0].files()) > 600_000 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert sum(file.num_bytes for file in stores[0].files()) <= 600_000
+
+
+def test_what_cannot_be_removed_is_not_counted_as_evicted(tmp_path, monkeypatch):
+    counts = Counts()
+    store = SelectionStore(tmp_path, count=counts)
+    for i in range(4):
+        store.save_scores(f"{i:03x}{'0' * 37}", torch.zeros(1000))
+    monkeypatch.setattr(Path, "unlink", no_space)
+    size = sum(file.num_bytes for file in store.files())
+    assert store.prune(size // 2) == size
+    assert "evicted" not in counts
+    assert counts["fault"] >= 4
+
+
+@pytest.mark.parametrize("dtype", [">i4", ">f8", "longdouble", "uint16", "int8"])
+def test_coordinates_of_every_dtype_are_stored(dtype, tmp_path):
+    chosen = Selection(torch.arange(3), torch.zeros(3), torch.zeros(3, D), 3, 0, coords=np.ones((3, 2), dtype))
+    SelectionStore(tmp_path).save_selection("a" * 40, chosen)
+    assert SelectionStore(tmp_path).load_selection("a" * 40).coords.tolist() == chosen.coords.tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"indices": torch.tensor([0, 2, 1])},
+        {"indices": torch.tensor([0, 1, 3])},
+        {"indices": torch.tensor([-1, 0, 1])},
+        {"indices": torch.arange(3.0)},
+        {"scores": torch.zeros(2)},
+        {"scores": torch.full((3,), float("nan"))},
+        {"features": torch.zeros(2, D)},
+        {"features": torch.zeros(3, D, dtype=torch.int32)},
+        {"coords": np.zeros((3, 3))},
+        {"num_patches": 2},
+    ],
+    ids=str,
+)
+def test_a_whole_file_that_makes_no_selection_is_a_miss(change, tmp_path):
+    facts = {"indices": torch.arange(3), "scores": torch.zeros(3), "features": torch.zeros(3, D), "num_patches": 3}
+    counts = Counts()
+    store = SelectionStore(tmp_path, count=counts)
+    store.save_selection("a" * 40, Selection(num_nonfinite=0, **facts | change))
+    assert store.load_selection("a" * 40) is None
+    assert counts["damaged"] == 1
+
+
+def test_a_new_slide_is_one_miss_and_a_heat_map_saves_nothing_twice(tmp_path):
+    path, counts = make_slide(tmp_path / "a.safetensors"), Counts()
+    by = stored(tmp_path / "store", counts=counts)
+    select(by, path)
+    assert counts == {"miss": 1, "saved": 2}
+    for _ in range(2):
+        select(by, path, keep_all_scores=True)
+    assert counts == {"miss": 1, "saved": 2, "scores hit": 2}
+
+
 def no_space(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
@@ -298,7 +383,7 @@ def test_a_store_with_a_fault_says_so_once_and_slides_are_selected_without_it(fa
     if fault == "full":
         monkeypatch.setattr(selection_store, "replacing", no_space)
     if fault == "unreadable":
-        monkeypatch.setattr(Path, "read_bytes", no_space)
+        monkeypatch.setattr(SelectionStore, "_read", no_space)
     with caplog.at_level(logging.WARNING, logger="vllm_wsi"):
         for path in paths:
             found = select(by, path)
@@ -367,8 +452,8 @@ def test_a_slide_that_another_process_has_just_selected_is_not_selected_again(tm
     class Late(SelectionStore):
         """Finds nothing at first, as if the other process had not ended yet."""
 
-        def load_selection(self, digest):
-            sources.append(super().load_selection(digest))
+        def load_selection(self, digest, count_miss=True):
+            sources.append(super().load_selection(digest, count_miss))
             if len(sources) == 1:
                 select(first, path)
             return sources[-1]

@@ -30,6 +30,8 @@ def show(server: VllmServer, slide: DemoSlide, checkpoint: Path, out: Path) -> N
     print(f"\nslide      {slide.features.name}: {slide.facts}")
     url = slide.features.as_uri()
     first = _ask(server, url, slide.questions[0], slide)
+    if not first["read"]:
+        print("           (the selection store knows this slide: nothing was read)")
     selection = _post(f"{server.api}/wsi/select", {"url": url})
     _print_selection(selection)
     if slide.virtual is not None:

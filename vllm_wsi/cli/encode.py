@@ -72,9 +72,11 @@ def encode(
     )
     afterwards = nothing
     if warm is not None:
-        from vllm_wsi.store.warm import WarmSettings, warm_file
+        from vllm_wsi.store.warm import WarmSettings, stored_selector, warm_file
 
-        afterwards = partial(warm_file, WarmSettings(warm, named_store(store), device=device))
+        warming = WarmSettings(warm, named_store(store), device=device)
+        stored_selector(warming)  # what is wrong with it is said before an hour of encoding
+        afterwards = partial(warm_file, warming)
     jobs = find_jobs(slides, out, qc)
     out.mkdir(parents=True, exist_ok=True)
     with slides_bar(len(jobs)) as (bar, ended):

@@ -170,13 +170,13 @@ def gpu_device(index: int) -> torch.device:
 
 
 def gpu_name(device: torch.device) -> str:
-    """Device, architecture and version of Triton: scores of equal names have equal bits."""
+    """Device, architecture, versions of Triton and PyTorch: scores of equal names have equal bits."""
     if device.type != "cuda":
         return str(device)
     import triton
 
     found = torch.cuda.get_device_properties(device)
-    return f"{found.name}, sm_{found.major}{found.minor}, Triton {triton.__version__}"
+    return f"{found.name}, sm_{found.major}{found.minor}, Triton {triton.__version__}, PyTorch {torch.__version__}"
 
 
 def free_bytes(device: torch.device) -> int:

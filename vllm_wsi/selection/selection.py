@@ -38,7 +38,7 @@ class Selection:
     all_scores: Tensor | None = None  # fp32 [N] of all patches, the dropped ones too; where it was asked for
     all_coords: NDArray | None = None  # [N, 2], beside `all_scores`
     encoder_match: EncoderMatch | None = None  # with the checkpoint's encoder; None: no checkpoint selected
-    scored_on: str = "cpu"  # or the name of a GPU, its architecture and Triton's version
+    scored_on: str = "cpu"  # or the name of a GPU, its architecture and versions
     fallback: str | None = None  # why the CPU scored what a GPU should have; None: no such thing
 
     @property

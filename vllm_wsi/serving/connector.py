@@ -93,9 +93,10 @@ class SlideConnector(MediaConnector):
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> SelectedSlide:  # type: ignore[override]
         service, url, media_io = self._prepare(image_url)
+        if _is_web(url):
+            with fetch_errors_as_422(), stalls_as_503():
+                return self._fetch_remote(service, parse_url(url).url, media_io)
         with fetch_errors_as_422():
-            if _is_web(url):
-                return self._fetch_remote(service, url, media_io)
             request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
         with naming_the_file_alone(request.path), stalls_as_503():
             return service.select(request)
@@ -109,13 +110,13 @@ class SlideConnector(MediaConnector):
             if url[:5].lower() == "file:":
                 return await service.select_async(partial(self.load_from_url, url, media_io))
             if _is_web(url):
-                return await self._fetch_remote_async(service, url, media_io)
+                return await self._fetch_remote_async(service, parse_url(url).url, media_io)
             request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
             return await service.select_async(request)
 
     def _fetch_remote(self, service: SelectionService, url: str, media_io: SlideMediaIO) -> SelectedSlide:
         self._assert_url_in_allowed_media_domains(parse_url(url))
-        told = remote_identity_now(self.connection, url, fetch_seconds())
+        told = None if envs.VLLM_MEDIA_CACHE else remote_identity_now(self.connection, url, fetch_seconds())
         if told is not None and (known := service.known(media_io.request(told=told))) is not None:
             return known.result()
         request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
@@ -124,19 +125,32 @@ class SlideConnector(MediaConnector):
         return service.select(request)
 
     async def _fetch_remote_async(self, service: SelectionService, url: str, media_io: SlideMediaIO) -> SelectedSlide:
-        """A slide that is known is not fetched, and one that many ask for at once is fetched once."""
+        """A slide that is known is not fetched, and one that many ask for at once is fetched once, for all of them.
+
+        With VLLM_MEDIA_CACHE, which keeps bytes by their URL for a day, no state that a server tells can be believed.
+        """
         self._assert_url_in_allowed_media_domains(parse_url(url))
-        told = await remote_identity(self.connection, url, fetch_seconds())
+        told = None if envs.VLLM_MEDIA_CACHE else await remote_identity(self.connection, url, fetch_seconds())
         if told is None:
-            return await service.select_async(
-                await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
-            )
-        async with service.fetching.setdefault(told, asyncio.Lock()):
-            if (known := await service.known_async(media_io.request(told=told))) is not None:
+            return await self._fetch_and_select(service, url, media_io, None)
+        request = media_io.request(told=told)
+        if request not in service.fetching:
+            if (known := await service.known_async(request)) is not None:
                 return known
-            request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
+            if request not in service.fetching:
+                task = asyncio.create_task(self._fetch_and_select(service, url, media_io, told))
+                service.fetching[request] = task
+                task.add_done_callback(lambda _: service.fetching.pop(request, None))
+        # A client that goes away cancels its own wait alone.
+        return await asyncio.shield(service.fetching[request])
+
+    async def _fetch_and_select(
+        self, service: SelectionService, url: str, media_io: SlideMediaIO, told: SlideIdentity | None
+    ) -> SelectedSlide:
+        request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
+        if told is not None:
             settle_identity(request, told, await remote_identity(self.connection, url, fetch_seconds()))
-            return await service.select_async(request)
+        return await service.select_async(request)
 
     def fetch_image_embedding(self, data: str) -> Tensor:
         """The features [N, d] of an `image_embeds` part: a feature file of any kind, or vLLM's `torch.save`, in base64.

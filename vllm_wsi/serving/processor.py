@@ -89,7 +89,8 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         )
         # The rule for encoders is part of the key: a selection under another rule is not used.
         store = store_settings(options.get("selection_store"), options.get("selection_store_gib"))
-        self.service = vllm_hooks.service_for(selector, scorer_name(digest, encoder), self.max_slide_tokens, store)
+        name = scorer_name(digest, encoder, config.max_patches)
+        self.service = vllm_hooks.service_for(selector, name, self.max_slide_tokens, store)
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
         tokenizer = self.ctx.tokenizer

@@ -1,8 +1,9 @@
 """Which state of which slide a web URL leads to, told by the server's headers, without the slide's body.
 
 The server is asked for one byte by GET, because a presigned URL allows no HEAD. A strong ETag (RFC 9110, 8.8) tells the
-state; so does Last-Modified, where it lies a minute before the answer's Date: of a younger file another state may have
-the same second. A server that gives neither is fetched from at each question.
+state; so does Last-Modified. Of a file that was modified less than a minute before the answer's Date neither is
+believed: another state may have the same second, and many servers make their ETags of seconds. A server that gives
+neither is fetched from at each question.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlsplit
 
 import requests
 import vllm.envs as envs
+from urllib3.util import parse_url
 from vllm.connections import HTTPConnection
 from vllm.logger import init_logger
 
@@ -25,13 +27,15 @@ from .client_errors import FETCH_ERRORS
 STRONG_AFTER = timedelta(seconds=60)
 ONE_BYTE = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
 PROBE_SECONDS = 10
-SIGNING = frozenset((
-    # S3, Google Cloud Storage (V4 by prefix, V2), CloudFront
-    "awsaccesskeyid", "googleaccessid", "signature", "expires", "key-pair-id", "policy",
-    # Azure's shared access signatures
-    "sv", "ss", "srt", "sp", "se", "st", "spr", "sip", "sig", "sr", "skoid", "sktid", "skt", "ske", "sks", "skv",
-))  # fmt: skip
-"""Query parameters that allow a request and do not choose what it leads to; all others do."""
+SIGNING: Mapping[str, frozenset[str]] = {
+    "sig": frozenset((  # Azure
+        "sv", "ss", "srt", "sp", "se", "st", "spr", "sip", "sig", "sr", "skoid", "sktid", "skt", "ske", "sks", "skv",
+    )),
+    "key-pair-id": frozenset(("key-pair-id", "signature", "expires", "policy")),  # CloudFront
+    "awsaccesskeyid": frozenset(("awsaccesskeyid", "signature", "expires")),  # S3, version 2
+    "googleaccessid": frozenset(("googleaccessid", "signature", "expires")),  # Google Cloud Storage, version 2
+}  # fmt: skip
+"""Query parameters that allow a request and do not choose what it leads to, by the one that marks their kind."""
 SIGNING_PREFIXES = ("x-amz-", "x-goog-")
 
 logger = init_logger(f"vllm.{__name__}")
@@ -77,33 +81,41 @@ def identity_by_headers(url: str, status: int, headers: Mapping[str, str]) -> Sl
 
 
 def unsigned(url: str) -> str:
-    """The URL without what only signs it: a new signature is the same slide."""
-    parts = urlsplit(url)
-    kept = [
-        (name, value)
-        for name, value in parse_qsl(parts.query, keep_blank_values=True)
-        if name.lower() not in SIGNING and not name.lower().startswith(SIGNING_PREFIXES)
-    ]
-    host = (parts.hostname or "") + (f":{parts.port}" if parts.port is not None else "")
-    return f"{parts.scheme.lower()}://{host}{parts.path}" + (f"?{urlencode(kept)}" if kept else "")
+    """The URL without what only signs it: a new signature is the same slide. Everything else is kept as it is written.
+
+    Args:
+        url: as urllib3 normalises it.
+    """
+    parts = parse_url(url)
+    pieces = [] if parts.query is None else parts.query.split("&")
+    names = {piece.partition("=")[0].lower() for piece in pieces}
+    signing = frozenset[str]().union(*(SIGNING[name] for name in names & SIGNING.keys()))
+
+    def chooses(piece: str) -> bool:
+        name = piece.partition("=")[0].lower()
+        return name not in signing and not name.startswith(SIGNING_PREFIXES)
+
+    kept = "&".join(filter(chooses, pieces))
+    return parts._replace(auth=None, query=kept or None, fragment=None).url
 
 
 def _length(status: int, headers: Mapping[str, str]) -> int | None:
     """Bytes of the whole."""
     if status == 206:
-        found = re.fullmatch(r"bytes 0-0/(\d+)", headers.get("Content-Range", ""))
+        found = re.fullmatch(r"bytes 0-0/([0-9]{1,18})", headers.get("Content-Range", ""))
         return int(found[1]) if found else None
     text = headers.get("Content-Length", "")
     is_plain = headers.get("Content-Encoding", "identity") == "identity"
-    return int(text) if status == 200 and is_plain and text.isascii() and text.isdigit() else None
+    return int(text) if status == 200 and is_plain and re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def _validator(headers: Mapping[str, str]) -> str | None:
     etag = headers.get("ETag", "")
-    if re.fullmatch(r'"[^"]+"', etag):
-        return f"ETag {etag}"
     modified, answered = _date(headers.get("Last-Modified")), _date(headers.get("Date"))
-    if modified is None or answered is None or answered - modified < STRONG_AFTER:
+    is_young = modified is not None and answered is not None and answered - modified < STRONG_AFTER
+    if re.fullmatch(r'"[^"]+"', etag):
+        return None if is_young else f"ETag {etag}"
+    if modified is None or answered is None or is_young:
         return None
     return f"Last-Modified {modified.isoformat()}"
 
@@ -111,7 +123,7 @@ def _validator(headers: Mapping[str, str]) -> str | None:
 def _date(text: str | None) -> datetime | None:
     try:
         found = parsedate_to_datetime(text or "")
-    except (ValueError, TypeError, IndexError):
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
     return found if found.tzinfo is not None else None
 

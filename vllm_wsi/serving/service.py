@@ -12,7 +12,6 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.selector import SlideSelector
-from vllm_wsi.slides import FeatureFile, SlideIdentity
+from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.feature_file import RowSource, shown
 from vllm_wsi.store.selection_key import SelectionKey
 from vllm_wsi.store.selection_store import SelectionStore
@@ -69,7 +68,7 @@ class SelectionService:
         self._under_way: dict[str, Future[SelectedSlide]] = {}
         self._closing = threading.Event()
         self._device = ""  # that scores now; "" before the start
-        self.fetching: WeakValueDictionary[SlideIdentity, asyncio.Lock] = WeakValueDictionary()
+        self.fetching: dict[SlideRequest, asyncio.Task[SelectedSlide]] = {}  # from the web; the event loop's own
         logger.info(
             "slides: scorer %s, K = %d (at most %d by request), on %s, encoder %s, %d readers, cache of %d MiB, "
             "store %s",
@@ -116,9 +115,9 @@ class SelectionService:
         k, key, digest = self._key(request)
         with self._lock:
             future = self._finished_or_under_way(digest)
-        if future is not None or self._stored.store is None or request.keep_all_scores:
+        if future is not None or request.keep_all_scores:
             return future
-        found = self._stored.store.load_selection(key.of_selection(k), count_miss=False)
+        found = self._stored.stored(key, k, count_miss=False)
         if found is None:
             return None
         done = SelectedSlide(found, digest, self.scorer, self.default_k, None, "store")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +15,8 @@ import torch
 from vllm_wsi.slides import SlideIdentity
 
 from .stored_file import FORMAT
+
+CODE = ("vllm_wsi.kernels", "vllm_wsi.selection", "vllm_wsi.slides")
 
 
 class SelectionKey(NamedTuple):
@@ -32,11 +37,30 @@ class SelectionKey(NamedTuple):
 
     def _digest(self, *what: object) -> str:
         scored_on = cpu_name() if self.scored_on == "cpu" else self.scored_on
-        parts = (FORMAT, *what, tuple(self.identity), self.encoder, self.scorer, scored_on)
+        parts = (FORMAT, code_digest(), *what, tuple(self.identity), self.encoder, self.scorer, scored_on)
         return hashlib.blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
 
 
 @cache
 def cpu_name() -> str:
-    """Machine, instruction set and PyTorch: two hosts whose sums may end in other bits have other names."""
-    return f"cpu, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, PyTorch {torch.__version__}"
+    """Machine, vendor, instruction set and PyTorch, by which its libraries choose how they sum."""
+    vendor = re.search(r"^vendor_id\s*:\s*(\S+)", _cpu_info(), re.MULTILINE)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"cpu, {platform.machine()}, {vendor and vendor[1]}, {capability}, PyTorch {torch.__version__}"
+
+
+@cache
+def code_digest() -> str:
+    """Of the code that reads, scores and selects: what another version of it made is not found any more."""
+    digest = hashlib.blake2b(digest_size=16)
+    for package in CODE:
+        for path in sorted(Path(import_module(package).__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cpu_info() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""

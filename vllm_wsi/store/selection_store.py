@@ -8,29 +8,33 @@ would end the process.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.files import replacing
 from vllm_wsi.selection.selection import Selection
 
-from .selection_tensors import selection_of, selection_tensors
+from .selection_tensors import scores_of, selection_of, selection_tensors
+from .store_files import StoredFile, file_name, store_files
 from .store_settings import MAX_BYTES
 from .stored_file import Kind, from_bytes, to_bytes
 
-PREFIX = 3  # hexadecimal digits of a digest that name its folder: 4,096 folders
-SUFFIX = ".safetensors"
+LOCK_PREFIX = 4  # hexadecimal digits of a digest that name its lock
 LOCKS = "locks"
-KINDS: tuple[Kind, ...] = get_args(Kind)
+WALK_AFTER = 1 / 32
+"""Of the bound: so much saves one process before it looks again at what all of them saved."""
 EVICT_TO = 0.9
 """Of the bound, so that not every new file begins a search for the oldest."""
 MAX_PRUNINGS = 3
@@ -41,16 +45,8 @@ WAIT_SECONDS = 30.0
 """How long a slide waits for another process that selects it, before it is selected here too."""
 POLL_SECONDS = 0.02
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-class StoredFile(NamedTuple):
-    """One file of a store, as a walk finds it."""
-
-    path: Path
-    kind: str  # of `KINDS`; "aside": not finished; anything else is not ours
-    num_bytes: int
-    used: float  # seconds since 1970
 
 
 class SelectionStore:
@@ -72,7 +68,7 @@ class SelectionStore:
         self.folder, self.max_bytes, self._count = folder, max_bytes, count
         self._lock = threading.Lock()
         self._size: int | None = None  # None: nobody looked yet
-        self._saved = 0  # bytes that this process ever saved
+        self._saved = self._saved_at_walk = 0  # bytes that this process saved, ever and before the last walk
         self._is_pruning = False
         self._said: set[str] = set()
         try:
@@ -83,24 +79,24 @@ class SelectionStore:
             ) from None
 
     def load_selection(self, digest: str, count_miss: bool = True) -> Selection | None:
-        found = self._load("selection", digest)
+        found = self._load("selection", digest, selection_of)
         if found is not None or count_miss:
             self._count("miss" if found is None else "hit", 0)
-        return None if found is None else selection_of(*found)
+        return found
 
     def load_scores(self, digest: str) -> Tensor | None:
         """fp32 [N], as they were, NaN and infinities too."""
-        found = self._load("scores", digest)
+        found = self._load("scores", digest, scores_of)
         if found is not None:
             self._count("scores hit", 0)
-        return None if found is None else found[0]["scores"]
+        return found
 
     def save_selection(self, digest: str, chosen: Selection) -> None:
         """Without the scores and places of all patches, which `save_scores` keeps."""
-        self._save("selection", digest, *selection_tensors(chosen))
+        self._save("selection", digest, lambda: selection_tensors(chosen))
 
     def save_scores(self, digest: str, scores: Tensor) -> None:
-        self._save("scores", digest, {"scores": scores}, {})
+        self._save("scores", digest, lambda: ({"scores": scores}, {}))
 
     @contextlib.contextmanager
     def alone(self, digest: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -113,7 +109,7 @@ class SelectionStore:
             waiting: called again and again meanwhile; may raise.
         """
         try:
-            handle = os.open(self.folder / LOCKS / digest[:PREFIX], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(self.folder / LOCKS / digest[:LOCK_PREFIX], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             self._fault("locks", error)
             yield
@@ -140,28 +136,24 @@ class SelectionStore:
             time.sleep(POLL_SECONDS)
 
     def path(self, kind: Kind, digest: str) -> Path:
-        return self.folder / digest[:PREFIX] / f"{digest}.{kind}{SUFFIX}"
+        return self.folder / file_name(kind, digest)
 
     def files(self) -> Iterator[StoredFile]:
         """What lies there now, in no order. Raises OSError."""
-        for folder in self.folder.iterdir():
-            if len(folder.name) != PREFIX or not folder.is_dir():
-                continue
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                        facts = entry.stat(follow_symlinks=False)
-                        kind = entry.name.removesuffix(SUFFIX).rpartition(".")[2] if entry.name[0] != "." else "aside"
-                        yield StoredFile(Path(entry.path), kind, facts.st_size, facts.st_mtime)
+        return store_files(self.folder, lambda error: self._fault("reading", error))
 
     def check(self) -> tuple[int, int]:
         """Reads every file and removes those that are damaged or foreign: (good, removed). Raises OSError."""
         good = removed = 0
         for file in list(self.files()):
-            if file.kind not in KINDS:
+            digest = file.path.name.partition(".")[0]
+            if file.kind == "selection":
+                is_good = self._load("selection", digest, selection_of, mark=False) is not None
+            elif file.kind == "scores":
+                is_good = self._load("scores", digest, scores_of, mark=False) is not None
+            else:
                 continue
-            found = self._load(file.kind, file.path.name.partition(".")[0], mark=False)
-            good, removed = good + (found is not None), removed + (found is None)
+            good, removed = good + is_good, removed + (not is_good and not file.path.exists())
         return good, removed
 
     def prune(self, max_bytes: int | None = None) -> int:
@@ -176,32 +168,33 @@ class SelectionStore:
         """
         bound = self.max_bytes if max_bytes is None else max_bytes
         saved_before = self._saved
-        found = sorted(self.files(), key=lambda file: file.used)
+        found = sorted((file for file in self.files() if file.kind != "other"), key=lambda file: file.used)
         size = sum(file.num_bytes for file in found)
         goal = size if size <= bound else int(EVICT_TO * bound)
         now = time.time()
         for file in found:
             left_behind = file.kind == "aside" and now - file.used > LEFT_BEHIND_SECONDS
-            if left_behind or (size > goal and file.kind != "aside"):
-                self._remove(file.path)
+            if (left_behind or (size > goal and file.kind != "aside")) and self._remove(file.path):
                 size -= file.num_bytes
                 self._count("evicted", file.num_bytes)
         with self._lock:
+            self._saved_at_walk = saved_before
             self._size = size + self._saved - saved_before
         return size
 
-    def _load(self, kind: Kind, digest: str, mark: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _load(self, kind: Kind, digest: str, build: Callable[..., T], mark: bool = True) -> T | None:
         path = self.path(kind, digest)
         try:
-            data = path.read_bytes()
+            data = self._read(path)
         except FileNotFoundError:
             return None
         except OSError as error:
             self._fault("reading", error)
             return None
-        found = from_bytes(data, kind, digest)
-        if found is None:
-            logger.warning("%s: found a damaged or foreign file, which is removed", path)
+        try:
+            found = build(*from_bytes(data, kind, digest))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            logger.warning("%s: found a damaged or foreign file, which is removed (%s)", path, error)
             self._count("damaged", len(data))
             self._remove(path)
             return None
@@ -210,16 +203,30 @@ class SelectionStore:
                 os.utime(path)  # used now
         return found
 
-    def _save(self, kind: Kind, digest: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        path = self.path(kind, digest)
-        data = to_bytes(kind, digest, tensors, facts)
-        if len(data) > self.max_bytes:
-            return
+    def _read(self, path: Path) -> bytes:
+        """b"" of anything but a file of a size that a store may hold, which nothing waits for."""
         try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return b""  # a link
+            raise
+        with open(handle, "rb") as file:
+            facts = os.fstat(handle)
+            return file.read() if stat.S_ISREG(facts.st_mode) and facts.st_size <= self.max_bytes else b""
+
+    def _save(self, kind: Kind, digest: str, pack: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+        path = self.path(kind, digest)
+        try:
+            if path.exists():
+                return
+            data = to_bytes(kind, digest, *pack())
+            if len(data) > self.max_bytes:
+                return
             path.parent.mkdir(exist_ok=True)
             with replacing(path, durable=False) as file:  # a checksum tells what a power cut left
                 file.write(data)
-        except OSError as error:
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             self._fault("writing", error)
             return
         self._count("saved", len(data))
@@ -236,33 +243,36 @@ class SelectionStore:
         threading.Thread(target=self._prune_aside, name="wsi-store-prune", daemon=True).start()
 
     def _may_be_full(self) -> bool:
-        return self._size is None or self._size > self.max_bytes
+        unseen = self._saved - self._saved_at_walk  # others may have saved as much
+        return self._size is None or self._size > self.max_bytes or unseen > WALK_AFTER * self.max_bytes
 
     def _prune_aside(self) -> None:
-        full = True
         for _ in range(MAX_PRUNINGS):  # others may save meanwhile
             try:
                 self.prune()
             except OSError as error:
                 self._fault("reading", error)
             with self._lock:
-                full = self._size is not None and self._may_be_full()
-                self._is_pruning = full
-            if not full:
-                return
+                if self._size is None or not self._may_be_full():
+                    break
         self._is_pruning = False
 
-    def _remove(self, path: Path) -> None:
+    def _remove(self, path: Path) -> bool:
+        """Whether this call removed it."""
         try:
-            path.unlink(missing_ok=True)
+            path.unlink()
+        except FileNotFoundError:
+            return False
         except OSError as error:
             self._fault("removing", error)
+            return False
+        return True
 
-    def _fault(self, doing: str, error: OSError) -> None:
+    def _fault(self, doing: str, error: Exception) -> None:
         self._count("fault", 0)
         if doing not in self._said:
             self._said.add(doing)
             logger.warning(
                 "selection store %s: %s failed (%s); slides are selected without it where it fails", self.folder, doing,
-                error.strerror or error,
+                getattr(error, "strerror", None) or error,
             )  # fmt: skip

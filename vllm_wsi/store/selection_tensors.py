@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_wsi.selection.selection import Selection
@@ -16,7 +18,7 @@ def selection_tensors(chosen: Selection) -> tuple[dict[str, Tensor], dict[str, A
     """Without the scores and places of all patches, and without the seconds that it took."""
     tensors = {"indices": chosen.indices, "scores": chosen.scores, "features": chosen.features}
     if chosen.coords is not None:
-        tensors["coords"] = torch.from_numpy(chosen.coords)
+        tensors["coords"] = torch.from_numpy(_native(chosen.coords))
     facts = {
         "num_patches": chosen.num_patches,
         "num_nonfinite": chosen.num_nonfinite,
@@ -30,7 +32,17 @@ def selection_tensors(chosen: Selection) -> tuple[dict[str, Tensor], dict[str, A
     return tensors, facts
 
 
+def scores_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
+    """Raises ValueError or KeyError where they are no scores of patches."""
+    scores = tensors["scores"]
+    if scores.ndim != 1 or scores.dtype != torch.float32:
+        raise ValueError(f"scores: found {scores.dtype} of {scores.ndim} dimensions, wanted float32 of one")
+    return scores
+
+
 def selection_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Selection:
+    """Raises ValueError, KeyError or TypeError where they do not make a selection."""
+    _check(tensors, facts["num_patches"])
     patch_size, encoder_match = facts.pop("patch_size"), facts.pop("encoder_match")
     return Selection(
         indices=tensors["indices"],
@@ -41,3 +53,25 @@ def selection_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Selection
         encoder_match=None if encoder_match is None else EncoderMatch(*encoder_match),
         **facts,
     )
+
+
+def _check(tensors: dict[str, Tensor], num_patches: int) -> None:
+    indices, scores, features = (tensors[name] for name in ("indices", "scores", "features"))
+    rises = bool((indices[1:] > indices[:-1]).all()) if indices.ndim == 1 else False
+    if indices.dtype != torch.int64 or not rises or not len(indices):
+        raise ValueError("indices: found other than rising rows, wanted at least one")
+    if int(indices[0]) < 0 or int(indices[-1]) >= num_patches:
+        raise ValueError(f"indices: found {int(indices[-1])}, wanted rows of {num_patches} patches")
+    if scores.dtype != torch.float32 or scores.shape != indices.shape or not bool(torch.isfinite(scores).all()):
+        raise ValueError("scores: found other than one finite score for each row, wanted float32")
+    if features.ndim != 2 or len(features) != len(indices) or not features.is_floating_point():
+        raise ValueError(f"features: found shape {tuple(features.shape)}, wanted one row for each of {len(indices)}")
+    coords = tensors.get("coords")
+    if coords is not None and coords.shape != (len(indices), 2):
+        raise ValueError(f"coords: found shape {tuple(coords.shape)}, wanted ({len(indices)}, 2)")
+
+
+def _native(coords: NDArray) -> NDArray:
+    """In this machine's byte order, and in a dtype that torch has."""
+    dtype = np.dtype(np.float64) if coords.dtype == np.longdouble else coords.dtype.newbyteorder("=")
+    return np.ascontiguousarray(coords, dtype)

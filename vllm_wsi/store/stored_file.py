@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 FORMAT = 1
@@ -38,20 +37,21 @@ def to_bytes(kind: Kind, digest: str, tensors: Mapping[str, Tensor], facts: Mapp
     return len(text).to_bytes(8, "little") + text + body
 
 
-def from_bytes(data: bytes, kind: Kind, digest: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors, facts) of a file that `to_bytes` made for this kind and digest; None for every other, and for a damaged
-    one."""
-    try:
-        header, body = _split(data)
-        metadata = header.pop("__metadata__")
-        said = json.loads(metadata[NAME])
-        if (said["kind"], said["digest"], said["format"]) != (kind, digest, FORMAT):
-            return None
-        if metadata["checksum"] != _checksum(header, metadata[NAME], body):
-            return None
-        return safetensors.torch.load(data), said["facts"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
-        return None
+def from_bytes(data: bytes, kind: Kind, digest: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, facts) of a file that `to_bytes` made for this kind and digest.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError: it is another file, or a
+            damaged one.
+    """
+    header, body = _split(data)
+    metadata = header.pop("__metadata__")
+    said = json.loads(metadata[NAME])
+    if (found := (said["kind"], said["digest"], said["format"])) != (kind, digest, FORMAT):
+        raise ValueError(f"found {found}, wanted {(kind, digest, FORMAT)}")
+    if metadata["checksum"] != _checksum(header, metadata[NAME], body):
+        raise ValueError("its checksum does not fit")
+    return safetensors.torch.load(data), said["facts"]
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:

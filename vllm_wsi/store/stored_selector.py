@@ -77,13 +77,19 @@ class StoredSelector:
         if store is None:
             with open_slide() as slide:
                 return Selected(self.selector.select(slide, k, keep_all_scores), "file")
-        digest = key.of_selection(k)
-        if not keep_all_scores and (found := store.load_selection(digest)) is not None:
+        if not keep_all_scores and (found := self.stored(key, k)) is not None:
             return Selected(found, "store")
         with store.alone(key.of_scores(), waiting):
-            if not keep_all_scores and (found := store.load_selection(digest)) is not None:
+            if not keep_all_scores and (found := self.stored(key, k, count_miss=False)) is not None:
                 return Selected(found, "store")
             return self._select_and_save(store, key, open_slide, k, keep_all_scores)
+
+    def stored(self, key: SelectionKey, k: int, count_miss: bool = True) -> Selection | None:
+        """The k best, where the store has them; the slide is not needed."""
+        found = None if self.store is None else self.store.load_selection(key.of_selection(k), count_miss)
+        if found is not None and (found.features.shape[1] != self.selector.feature_dim or len(found.indices) > k):
+            return None
+        return found
 
     def _select_and_save(
         self,
@@ -111,9 +117,9 @@ class StoredSelector:
         return Selected(selection, "file" if scores is None else "stored scores")
 
 
-def scorer_name(digest: str, encoder: EncoderCheck) -> str:
-    """Of a scorer by the digest of its weights, and of the rule by which features of other encoders are refused."""
-    return f"{digest}:{encoder}"
+def scorer_name(digest: str, encoder: EncoderCheck, max_patches: int | None) -> str:
+    """Of a scorer by the digest of its weights, and of the rules by which slides are refused."""
+    return f"{digest}:{encoder}, at most {max_patches} patches"
 
 
 @contextmanager

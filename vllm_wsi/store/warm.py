@@ -69,7 +69,7 @@ def warm_many(
     Raises:
         CheckpointError, SettingsError, SetupError: the checkpoint, the store or the device is not there.
     """
-    selector = _stored_selector(settings)  # whatever is wrong with it is wrong once, here
+    selector = stored_selector(settings)  # whatever is wrong with it is wrong once, here
     if workers is None:
         workers = (os.cpu_count() or 1) if isinstance(selector.selector.start(), Cpu) else 1
     workers = min(workers, len(files))
@@ -83,7 +83,7 @@ def warm_many(
 
 def warm_file(settings: WarmSettings, file: Path) -> None:
     """Selects one slide. Raises SlideError."""
-    _stored_selector(settings).select_file(file, settings.k, settings.encoder)
+    stored_selector(settings).select_file(file, settings.k, settings.encoder)
 
 
 def _in_turn(work: Callable[[Path], Outcome], files: Sequence[Path]) -> Iterable[tuple[Path, Outcome]]:
@@ -93,7 +93,7 @@ def _in_turn(work: Callable[[Path], Outcome], files: Sequence[Path]) -> Iterable
 def _warm(settings: WarmSettings, file: Path) -> Outcome:
     began = time.perf_counter()
     try:
-        found = _stored_selector(settings).select_file(file, settings.k, settings.encoder)
+        found = stored_selector(settings).select_file(file, settings.k, settings.encoder)
     except Exception as error:  # the other slides go on
         return Outcome(str(file), "failed", reason=why_failed(file, error))
     num_patches, seconds = found.selection.num_patches, round(time.perf_counter() - began, 3)
@@ -109,8 +109,12 @@ def _one_thread() -> None:
 
 
 @cache
-def _stored_selector(settings: WarmSettings) -> StoredSelector:
-    """Once in each process."""
+def stored_selector(settings: WarmSettings) -> StoredSelector:
+    """Loaded once in each process.
+
+    Raises:
+        CheckpointError, SettingsError, SetupError: the checkpoint, the store or the device is not there.
+    """
     selector = load_selector(settings.checkpoint, settings.device, encoder_mismatch=settings.encoder_mismatch)
-    name = scorer_name(scorer_digest(selector.scorer), selector.encoder)
+    name = scorer_name(scorer_digest(selector.scorer), selector.encoder, selector.max_patches)
     return StoredSelector(selector, name, SelectionStore(*settings.store))
