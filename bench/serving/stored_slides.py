@@ -21,6 +21,8 @@ import argparse
 import json
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,14 +32,13 @@ import numpy as np
 from openai import OpenAI
 
 from bench.common.record import RESULTS, append_row, check_header
+from bench.common.tables import read_rows
 from bench.serving.first_token import SERVER_ARGS, Bench
 from bench.serving.workload import sync_and_read
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.slides.synthetic import write_synthetic_slide
-from vllm_wsi.store.store_settings import StoreSettings
-from vllm_wsi.store.warm import WarmSettings, warm_many
 
 FIRST_CSV, TWO_CSV = RESULTS / "stored_slides.csv", RESULTS / "two_api_servers.csv"
 CASES = ("new", "stored", "remembered", "text")
@@ -84,14 +85,11 @@ def first_tokens(num_patches: int, rounds: int) -> dict:
         numbers = range(WARM_UP_ROUNDS + rounds)
         new, stored = ([work / f"{name}-{i}.safetensors" for i in numbers] for name in ("new", "stored"))
         make_slides(work, num_patches, [*new, *stored])
-        checkpoint, settings = make_checkpoint(work), StoreSettings(work / "store", 100 << 30)
-        began = time.perf_counter()
-        outcomes = warm_many(stored, WarmSettings(str(checkpoint), settings))
-        warm_seconds = (time.perf_counter() - began) / len(stored)
-        assert all(outcome.status == "done" for outcome in outcomes), outcomes
-        size = sum(file.stat().st_size for file in settings.folder.rglob("*.safetensors")) // len(stored)
+        checkpoint, store = make_checkpoint(work), work / "store"
+        warm_seconds = warm(checkpoint, store, stored, work / "summary.csv")
+        size = sum(file.stat().st_size for file in store.rglob("*.safetensors")) // len(stored)
         times: dict[str, list[float]] = {case: [] for case in CASES}
-        with start(checkpoint, work, settings.folder) as server:
+        with start(checkpoint, work, store) as server:
             bench = Bench(server)
             for number in numbers:
                 one = one_round(bench, new[number], stored[number])
@@ -107,6 +105,19 @@ def first_tokens(num_patches: int, rounds: int) -> dict:
         round(medians["stored"] / medians["remembered"], 3), round(medians["stored"] / medians["text"], 3),
     )  # fmt: skip
     return dict(zip(FIRST_COLUMNS, values, strict=True))
+
+
+def warm(checkpoint: Path, store: Path, slides: list[Path], summary: Path) -> float:
+    """Mean seconds of a slide, by the command, on all cores."""
+    command = [
+        str(Path(sys.executable).parent / "vllm-wsi"),
+        "warm",
+        *map(str, slides),
+        "--checkpoint",
+        str(checkpoint),
+    ]
+    subprocess.run([*command, "--store", str(store), "--summary", str(summary)], check=True, capture_output=True)
+    return float(np.mean([float(row["seconds"]) for row in read_rows(summary)]))
 
 
 def one_round(bench: Bench, new: Path, stored: Path) -> dict[str, float]:
