@@ -109,13 +109,8 @@ def first_tokens(num_patches: int, rounds: int) -> dict:
 
 def warm(checkpoint: Path, store: Path, slides: list[Path], summary: Path) -> float:
     """Mean seconds of a slide, by the command, on all cores."""
-    command = [
-        str(Path(sys.executable).parent / "vllm-wsi"),
-        "warm",
-        *map(str, slides),
-        "--checkpoint",
-        str(checkpoint),
-    ]
+    program = str(Path(sys.executable).parent / "vllm-wsi")
+    command = [program, "warm", *map(str, slides), "--checkpoint", str(checkpoint)]
     subprocess.run([*command, "--store", str(store), "--summary", str(summary)], check=True, capture_output=True)
     return float(np.mean([float(row["seconds"]) for row in read_rows(summary)]))
 

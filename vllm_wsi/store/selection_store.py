@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -44,6 +44,9 @@ LEFT_BEHIND_SECONDS = 3600
 WAIT_SECONDS = 30.0
 """How long a slide waits for another process that selects it, before it is selected here too."""
 POLL_SECONDS = 0.02
+
+BUILD: dict[str, Callable[..., object]] = {"selection": selection_of, "scores": scores_of}
+"""What is made of a file, by its kind."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -146,13 +149,11 @@ class SelectionStore:
         """Reads every file and removes those that are damaged or foreign: (good, removed). Raises OSError."""
         good = removed = 0
         for file in list(self.files()):
-            digest = file.path.name.partition(".")[0]
-            if file.kind == "selection":
-                is_good = self._load("selection", digest, selection_of, mark=False) is not None
-            elif file.kind == "scores":
-                is_good = self._load("scores", digest, scores_of, mark=False) is not None
-            else:
+            build = BUILD.get(file.kind)
+            if build is None:
                 continue
+            digest = file.path.name.partition(".")[0]
+            is_good = self._load(cast(Kind, file.kind), digest, build, mark=False) is not None
             good, removed = good + is_good, removed + (not is_good and not file.path.exists())
         return good, removed
 
