@@ -16,7 +16,7 @@ def hold_files() -> None:
     original = RawRows.read_into
 
     def read_into(self, start, out):
-        while Path(f"{self._path}.hold").exists():
+        while Path(f"{self.source.name}.hold").exists():
             time.sleep(0.01)
         original(self, start, out)
 

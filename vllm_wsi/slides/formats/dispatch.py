@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.files import NON_TIFF_SUFFIXES
+from vllm_wsi.slides.byte_source import ByteSource, LocalBytes, local_path, read_bytes
 from vllm_wsi.slides.feature_file import FeatureFile, check_matrix
 from vllm_wsi.slides.identity import SlideIdentity
 
@@ -25,6 +26,7 @@ from .torch_features import open_legacy_torch, open_torch_zip
 from .zarr_features import open_zarr
 from .zip_records import zip_records
 
+HEAD_BYTES = 64
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 NPY_MAGIC = b"\x93NUMPY"
 PARQUET_MAGIC = b"PAR1"
@@ -55,16 +57,43 @@ def open_features(path: str | os.PathLike[str], encoder: str | None = None) -> F
         if identity.content:
             opened = open_zarr(path, identity, encoder)
         else:
-            with open(path, "rb") as file:
-                head = file.read(64)
-            if not head:
-                raise SlideError(f"{path}: found an empty file, wanted a feature file")
-            opened = _open_by_content(path, head, identity, encoder)
+            opened = open_source(LocalBytes(path), identity, encoder)
     except OSError as error:
         raise SlideError(f"{path}: found an unreadable file ({error}), wanted a feature file") from error
+    return _chosen(opened, encoder)
+
+
+def open_source(source: ByteSource, identity: SlideIdentity, encoder: str | None = None) -> FeatureFile:
+    """The same, of a file that perhaps lies elsewhere. The feature file closes the source; so does an error.
+
+    Raises:
+        SlideError: as `open_features`.
+        NeedsWholeFile: its format is read from a file of this machine alone.
+    """
+    try:
+        if not source.size:
+            raise SlideError(f"{source.name}: found an empty file, wanted a feature file")
+        head = read_bytes(source, 0, HEAD_BYTES)
+        if head.startswith(HDF5_MAGIC):
+            return _chosen(open_hdf5(source, identity, encoder), encoder)
+        if head.startswith(NPY_MAGIC):
+            return _chosen(open_npy(source, identity), encoder)
+        if len(head) > 8 and head[8:9] == b"{" and head[5:8] == bytes(3):
+            return _chosen(open_safetensors(source, identity), encoder)
+        opened = _open_local(local_path(source), head, identity)
+    except BaseException:
+        source.close()
+        raise
+    source.close()
+    return _chosen(opened, encoder)
+
+
+def _chosen(opened: FeatureFile, encoder: str | None) -> FeatureFile:
     if encoder is not None and opened.format not in SEVERAL_SETS:
         opened.close()
-        raise SlideError(f"{path}: found one set of features ({opened.format}), wanted a choice for encoder={encoder}")
+        raise SlideError(
+            f"{opened.name}: found one set of features ({opened.format}), wanted a choice for encoder={encoder}"
+        )
     opened.choice = encoder
     return opened
 
@@ -80,11 +109,7 @@ def features_in_memory(array: NDArray, name: str = "features", dtype: str | None
     return FeatureFile(name, "array", "", n, d, dtype, ArrayRows(array), identity)
 
 
-def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
-    if head.startswith(HDF5_MAGIC):
-        return open_hdf5(path, identity, encoder)
-    if head.startswith(NPY_MAGIC):
-        return open_npy(path, identity)
+def _open_local(path: Path, head: bytes, identity: SlideIdentity) -> FeatureFile:
     if head.startswith(ZIP_MAGIC):
         return _open_zip(path, identity)
     if head.startswith(LEGACY_TORCH_MAGIC):
@@ -93,8 +118,6 @@ def _open_by_content(path: Path, head: bytes, identity: SlideIdentity, encoder: 
         raise SlideError(
             f"{path}: found a pickle, which can run code when it is loaded, wanted features; {CONVERT_PICKLE}"
         )
-    if len(head) > 8 and head[8:9] == b"{" and head[5:8] == bytes(3):
-        return open_safetensors(path, identity)
     if head.startswith(PARQUET_MAGIC):
         return open_parquet(path, identity)
     if path.suffix.lower() == ".csv":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SlideError, WsiError
+from vllm_wsi.slides.byte_source import ByteSource, NeedsWholeFile, local_path
 from vllm_wsi.slides.feature_file import FeatureFile, check_matrix, listed, metadata_strings, shown
 from vllm_wsi.slides.identity import SlideIdentity
 from vllm_wsi.slides.units import (
@@ -24,6 +24,7 @@ from vllm_wsi.slides.units import (
 )
 
 from .anndata_features import is_table, matrix_key, table_attributes, table_coords, table_shape
+from .hdf5_access import Hdf5Access
 from .hdf5_file import Hdf5Source, check_stored, damaged, dataset_rows, has, is_local, local_dataset
 from .named_arrays import NO_COORDS
 
@@ -37,28 +38,30 @@ RENAMED = {
 }
 
 
-def open_hdf5(path: Path, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
-    """Opens any of the field's h5 layouts; `encoder` chooses within AtlasPatch's group of features."""
+def open_hdf5(source: ByteSource, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
+    """Opens any of the field's h5 layouts; `encoder` chooses within AtlasPatch's group of features.
+
+    Raises:
+        NeedsWholeFile: the features lie in chunks, or are converted, and the file is not on this machine.
+    """
+    access = Hdf5Access(source)
     try:
-        file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        raise damaged(path) from error
-    try:
-        return _open(path, file, identity, encoder)
-    except SlideError:
-        file.close()
+        return access.use(lambda file: _open(access, file, identity, encoder))
+    except (WsiError, NeedsWholeFile):
         raise
     except Exception as error:  # h5py raises KeyError, RuntimeError, TypeError and more where bytes are damaged
-        file.close()
-        raise damaged(path) from error
+        raise damaged(source.name) from error
 
 
-def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
-    source = Hdf5Source(path, file)
-    if is_table(source):
-        return _open_anndata(path, file, source, identity)
+def _open(access: Hdf5Access, file: h5py.File, identity: SlideIdentity, encoder: str | None) -> FeatureFile:
+    path = access.name
+    tables = Hdf5Source(access, file)
+    if is_table(tables):
+        return _open_anndata(access, file, tables, identity)
     key, form = _find_features(path, file, encoder)
     features = local_dataset(path, file, key)
+    if features.chunks is not None:
+        local_path(access.source)
     shape: tuple[int, ...] = features.shape or ()  # None: HDF5's null dataspace
     n, d = check_matrix(path, key, shape, features.dtype.name)
     check_stored(path, key, features)
@@ -71,34 +74,34 @@ def _open(path: Path, file: h5py.File, identity: SlideIdentity, encoder: str | N
     if has(file, "coords"):
         dataset = local_dataset(path, file, "coords")
         groups.insert(1, dict(dataset.attrs))
-        load_coords = _coords_loader(path, dataset, n)
+        load_coords = _coords_loader(access, dataset, n)
         sample = np.asarray(dataset[..., :GRID_SAMPLE, :2]).reshape(-1, 2)
         if dataset.shape[-1] == 5 and not any(key in attributes for key in ("patch_size", *LEVEL0_KEYS)):
             attributes |= _atlas_size(dataset)
     else:
         remarks.append(NO_COORDS)
-    one_unit(str(path), [_strings(path, group) for group in groups])
+    one_unit(path, [_strings(path, group) for group in groups])
     attributes = attributes | {key: value for group in groups[1:] for key, value in group.items()}
     if form == "AtlasPatch":
         attributes.setdefault("encoder", key.split("/")[1])
 
-    rows = dataset_rows(path, file, features, n, d)
+    rows = dataset_rows(access.source, file, key, n, d)
     metadata = _strings(path, attributes)
     unit = None
     if load_coords is not None:
         stamp = form in ("STAMP", "Marugoto")
-        unit = coord_unit(str(path), metadata, stamp, not stamp, sample)
+        unit = coord_unit(path, metadata, stamp, not stamp, sample)
         remarks += unit_remarks(unit)
         if unit is not None and unit.scale == STAMP_V1_UM / STAMP_V1_PX:
             metadata.setdefault("tile_size_um", f"{STAMP_V1_UM:g}")  # by the same rule of its reader
     return FeatureFile(
-        name=str(path), format=f"{form} h5", key=key, num_patches=n, feature_dim=d,
+        name=path, format=f"{form} h5", key=key, num_patches=n, feature_dim=d,
         dtype=features.dtype.name, rows=rows, identity=identity, metadata=metadata,
         **unit_fields(unit), load_coords=load_coords, remarks=tuple(remarks),
     )  # fmt: skip
 
 
-def _strings(path: Path, attributes: Mapping[str, object]) -> dict[str, str]:
+def _strings(path: str, attributes: Mapping[str, object]) -> dict[str, str]:
     said = {RENAMED.get(name, name): value for name, value in attributes.items() if not isinstance(value, h5py.Empty)}
     return metadata_strings(path, said)
 
@@ -111,18 +114,20 @@ def _atlas_size(coords: h5py.Dataset) -> dict[str, object]:
     return {"patch_size": int(some[0, 0]), "patch_level": int(some[0, 2])}
 
 
-def _open_anndata(path: Path, file: h5py.File, source: Hdf5Source, identity: SlideIdentity) -> FeatureFile:
-    key, attributes = matrix_key(source), table_attributes(source)
-    n, d, dtype = table_shape(source, key)
-    coords = table_coords(source, "", n, attributes)
-    rows = dataset_rows(path, file, local_dataset(path, file, key), n, d)
+def _open_anndata(access: Hdf5Access, file: h5py.File, tables: Hdf5Source, identity: SlideIdentity) -> FeatureFile:
+    key, attributes = matrix_key(tables), table_attributes(tables)
+    if local_dataset(access.name, file, key).chunks is not None:
+        local_path(access.source)
+    n, d, dtype = table_shape(tables, key)
+    coords = table_coords(tables, "", n, attributes)
+    rows = dataset_rows(access.source, file, key, n, d)
     return FeatureFile(
-        str(path), "AnnData h5ad", key, n, d, dtype, rows, identity, metadata_strings(path, attributes),
+        access.name, "AnnData h5ad", key, n, d, dtype, rows, identity, metadata_strings(access.name, attributes),
         **coords.fields(), remarks=coords.remarks,
     )  # fmt: skip
 
 
-def _find_features(path: Path, file: h5py.File, encoder: str | None) -> tuple[str, str]:
+def _find_features(path: str, file: h5py.File, encoder: str | None) -> tuple[str, str]:
     """(key of the features, name of the layout)."""
     kind = file.get("features", getclass=True) if is_local(file, "features") else None
     if kind is h5py.Group:
@@ -144,22 +149,14 @@ def _find_features(path: Path, file: h5py.File, encoder: str | None) -> tuple[st
     raise SlideError(f"{path}: found the keys {found}, wanted a dataset named 'features' or 'feats'")
 
 
-def _coords_loader(path: Path, dataset: h5py.Dataset, num_patches: int) -> Callable[[], NDArray]:
+def _coords_loader(access: Hdf5Access, dataset: h5py.Dataset, num_patches: int) -> Callable[[], NDArray]:
     shape: tuple[int, ...] = dataset.shape or ()
     if len(shape) == 3 and shape[0] == 1:
         shape = shape[1:]
     if len(shape) != 2 or shape[0] != num_patches or shape[1] not in (2, 5) or dataset.dtype.kind not in "iuf":
         raise SlideError(
-            f"{path}: coords: found {dataset.dtype} of shape {dataset.shape}, wanted one x, y for each of "
+            f"{access.name}: coords: found {dataset.dtype} of shape {dataset.shape}, wanted one x, y for each of "
             f"{num_patches} patches"
         )
-    check_stored(path, "coords", dataset)
-
-    def load() -> NDArray:
-        try:
-            with h5py.File(path, "r", locking=False) as file:
-                return np.asarray(file["coords"][()]).reshape(shape)[:, :2]
-        except (OSError, KeyError, ValueError) as error:
-            raise SlideError(f"{path}: coords: found unreadable data, wanted coordinates; {error}") from error
-
-    return load
+    check_stored(access.name, "coords", dataset)
+    return lambda: access.array("coords").reshape(shape)[:, :2]

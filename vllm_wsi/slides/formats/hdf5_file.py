@@ -12,28 +12,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.byte_source import ByteSource, local_path
 from vllm_wsi.slides.feature_file import RowSource
 
+from .hdf5_access import Hdf5Access
 from .rows import RawRows, near_rows
 
 MAX_CHUNK_BYTES = 64 << 20
 MAX_UNPACKED = 64 << 20  # bytes of a dataset that is read whole
 
 
-def damaged(path: Path) -> SlideError:
+def damaged(name: str) -> SlideError:
     return SlideError(
-        f"{path}: found an HDF5 signature but no readable file, wanted HDF5; it is truncated, damaged or being written"
+        f"{name}: found an HDF5 signature but no readable file, wanted HDF5; it is truncated, damaged or being written"
     )
 
 
 class Hdf5Rows:
     """Rows of a chunked or compressed dataset, through the HDF5 library (which serves one thread at a time)."""
 
-    def __init__(self, file: h5py.File, dataset: h5py.Dataset, path: Path) -> None:
-        self._file, self._dataset, self._path = file, dataset, path
+    def __init__(self, source: ByteSource, key: str) -> None:
+        self._source, self._path = source, local_path(source)
+        self._file = h5py.File(self._path, "r", locking=False)
+        self._dataset = dataset = local_dataset(source.name, self._file, key)
         self._lead = (0,) if dataset.ndim == 3 else ()
         row_bytes = dataset.shape[-1] * dataset.dtype.itemsize
-        self.near_rows = near_rows(row_bytes) if dataset.chunks is None else dataset.chunks[-2]  # unpacked whole
+        self.near_rows = (
+            near_rows(row_bytes, source.near_bytes) if dataset.chunks is None else dataset.chunks[-2]
+        )  # unpacked whole
 
     def read_into(self, start: int, out: NDArray) -> None:
         if not len(out):
@@ -47,40 +53,44 @@ class Hdf5Rows:
 
     def close(self) -> None:
         self._file.close()
+        self._source.close()
 
 
-def dataset_rows(path: Path, file: h5py.File, features: h5py.Dataset, num_rows: int, feature_dim: int) -> RowSource:
-    """Rows past the library where they lie in one piece, which closes the file, else through it."""
+def dataset_rows(source: ByteSource, file: h5py.File, key: str, num_rows: int, feature_dim: int) -> RowSource:
+    """Rows past the library where they lie in one piece, else through it.
+
+    Raises:
+        NeedsWholeFile: they go through it, and the file is not on this machine.
+    """
+    features = local_dataset(source.name, file, key)
     offset = features.id.get_offset()
     # Big-endian numbers, and small floats that h5py widens, are converted by the library.
     as_stored = features.id.get_type() == h5py.h5t.py_create(features.dtype.newbyteorder("<"))
     if offset is not None and file.userblock_size == 0 and as_stored:
-        rows = RawRows(path, offset, features.dtype, num_rows, feature_dim)
-        file.close()
-        return rows
-    return Hdf5Rows(file, features, path)
+        return RawRows(source, offset, features.dtype, num_rows, feature_dim)
+    return Hdf5Rows(source, key)
 
 
-def check_stored(path: Path, key: str, dataset: h5py.Dataset) -> None:
+def check_stored(name: str, key: str, dataset: h5py.Dataset) -> None:
     """A dataset may claim more than was ever written, which HDF5 reads as fill values without end, or hold it in
     chunks so large that reading a few rows unpacks all of them."""
     if dataset.chunks is None:
         found, wanted = dataset.id.get_storage_size(), math.prod(dataset.shape) * dataset.id.get_type().get_size()
         if found < wanted:
             raise SlideError(
-                f"{path}: {key}: found {found} of {wanted} bytes, wanted all; the file was not written whole"
+                f"{name}: {key}: found {found} of {wanted} bytes, wanted all; the file was not written whole"
             )
         return
     chunk_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize
     if chunk_bytes > MAX_CHUNK_BYTES:
         raise SlideError(
-            f"{path}: {key}: found chunks of {chunk_bytes >> 20} MiB, wanted at most {MAX_CHUNK_BYTES >> 20}; "
+            f"{name}: {key}: found chunks of {chunk_bytes >> 20} MiB, wanted at most {MAX_CHUNK_BYTES >> 20}; "
             f"repack it once: h5repack -l {key}:CHUNK=1024x{dataset.shape[-1]} IN OUT"
         )
     wanted = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
     found = dataset.id.get_num_chunks()
     if found < wanted:
-        raise SlideError(f"{path}: {key}: found {found} of {wanted} chunks, wanted all; the file was not written whole")
+        raise SlideError(f"{name}: {key}: found {found} of {wanted} chunks, wanted all; the file was not written whole")
 
 
 def has(file: h5py.File, key: str) -> bool:
@@ -92,25 +102,25 @@ def is_local(file: h5py.File, key: str) -> bool:
     return has(file, key) and file.id.links.get_info(key.encode()).type == h5py.h5l.TYPE_HARD
 
 
-def local_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
+def local_dataset(name: str, file: h5py.File, key: str) -> h5py.Dataset:
     """The dataset, if it lies in this file: links and external storage could point at any file of the machine."""
     parts = key.split("/")
     for depth in range(1, len(parts) + 1):
         if not is_local(file, "/".join(parts[:depth])):
-            raise SlideError(f"{path}: {key}: found a link to elsewhere, wanted a dataset in this file")
+            raise SlideError(f"{name}: {key}: found a link to elsewhere, wanted a dataset in this file")
     dataset = file[key]
     if not isinstance(dataset, h5py.Dataset):
-        raise SlideError(f"{path}: {key}: found a {type(dataset).__name__.lower()}, wanted a dataset")
+        raise SlideError(f"{name}: {key}: found a {type(dataset).__name__.lower()}, wanted a dataset")
     if dataset.external or dataset.is_virtual:
-        raise SlideError(f"{path}: {key}: found data stored in other files, wanted it in this file")
+        raise SlideError(f"{name}: {key}: found data stored in other files, wanted it in this file")
     return dataset
 
 
 class Hdf5Source:
     """An HDF5 file as a source of named arrays."""
 
-    def __init__(self, path: Path, file: h5py.File) -> None:
-        self.path, self._file = path, file
+    def __init__(self, access: Hdf5Access, file: h5py.File) -> None:
+        self.path, self._access, self._file = Path(access.name), access, file
 
     def names(self, key: str) -> list[str]:
         """What a group holds; nothing where it is none, or a link."""
@@ -125,9 +135,9 @@ class Hdf5Source:
         return {} if found is None else dict(found.attrs)
 
     def array(self, key: str) -> Hdf5Array:
-        dataset = local_dataset(self.path, self._file, key)
-        check_stored(self.path, key, dataset)
-        return Hdf5Array(self.path, key, dataset.shape or (), dataset.dtype.name)
+        dataset = local_dataset(self._access.name, self._file, key)
+        check_stored(self._access.name, key, dataset)
+        return Hdf5Array(self._access, key, dataset.shape or (), dataset.dtype.name)
 
     def _local(self, key: str) -> h5py.Group | h5py.Dataset | None:
         """None: there is nothing, or a link."""
@@ -139,17 +149,13 @@ class Hdf5Source:
 class Hdf5Array:
     """A small dataset, for whose numbers the file is opened again."""
 
-    def __init__(self, path: Path, key: str, shape: tuple[int, ...], dtype: str) -> None:
-        self._path, self._key, self.shape, self.dtype = path, key, shape, dtype
+    def __init__(self, access: Hdf5Access, key: str, shape: tuple[int, ...], dtype: str) -> None:
+        self._access, self._key, self.shape, self.dtype = access, key, shape, dtype
 
     def read(self) -> NDArray:
         size = math.prod(self.shape) * 8
         if size > MAX_UNPACKED:
             raise SlideError(
-                f"{self._path}: {self._key}: found shape {self.shape}, wanted at most {MAX_UNPACKED} bytes"
+                f"{self._access.name}: {self._key}: found shape {self.shape}, wanted at most {MAX_UNPACKED} bytes"
             )
-        try:
-            with h5py.File(self._path, "r", locking=False) as file:
-                return np.asarray(file[self._key][()])
-        except (OSError, KeyError, ValueError) as error:
-            raise SlideError(f"{self._path}: {self._key}: found unreadable data, wanted numbers; {error}") from error
+        return self._access.array(self._key)

@@ -48,7 +48,7 @@ class Array(NamedTuple):
     load: Load
 
 
-def features_key(path: Path, names: Iterable[str], convert: str = "") -> str:
+def features_key(path: Path | str, names: Iterable[str], convert: str = "") -> str:
     """The name of the features. Raises SlideError where there is none of the field's names, or several."""
     names = list(names)
     found = [name for name in FEATURE_KEYS if name in names]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.byte_source import LocalBytes
 from vllm_wsi.slides.feature_file import FeatureFile, RowSource, check_matrix, metadata_strings
 from vllm_wsi.slides.identity import SlideIdentity
 
@@ -100,7 +101,7 @@ def open_npz(path: Path, identity: SlideIdentity, records: Sequence[zipfile.ZipI
     coords = find_coords(path, arrays, n, attributes)
     rows: RowSource
     if member.record.compress_type == zipfile.ZIP_STORED:
-        rows = RawRows(path, data_offset(path, member.record) + member.offset, member.dtype, n, d)
+        rows = RawRows(LocalBytes(path), data_offset(path, member.record) + member.offset, member.dtype, n, d)
     else:
         rows = DeflatedRows(path, member, d)
     remarks = [*coords.remarks, *(f"{name}: pickled Python objects are not read" for name in skipped)]
@@ -137,7 +138,8 @@ def _read(path: Path, key: str, member: _Member) -> NDArray:
         )
     if member.record.compress_type == zipfile.ZIP_STORED:
         begin = data_offset(path, member.record) + member.offset
-        return stored_array(path, key, begin, member.dtype, member.shape)
+        with LocalBytes(path) as source:
+            return stored_array(source, key, begin, member.dtype, member.shape)
     with open_record(path, member.record) as file:
         data = file.read(member.record.file_size)
     if len(data) != member.record.file_size:

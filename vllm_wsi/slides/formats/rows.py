@@ -3,55 +3,43 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.byte_source import ByteSource
 from vllm_wsi.slides.feature_file import FLOAT_DTYPES
 
 FLOAT8_STEP = 1 << 20  # numbers that are widened at once
-NEAR_BYTES = 32 << 10  # between two rows: reading that many takes about as long as asking twice
 
 
-def near_rows(row_bytes: int) -> int:
+def near_rows(row_bytes: int, near_bytes: int) -> int:
     """How far apart rows of a plain matrix are still read in one piece."""
-    return 1 + NEAR_BYTES // max(1, row_bytes)
+    return 1 + near_bytes // max(1, row_bytes)
 
 
 class RawRows:
-    """A row-major matrix that lies uncompressed in a file.
+    """A row-major matrix that lies uncompressed in a file, which it closes."""
 
-    Read with `pread`: no memory map, whose touched pages would count as this process's memory, and no lock, so
-    that a slow disk delays the reader of its own slide alone.
-    """
-
-    def __init__(self, path: Path, offset: int, dtype: np.dtype, num_rows: int, feature_dim: int) -> None:
+    def __init__(self, source: ByteSource, offset: int, dtype: np.dtype, num_rows: int, feature_dim: int) -> None:
         self._row_bytes = dtype.itemsize * feature_dim
-        self.near_rows = near_rows(self._row_bytes)
-        self._path, self._offset = path, offset
-        self._file = open(path, "rb", buffering=0)  # a file object: garbage collection closes it too
-        size = os.fstat(self._file.fileno()).st_size
+        self.near_rows = near_rows(self._row_bytes, source.near_bytes)
+        self.source, self._offset = source, offset
         wanted = offset + num_rows * self._row_bytes
-        if size < wanted:
-            self._file.close()
-            raise SlideError(f"{path}: found {size} bytes, wanted {wanted} by its own header; the file is truncated")
+        if source.size < wanted:
+            raise SlideError(
+                f"{source.name}: found {source.size} bytes, wanted {wanted} by its own header; the file is truncated"
+            )
 
     def read_into(self, start: int, out: NDArray) -> None:
         if not out.flags.c_contiguous:
-            raise ValueError(f"{self._path}: the buffer's rows are not contiguous")
-        view = memoryview(out.view(np.uint8).reshape(-1).data) if out.size else memoryview(b"")
-        offset = self._offset + start * self._row_bytes
-        while view:
-            got = os.preadv(self._file.fileno(), [view], offset)
-            if got == 0:
-                raise SlideError(f"{self._path}: found the end of the file while reading rows; it was truncated")
-            view, offset = view[got:], offset + got
+            raise ValueError(f"{self.source.name}: the buffer's rows are not contiguous")
+        if out.size:
+            self.source.read_into(self._offset + start * self._row_bytes, out.view(np.uint8).reshape(-1).data)
 
     def close(self) -> None:
-        self._file.close()
+        self.source.close()
 
 
 class ArrayRows:
@@ -73,9 +61,9 @@ class Float8Rows:
     """A matrix of 8-bit floats that lies uncompressed in a file, widened to float16, which holds each of them exactly
     (HDF5's library widens them the same way)."""
 
-    def __init__(self, path: Path, offset: int, dtype: str, num_rows: int, feature_dim: int) -> None:
+    def __init__(self, source: ByteSource, offset: int, dtype: str, num_rows: int, feature_dim: int) -> None:
         self._values, self._d = FLOAT8[dtype](), feature_dim
-        self._raw = RawRows(path, offset, np.dtype(np.uint8), num_rows, feature_dim)
+        self._raw = RawRows(source, offset, np.dtype(np.uint8), num_rows, feature_dim)
         self.near_rows = self._raw.near_rows
 
     def read_into(self, start: int, out: NDArray) -> None:
@@ -108,11 +96,11 @@ FLOAT8 = {"float8_e4m3fn": _e4m3fn, "float8_e5m2": _e5m2}
 """8-bit floats by torch's names, and what makes the float16 value of each of their 256 codes."""
 
 
-def stored_rows(path: Path, offset: int, dtype: str, num_rows: int, feature_dim: int) -> RawRows | Float8Rows:
+def stored_rows(source: ByteSource, offset: int, dtype: str, num_rows: int, feature_dim: int) -> RawRows | Float8Rows:
     """Rows that lie uncompressed in a file; `dtype`: a key of FLOAT_DTYPES or FLOAT8."""
     if dtype in FLOAT8:
-        return Float8Rows(path, offset, dtype, num_rows, feature_dim)
-    return RawRows(path, offset, FLOAT_DTYPES[dtype], num_rows, feature_dim)
+        return Float8Rows(source, offset, dtype, num_rows, feature_dim)
+    return RawRows(source, offset, FLOAT_DTYPES[dtype], num_rows, feature_dim)
 
 
 def read_as(dtype: str) -> str:
@@ -125,11 +113,13 @@ def widened(key: str, dtype: str) -> tuple[str, ...]:
     return (f"{key or 'features'}: stored as {dtype}, read as float16",) if dtype in FLOAT8 else ()
 
 
-def stored_array(path: Path, key: str, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray:
+def stored_array(source: ByteSource, key: str, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray:
     """A small array that lies uncompressed in a file. Raises SlideError where the file ends before it."""
     count = math.prod(shape)
-    found = max(0, os.stat(path).st_size - offset) // dtype.itemsize
-    array = np.fromfile(path, dtype, min(count, found), offset=offset)
-    if array.size < count:
-        raise SlideError(f"{path}: {key}: found {array.size} numbers, wanted {count}; the file is truncated")
+    found = max(0, source.size - offset) // dtype.itemsize
+    if found < count:
+        raise SlideError(f"{source.name}: {key}: found {found} numbers, wanted {count}; the file is truncated")
+    array = np.empty(count, dtype)
+    if count:
+        source.read_into(offset, array.view(np.uint8).data)
     return array.reshape(shape)

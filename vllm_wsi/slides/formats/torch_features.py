@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.slides.feature_file import FeatureFile, check_matrix, listed, metadata_strings
+from vllm_wsi.slides.byte_source import LocalBytes
+from vllm_wsi.slides.feature_file import FeatureFile, RowSource, check_matrix, listed, metadata_strings
 from vllm_wsi.slides.identity import SlideIdentity
 
 from .named_arrays import Array, Coords, features_key, find_coords
@@ -80,7 +81,11 @@ def _feature_file(
         if name != key
     }
     coords = find_coords(path, arrays, n, attributes)
-    rows = ArrayRows(_numbers(tensor).reshape(n, d)) if places is None else stored_rows(path, places[key], dtype, n, d)
+    rows: RowSource
+    if places is None:
+        rows = ArrayRows(_numbers(tensor).reshape(n, d))
+    else:
+        rows = stored_rows(LocalBytes(path), places[key], dtype, n, d)
     return FeatureFile(
         str(path), form, key, n, d, read_as(dtype), rows, identity, metadata_strings(path, attributes),
         **coords.fields(), remarks=(*_slideflow(path, coords), *widened(key, dtype)),
@@ -91,7 +96,12 @@ def _loader(path: Path, key: str, tensor: Tensor, places: Mapping[str, int] | No
     if places is None:
         return partial(_numbers, tensor)
     shape, dtype = tuple(tensor.shape), _dtype(tensor)
-    return lambda: stored_array(path, key, places[key], np.dtype(dtype), shape)
+
+    def load() -> NDArray:
+        with LocalBytes(path) as source:
+            return stored_array(source, key, places[key], np.dtype(dtype), shape)
+
+    return load
 
 
 def _numbers(tensor: Tensor) -> NDArray:
