@@ -20,6 +20,10 @@ class SlideError(WsiError):
     """A slide, its features or its image cannot be used."""
 
 
+class FetchError(WsiError):
+    """What lies on another machine cannot be had from there."""
+
+
 class EncoderError(SlideError):
     """A patch encoder cannot be had, or a slide's features are of another one than the checkpoint's.
 

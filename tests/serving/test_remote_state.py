@@ -1,15 +1,10 @@
 """Slides on the web: which state a URL leads to, and that a known one is not fetched again. Real HTTP servers."""
 
 import asyncio
-import threading
 import time
-from collections import Counter
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
-from safetensors.numpy import save
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
@@ -17,68 +12,20 @@ from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.serving import vllm_hooks
 from vllm_wsi.serving.connector import CONNECTOR
-from vllm_wsi.serving.remote_state import identity_by_headers, unsigned
+from vllm_wsi.serving.remote_state import state_by_headers, unsigned
 from vllm_wsi.slides import SlideIdentity
 from vllm_wsi.store.store_settings import StoreSettings
 
-D = 64
+from .web_server import D, WebServer, body
+
 OLD, NOW = "Sun, 01 Nov 2026 10:00:00 GMT", "Sun, 29 Nov 2026 10:00:00 GMT"
-
-
-def body(seed, n=300):
-    return save({"features": np.random.default_rng(seed).standard_normal((n, D)).astype(np.float32)})
-
-
-class Web:
-    """A web server of one slide. It counts whole bodies and requests for one byte."""
-
-    def __init__(self):
-        self.data, self.etag, self.modified, self.ranges = body(0), '"one"', None, True
-        self.asked, self.status, self.body_status, self.before_body = Counter(), None, None, lambda: None
-        web = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                web.answer(self)
-
-            def log_message(self, *args):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 64  # connections that wait; of five, one more would come a second late
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/slides/a.safetensors"
-
-    def answer(self, handler):
-        one_byte = handler.headers.get("Range") == "bytes=0-0"
-        self.asked["one byte" if one_byte else "body"] += 1
-        if not one_byte:
-            self.before_body()
-        data = self.data
-        partly = one_byte and self.ranges
-        failed = self.status if one_byte else self.body_status or self.status
-        handler.send_response(failed or (206 if partly else 200))
-        for name, value in (("ETag", self.etag), ("Last-Modified", self.modified)):
-            if value is not None:
-                handler.send_header(name, value)
-        if partly:
-            handler.send_header("Content-Range", f"bytes 0-0/{len(data)}")
-        handler.send_header("Content-Length", str(1 if partly else len(data)))
-        handler.end_headers()
-        try:
-            handler.wfile.write(data[:1] if partly else data)
-        except OSError:  # a client that knows enough by the headers hangs up
-            handler.close_connection = True
 
 
 @pytest.fixture
 def web():
-    found = Web()
+    found = WebServer()
     yield found
-    found.server.shutdown()
-    found.server.server_close()
+    found.close()
 
 
 @pytest.fixture
@@ -161,7 +108,7 @@ def test_a_server_that_tells_no_state_is_fetched_from_each_time_and_the_answer_i
 
         web.before_body = other_node
     first, second = (fetch(connector, web.url, "awaited") for _ in range(2))
-    assert web.asked["body"] == 2
+    assert web.asked["body"] == (4 if missing == "state after" else 2)  # a range of another state, then all of it
     assert first.selection.features.equal(second.selection.features)
     assert second.source == "memory"  # by its content
 
@@ -175,7 +122,7 @@ def test_a_slide_that_changes_between_headers_and_body_is_not_taken_for_the_stat
     web.before_body = lambda: None
     web.data, web.etag = body(0), '"one"'
     first = fetch(connector, web.url, "awaited")
-    assert web.asked["body"] == 2
+    assert web.asked["body"] == 3
     assert not first.selection.features.equal(changed.selection.features)
 
 
@@ -227,7 +174,7 @@ def test_a_domain_that_is_not_allowed_is_not_even_asked(web, connector):
 
 def state(status=206, **headers):
     names = {name.replace("_", "-"): value for name, value in headers.items()}
-    return identity_by_headers("https://h/a", status, names)
+    return state_by_headers("https://h/a", status, names)
 
 
 @pytest.mark.parametrize(
@@ -248,11 +195,13 @@ def test_headers_that_tell_no_state(headers):
 
 
 def test_headers_that_tell_a_state():
-    at = "https://h/a"
-    assert state(Content_Range="bytes 0-0/10", ETag='"1"') == SlideIdentity(at, 10, content='ETag "1"')
+    at, by_etag = "https://h/a", ("ETag", '"1"')
+    identity = SlideIdentity(at, 10, content='ETag "1"')
+    assert state(Content_Range="bytes 0-0/10", ETag='"1"') == (identity, by_etag, True)
     by_date = SlideIdentity(at, 10, content="Last-Modified 2026-11-01T10:00:00+00:00")
-    assert state(Content_Range="bytes 0-0/10", Last_Modified=OLD, Date=NOW) == by_date
-    assert state(200, Content_Length="10", ETag='"1"') == SlideIdentity(at, 10, content='ETag "1"')
+    found = state(Content_Range="bytes 0-0/10", Last_Modified=OLD, Date=NOW)
+    assert found == (by_date, ("Last-Modified", OLD), True)
+    assert state(200, Content_Length="10", ETag='"1"') == (identity, by_etag, False)
     assert state(200, Content_Length="10", ETag='"1"', Content_Encoding="gzip") is None
     assert state(200, Content_Length="", ETag='"1"') is None
     assert state(404, Content_Length="10", ETag='"1"') is None

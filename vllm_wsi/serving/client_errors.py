@@ -11,7 +11,7 @@ import aiohttp
 import requests
 from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import FetchError, SlideError
 
 from .stalling_pool import SlidesStalled
 
@@ -43,6 +43,8 @@ def fetch_errors_as_422() -> Iterator[None]:
     """What goes wrong while a URL is fetched."""
     try:
         yield
+    except FetchError as error:
+        raise VLLMUnprocessableEntityError(f"The slide could not be fetched: {error}") from error
     except FETCH_ERRORS as error:
         raise VLLMUnprocessableEntityError(
             f"The slide could not be fetched: {type(error).__name__}: {error}"

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import hashlib
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,19 @@ from vllm.multimodal.media.connector import global_thread_pool
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.chunk_reader import read_tensor_rows
-from vllm_wsi.slides import SlideIdentity, open_features
+from vllm_wsi.slides import SlideIdentity
 
+from . import metrics
 from .client_errors import fetch_errors_as_422, naming_the_file_alone, stalls_as_503
-from .remote_state import remote_identity, remote_identity_now
+from .object_ranges import ObjectPlace, object_place
+from .remote_slide import RemoteSlide, giving_up_ranges, object_slide, web_slide
+from .remote_state import RemoteState, remote_state, remote_state_now
 from .service import SelectionService
 from .slide_request import SelectedSlide, SlideRequest
+from .spooled_slide import open_spooled
 from .vllm_hooks import current_service
 
 CONNECTOR = "vllm_wsi"
-BY_VALUE = "slide sent by value"
 FETCH_SECONDS = 60  # vLLM's default of 5 is meant for photographs
 
 
@@ -47,27 +49,11 @@ class SlideMediaIO(MediaIO[SlideRequest]):
 
     def load_bytes(self, data: bytes) -> SlideRequest:
         """Opens a slide that came by value, from a spool file that has no name while it is read."""
-        if not data:
-            raise SlideError(f"{BY_VALUE}: found no bytes, wanted a feature file")
         digest = hashlib.blake2b(data, digest_size=20).hexdigest()
-        head = data[:64]  # a CSV table begins with text; binary formats may hold a comma too
-        suffix = ".csv" if b"," in head and head.isascii() and min(head) >= ord("\t") else ""
-        with tempfile.NamedTemporaryFile(prefix="vllm-wsi-", suffix=suffix) as spool:
-            spool.write(data)
-            spool.flush()
-            try:
-                slide = open_features(spool.name, self._encoder)
-                try:
-                    coords = slide.read_coords()  # while the spool still has a name
-                except BaseException:
-                    slide.close()
-                    raise
-            except SlideError as error:
-                raise SlideError(str(error).replace(spool.name, BY_VALUE)) from None
-        slide.load_coords = None if coords is None else lambda: coords
-        slide.name = BY_VALUE
-        slide.identity = SlideIdentity(f"content:{digest}", len(data))
-        return self.request(slide=slide)
+        return self.request(slide=open_spooled([data], SlideIdentity(f"content:{digest}", len(data)), self._encoder))
+
+    def remote_request(self, remote: RemoteSlide) -> SlideRequest:
+        return self.request(told=remote.identity, open_told=partial(remote.open, self._encoder))
 
     def request(self, **where: Any) -> SlideRequest:
         """What is asked of the slide that `where` names: path, slide or told."""
@@ -93,9 +79,11 @@ class SlideConnector(MediaConnector):
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> SelectedSlide:  # type: ignore[override]
         service, url, media_io = self._prepare(image_url)
-        if _is_web(url):
-            with fetch_errors_as_422(), stalls_as_503():
-                return self._fetch_remote(service, parse_url(url).url, media_io)
+        with fetch_errors_as_422(), stalls_as_503():
+            if (place := object_place(url)) is not None:
+                return service.select(self._find_object(place, media_io))
+            if _is_web(url):
+                return self._fetch_web(service, parse_url(url).url, media_io)
         with fetch_errors_as_422():
             request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
         with naming_the_file_alone(request.path), stalls_as_503():
@@ -109,48 +97,79 @@ class SlideConnector(MediaConnector):
         with fetch_errors_as_422(), stalls_as_503():
             if url[:5].lower() == "file:":
                 return await service.select_async(partial(self.load_from_url, url, media_io))
+            if (place := object_place(url)) is not None:
+                return await service.select_async(partial(self._find_object, place, media_io))
             if _is_web(url):
-                return await self._fetch_remote_async(service, parse_url(url).url, media_io)
+                return await self._fetch_web_async(service, parse_url(url).url, media_io)
             request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
             return await service.select_async(request)
 
-    def _fetch_remote(self, service: SelectionService, url: str, media_io: SlideMediaIO) -> SelectedSlide:
+    def _fetch_web(self, service: SelectionService, url: str, media_io: SlideMediaIO) -> SelectedSlide:
         self._assert_url_in_allowed_media_domains(parse_url(url))
-        told = None if envs.VLLM_MEDIA_CACHE else remote_identity_now(self.connection, url, fetch_seconds())
-        if told is not None and (known := service.known(media_io.request(told=told))) is not None:
-            return known.result()
+        state = None if envs.VLLM_MEDIA_CACHE else remote_state_now(self.connection, url, fetch_seconds())
+        if state is not None:
+            if (known := service.known(media_io.request(told=state.identity))) is not None:
+                return known.result()
+            if (remote := self._web_slide(url, state)) is not None:
+                with giving_up_ranges():
+                    return service.select(media_io.remote_request(remote))
         request = self.load_from_url(url, media_io, fetch_timeout=fetch_seconds())
-        if told is not None:
-            settle_identity(request, told, remote_identity_now(self.connection, url, fetch_seconds()))
+        if state is not None:
+            settle_identity(request, state, remote_state_now(self.connection, url, fetch_seconds()))
         return service.select(request)
 
-    async def _fetch_remote_async(self, service: SelectionService, url: str, media_io: SlideMediaIO) -> SelectedSlide:
+    async def _fetch_web_async(self, service: SelectionService, url: str, media_io: SlideMediaIO) -> SelectedSlide:
         """A slide that is known is not fetched, and one that many ask for at once is fetched once, for all of them.
 
         With VLLM_MEDIA_CACHE, which keeps bytes by their URL for a day, no state that a server tells can be believed.
         """
         self._assert_url_in_allowed_media_domains(parse_url(url))
-        told = None if envs.VLLM_MEDIA_CACHE else await remote_identity(self.connection, url, fetch_seconds())
-        if told is None:
+        state = None if envs.VLLM_MEDIA_CACHE else await remote_state(self.connection, url, fetch_seconds())
+        if state is None:
             return await self._fetch_and_select(service, url, media_io, None)
-        request = media_io.request(told=told)
+        request = media_io.request(told=state.identity)
         if request not in service.fetching:
             if (known := await service.known_async(request)) is not None:
                 return known
             if request not in service.fetching:
-                task = asyncio.create_task(self._fetch_and_select(service, url, media_io, told))
+                task = asyncio.create_task(self._fetch_and_select(service, url, media_io, state))
                 service.fetching[request] = task
                 task.add_done_callback(lambda _: service.fetching.pop(request, None))
         # A client that goes away cancels its own wait alone.
         return await asyncio.shield(service.fetching[request])
 
     async def _fetch_and_select(
-        self, service: SelectionService, url: str, media_io: SlideMediaIO, told: SlideIdentity | None
+        self, service: SelectionService, url: str, media_io: SlideMediaIO, state: RemoteState | None
     ) -> SelectedSlide:
+        if state is not None and (remote := self._web_slide(url, state)) is not None:
+            with giving_up_ranges():
+                return await service.select_async(media_io.remote_request(remote))
         request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
-        if told is not None:
-            settle_identity(request, told, await remote_identity(self.connection, url, fetch_seconds()))
+        if state is not None:
+            settle_identity(request, state, await remote_state(self.connection, url, fetch_seconds()))
         return await service.select_async(request)
+
+    def _web_slide(self, url: str, state: RemoteState) -> RemoteSlide | None:
+        return web_slide(self.connection, url, state, fetch_seconds(), self._charge)
+
+    def _find_object(self, place: ObjectPlace, media_io: SlideMediaIO) -> SlideRequest:
+        if place.allowed_by not in self.allowed_media_domains:
+            raise SlideError(
+                f"{place.allowed_by}: found a bucket that this server may not read, "
+                f"wanted one that --allowed-media-domains names ({place.allowed_by})"
+            )
+        return media_io.remote_request(object_slide(place, fetch_seconds(), self._charge))
+
+    def _charge(self, num_bytes: int) -> None:
+        """Counts what came, also towards VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB, which vLLM 0.33 has.
+
+        Raises:
+            ValueError: it is more than that.
+        """
+        metrics.REMOTE_BYTES.inc(num_bytes)
+        budget = getattr(self, "download_budget", None)
+        if budget is not None:
+            budget.charge(num_bytes)
 
     def fetch_image_embedding(self, data: str) -> Tensor:
         """The features [N, d] of an `image_embeds` part: a feature file of any kind, or vLLM's `torch.save`, in base64.
@@ -197,12 +216,13 @@ def _is_web(url: str) -> bool:
     return url[:5].lower() in ("http:", "https")
 
 
-def settle_identity(request: SlideRequest, before: SlideIdentity, after: SlideIdentity | None) -> None:
+def settle_identity(request: SlideRequest, before: RemoteState, after: RemoteState | None) -> None:
     """Names a fetched slide by the state that its server told, where it told the same before and after the fetch, and
     of as many bytes as came. Otherwise the slide keeps the name that its content gives it."""
     assert request.slide is not None
-    if before == after and request.slide.identity.size == before.size:
-        request.slide.identity = before
+    told = before.identity
+    if after is not None and after.identity == told and request.slide.identity.size == told.size:
+        request.slide.identity = told
 
 
 def decode_base64(data: str, name: str) -> bytes:

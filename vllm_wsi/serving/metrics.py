@@ -18,6 +18,11 @@ FALLBACKS = Counter(
     "vllm_wsi:selection_fallbacks", "Slides that the CPU scored because the GPU could not.", labelnames=["reason"]
 )
 
+REMOTE_BYTES = Counter("vllm_wsi:remote_bytes", "Bytes of slides on other machines that came by ranges.")
+RANGES_GIVEN_UP = Counter(
+    "vllm_wsi:ranges_given_up", "Slides that were fetched whole, because their server's ranges did not fit."
+)
+
 STORE_EVENTS = Counter(
     "vllm_wsi:selection_store_events",
     "What the selection store did: hit, scores hit, miss, saved, evicted, damaged (removed), fault (of its disk).",

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import requests
@@ -41,33 +43,41 @@ SIGNING_PREFIXES = ("x-amz-", "x-goog-")
 logger = init_logger(f"vllm.{__name__}")
 
 
-async def remote_identity(connection: HTTPConnection, url: str, timeout: float) -> SlideIdentity | None:
+class RemoteState(NamedTuple):
+    """One state of a slide on a web server."""
+
+    identity: SlideIdentity
+    validator: tuple[str, str]  # name and value of the header that tells it
+    by_ranges: bool  # whether the server answers with parts of it
+
+
+async def remote_state(connection: HTTPConnection, url: str, timeout: float) -> RemoteState | None:
     """None where the server's headers tell no state, or where it answers with an error, which fetching will tell of."""
     try:
         response = await connection.get_async_response(
             url, timeout=min(timeout, PROBE_SECONDS), extra_headers=ONE_BYTE, allow_redirects=_redirects()
         )
         async with response as answer:
-            return identity_by_headers(url, answer.status, answer.headers)
+            return state_by_headers(url, answer.status, answer.headers)
     except FETCH_ERRORS as error:
         logger.debug("%s: no state told (%s)", urlsplit(url).path, error)
         return None
 
 
-def remote_identity_now(connection: HTTPConnection, url: str, timeout: float) -> SlideIdentity | None:
+def remote_state_now(connection: HTTPConnection, url: str, timeout: float) -> RemoteState | None:
     """The same, in the caller's thread."""
     try:
         with connection.get_response(
             url, stream=True, timeout=min(timeout, PROBE_SECONDS), extra_headers=ONE_BYTE, allow_redirects=_redirects()
         ) as answer:
-            return identity_by_headers(url, answer.status_code, answer.headers)
+            return state_by_headers(url, answer.status_code, answer.headers)
     except (requests.RequestException, OSError) as error:
         logger.debug("%s: no state told (%s)", urlsplit(url).path, error)
         return None
 
 
-def identity_by_headers(url: str, status: int, headers: Mapping[str, str]) -> SlideIdentity | None:
-    """The identity of what a URL leads to, or None.
+def state_by_headers(url: str, status: int, headers: Mapping[str, str]) -> RemoteState | None:
+    """The state of what a URL leads to, or None.
 
     Args:
         status: of the answer to a request for one byte: 206, or 200 from a server that knows no ranges.
@@ -77,7 +87,11 @@ def identity_by_headers(url: str, status: int, headers: Mapping[str, str]) -> Sl
     validator = _validator(headers)
     if length is None or validator is None:
         return None
-    return SlideIdentity(unsigned(url), length, content=validator)
+    return RemoteState(
+        SlideIdentity(unsigned(url), length, content=validator),
+        ("ETag", headers["ETag"]) if validator.startswith("ETag ") else ("Last-Modified", headers["Last-Modified"]),
+        status == HTTPStatus.PARTIAL_CONTENT,
+    )
 
 
 def unsigned(url: str) -> str:

@@ -62,6 +62,7 @@ class SelectionService:
         self.default_k = selector.num_slide_tokens
         self._stored = StoredSelector(selector, scorer, store)
         self._pool = StallingPool("wsi-selection", threads)
+        self._elsewhere = StallingPool("wsi-remote", threads)  # so that slow servers hold up no slide of this machine
         self._look_ups = StallingPool("wsi-look-up", LOOK_UP_THREADS)
         self._lock = threading.Lock()
         self._done: LRUCache[str, SelectedSlide] = LRUCache(cache_bytes, getsizeof=lambda done: done.num_bytes)
@@ -120,7 +121,7 @@ class SelectionService:
         found = self._stored.stored(key, k, count_miss=False)
         if found is None:
             return None
-        done = SelectedSlide(found, digest, self.scorer, self.default_k, None, "store")
+        done = SelectedSlide(found, digest, self.scorer, self.default_k, request, "store")
         self._remember(digest, replace(done, source="memory"))
         _report(request.name, done, waited=0.0, took=0.0)
         future = Future()
@@ -176,7 +177,8 @@ class SelectionService:
     def _queue(self, run: _Run) -> Future[SelectedSlide]:
         metrics.QUEUED.inc()
         try:
-            return self._pool.submit(self._run, run)
+            pool = self._pool if run.request.open_told is None else self._elsewhere
+            return pool.submit(self._run, run)
         except SlidesStalled:
             metrics.QUEUED.dec()
             raise
@@ -194,8 +196,8 @@ class SelectionService:
     def close(self) -> None:
         """Ends what is under way: requests get SlidesStalled, and no further chunk is read."""
         self._closing.set()
-        self._pool.close()
-        self._look_ups.close()
+        for pool in (self._pool, self._elsewhere, self._look_ups):
+            pool.close()
         with self._lock:
             under_way = list(self._under_way.values())
         for future in under_way:
@@ -212,8 +214,8 @@ class SelectionService:
                 )
             # Not `run.digest` where a GPU left the slide to the CPU: two devices' scores never share a key.
             digest = request.digest(run.key._replace(scored_on=selection.scored_on), run.k)
-            path_request = request if request.slide is None else None
-            done = SelectedSlide(selection, digest, self.scorer, self.default_k, path_request, source)
+            kept_request = request if request.slide is None else None
+            done = SelectedSlide(selection, digest, self.scorer, self.default_k, kept_request, source)
             self._remember(run.digest, replace(done, source="memory"))
             if selection.fallback is not None:
                 metrics.FALLBACKS.labels(selection.fallback).inc()
@@ -221,7 +223,7 @@ class SelectionService:
             _report(request.name, done, waited=began - run.asked, took=time.monotonic() - began)
             return done
         except OSError as error:
-            name = request.slide.name if request.slide is not None else request.path
+            name = request.path or request.name
             raise SlideError(f"{name}: found an unreadable file ({error}), wanted a feature file") from error
         finally:
             request.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
 from vllm_wsi.store.selection_key import SelectionKey
@@ -14,21 +16,24 @@ from vllm_wsi.store.stored_selector import Source
 
 @dataclass(frozen=True)
 class SlideRequest:
-    """One slide of one request: a path, an open file (which the service then closes), or the identity alone of a slide
-    that perhaps need not be opened."""
+    """One slide of one request: a path, an open file (which the service then closes), or the state that another machine
+    tells of a slide, which perhaps need not be opened."""
 
     path: Path | None = None
     slide: FeatureFile | None = None
     k: int | None = None  # None: the server's K
     encoder: str | None = None  # which features, where a file holds several
     keep_all_scores: bool = False  # for a heat map: scores and places of all patches
-    told: SlideIdentity | None = None  # what a web server tells of a slide that was not fetched
+    told: SlideIdentity | None = None  # by the other machine
+    open_told: Callable[[], FeatureFile] | None = None  # None: it cannot be opened there
 
     @property
     def name(self) -> str:
         """Of the file, without its folder."""
         if self.slide is not None:
             return self.slide.name
+        if self.told is not None:
+            return self.told.path.partition("?")[0].rpartition("/")[2]
         return "" if self.path is None else self.path.name
 
     def identity(self) -> SlideIdentity:
@@ -47,7 +52,10 @@ class SlideRequest:
     def open(self) -> FeatureFile:
         if self.slide is not None:
             return self.slide
-        assert self.path is not None
+        if self.open_told is not None:
+            return self.open_told()
+        if self.path is None:
+            raise SlideError(f"{self.name}: found what its server tells of it alone, wanted its URL once more")
         return open_features(self.path, self.encoder)
 
     def close(self) -> None:

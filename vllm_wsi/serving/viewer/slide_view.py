@@ -12,8 +12,9 @@ from cachetools import LRUCache
 from vllm_wsi.errors import SlideError
 from vllm_wsi.rendering.geojson import geojson
 from vllm_wsi.serving.client_errors import naming_the_file_alone
-from vllm_wsi.serving.connector import BY_VALUE, SlideConnector, parse_fragment
+from vllm_wsi.serving.connector import SlideConnector, parse_fragment
 from vllm_wsi.serving.slide_request import SelectedSlide
+from vllm_wsi.serving.spooled_slide import BY_VALUE
 from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.places import Said, origin, refuse_guesses, with_image_mpp
 from vllm_wsi.slides.regions import extent, said_size
@@ -241,7 +242,7 @@ class SlideView:
 
 def _name(selected: SelectedSlide) -> str:
     request = selected.request
-    return BY_VALUE if request is None or request.path is None else request.path.name
+    return BY_VALUE if request is None else request.name
 
 
 def _fragment_encoder(url: str) -> str | None:

@@ -1,0 +1,47 @@
+"""A slide that came whole over the network, read from a file that has no name while it is read."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+
+from vllm_wsi.errors import SlideError
+from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
+
+BY_VALUE = "slide sent by value"
+HEAD_BYTES = 64
+
+
+def open_spooled(pieces: Iterable[bytes | memoryview], identity: SlideIdentity, encoder: str | None) -> FeatureFile:
+    """Opens what the pieces are in their order.
+
+    Args:
+        identity: which the slide gets.
+        encoder: which features, where it holds several.
+
+    Raises:
+        SlideError: there are no bytes, or what they are cannot be used.
+    """
+    pieces = iter(pieces)
+    first = next(pieces, b"")
+    if not first:
+        raise SlideError(f"{BY_VALUE}: found no bytes, wanted a feature file")
+    head = bytes(first[:HEAD_BYTES])  # a CSV table begins with text; binary formats may hold a comma too
+    suffix = ".csv" if b"," in head and head.isascii() and min(head) >= ord("\t") else ""
+    with tempfile.NamedTemporaryFile(prefix="vllm-wsi-", suffix=suffix) as spool:
+        spool.write(first)
+        spool.writelines(pieces)
+        spool.flush()
+        try:
+            slide = open_features(spool.name, encoder)
+            try:
+                coords = slide.read_coords()  # while the spool still has a name
+            except BaseException:
+                slide.close()
+                raise
+        except SlideError as error:
+            raise SlideError(str(error).replace(spool.name, BY_VALUE)) from None
+    slide.load_coords = None if coords is None else lambda: coords
+    slide.unit_scale = 1.0  # they are in their unit already
+    slide.name, slide.identity = BY_VALUE, identity
+    return slide
