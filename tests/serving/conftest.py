@@ -52,7 +52,29 @@ def shared_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def shared_server(checkpoint, shared_folder, tmp_path_factory):
+def s3():
+    """(client of a real S3 server with the bucket `slides`, the server's address)."""
+    import boto3  # a second to import, which other tests need not wait for
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    account = {"aws_access_key_id": "id", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **account)
+    client.create_bucket(Bucket="slides")
+    yield client, f"http://{host}:{port}"
+    server.stop()
+
+
+def s3_environment(address):
+    """Of a server that reads objects there."""
+    account = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    return account | {"AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true"}
+
+
+@pytest.fixture(scope="session")
+def shared_server(checkpoint, shared_folder, s3, tmp_path_factory):
     """One `vllm serve` with an API key for all tests that take it as it is, since a start costs a minute.
 
     FILE.hold beside a FILE keeps its rows from being read. The counters go on from file to file: only their
@@ -61,9 +83,10 @@ def shared_server(checkpoint, shared_folder, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
     args += ["--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 2}', "--api-key", KEY]
-    args += ["--enable-lora", "--max-lora-rank", "8"]
+    args += ["--enable-lora", "--max-lora-rank", "8", "--allowed-media-domains", "127.0.0.1", "s3://slides"]
     path = os.pathsep.join([str(Path(__file__).parent / "process_start"), os.environ.get("PYTHONPATH", "")])
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": path}
+    env |= s3_environment(s3[1])
     with VllmServer(checkpoint, shared_folder, log, args, env) as running:
         yield running
 

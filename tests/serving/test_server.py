@@ -287,6 +287,14 @@ def test_a_slide_on_the_web_answers_as_its_file_does(client, media, web):
     assert text(ask(client, f"{web}/a.safetensors")) == text(ask(client, (media / "a.safetensors").as_uri()))
 
 
+def test_a_slide_in_object_storage_answers_as_its_file_does(client, media, s3):
+    s3[0].upload_file(str(media / "a.safetensors"), "slides", "served/a.safetensors")
+    wanted = text(ask(client, (media / "a.safetensors").as_uri()))
+    assert [text(ask(client, "s3://slides/served/a.safetensors")) for _ in range(2)] == [wanted, wanted]
+    assert "--allowed-media-domains" in refused(client, "s3://others/a.safetensors")
+    assert "no such object" in refused(client, "s3://slides/served/b.safetensors")
+
+
 def test_a_slide_that_cannot_be_fetched_is_refused(client, web):
     assert "404" in refused(client, f"{web}/nosuch.safetensors")
     assert "could not be fetched" in refused(client, "http://127.0.0.1:9/a.safetensors")

@@ -57,7 +57,7 @@ class WebServer:
             daemon_threads = True
 
         self.server = Server(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()  # polls for its end
         self.url = f"http://127.0.0.1:{self.server.server_port}/slides/a.safetensors"
 
     def close(self):

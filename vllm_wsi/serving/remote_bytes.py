@@ -67,14 +67,16 @@ class RemoteBytes:
         if len(out) < NEAR_BYTES:
             self._read_small(offset, out)
             return
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.offset == offset and len(ahead.out) >= len(out):
+        ahead = self._ahead
+        if ahead is not None and ahead.offset <= offset and end <= ahead.end:
             ahead.wait()
-            out[:] = ahead.out[: len(out)]
+            out[:] = ahead.out[offset - ahead.offset : end - ahead.offset]
+            if end < ahead.end:
+                return  # the rest of it may be asked for next
         else:
-            if ahead is not None:
-                ahead.stop()
+            self.close()
             _Stretch(offset, out, self._fetch).wait()
+        self._ahead = None
         if len(out) >= PART_BYTES and end < self.size:  # rows in order: the next are asked for next
             self._ahead = _Stretch(end, memoryview(bytearray(min(len(out), self.size - end))), self._fetch)
 
@@ -121,7 +123,7 @@ class _Stretch:
     """Bytes on their way into `out`, in parts."""
 
     def __init__(self, offset: int, out: memoryview, fetch: Callable[[int, memoryview], None]) -> None:
-        self.offset, self.out, self._fetch = offset, out, fetch
+        self.offset, self.end, self.out, self._fetch = offset, offset + len(out), out, fetch
         self._error: BaseException | None = None
         self._parts: SimpleQueue[int] = SimpleQueue()
         for begin in range(0, len(out), PART_BYTES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import tempfile
 from collections.abc import Iterable
 
@@ -26,7 +27,8 @@ def open_spooled(pieces: Iterable[bytes | memoryview], identity: SlideIdentity, 
     first = next(pieces, b"")
     if not first:
         raise SlideError(f"{BY_VALUE}: found no bytes, wanted a feature file")
-    head = bytes(first[:HEAD_BYTES])  # a CSV table begins with text; binary formats may hold a comma too
+    # A CSV table begins with text, perhaps with a byte order mark; binary formats may hold a comma too.
+    head = bytes(first[:HEAD_BYTES]).removeprefix(codecs.BOM_UTF8)
     suffix = ".csv" if b"," in head and head.isascii() and min(head) >= ord("\t") else ""
     with tempfile.NamedTemporaryFile(prefix="vllm-wsi-", suffix=suffix) as spool:
         spool.write(first)
