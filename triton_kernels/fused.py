@@ -63,7 +63,7 @@ def score_topk_triton(
     _score_topk_kernel[(parts, num_slides)](
         features, features.stride(0), *folded.pointers(), folded.eps, scores, cu_seqlens, n, first_row, k,
         int(by_score), *buffers, H=folded.padded_hidden_size, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
-        PRECISION=precision(features.dtype, h), **top_k_sizes(k, d, config.block), **tile.options(),
+        PRECISION=precision(features.dtype, h), **top_k_sizes(k, d, config.block, h), **tile.options(),
     )  # fmt: skip
     return buffers.selected(), scores
 

@@ -17,8 +17,10 @@ SELECT_BLOCK = 1024
 """Scores that a program takes into its Top-K at once."""
 SELECT_PARTS = 128
 SELECT_WARPS = 8
-GATHER_BLOCK = 64
-"""Columns of the kept rows that are copied at once."""
+GATHER_COLUMNS, GATHER_NUMBERS = 256, 256 * 64
+"""Of the kept rows, at most, that are copied at once; what follows waits for a whole round to memory."""
+LEAN_COLUMNS = 64
+"""The same of a linear scorer: more would cost it registers, and so the programs that hide each other's waiting."""
 LOOKUP_BLOCK = 16
 """Earlier rows that all kept ones are compared with at once."""
 
@@ -67,11 +69,12 @@ def precision(dtype: torch.dtype, hidden_size: int) -> str:
     return "tf32x3" if dtype == torch.float32 and 0 < hidden_size <= 256 else "ieee"
 
 
-def top_k_sizes(k: int, feature_dim: int, block: int) -> dict[str, int]:
-    """The compile-time sizes of `best.merge_parts`."""
+def top_k_sizes(k: int, feature_dim: int, block: int, hidden_size: int | None = None) -> dict[str, int]:
+    """The compile-time sizes of `best.merge_parts`; `hidden_size`: of the scorer in the same launch."""
     k_pad = padded_k(k)
+    columns = LEAN_COLUMNS if hidden_size == 0 else GATHER_COLUMNS
     return {
-        "K_PAD": k_pad, "BLOCK": max(block, k_pad), "D": feature_dim, "BLOCK_D": GATHER_BLOCK,
+        "K_PAD": k_pad, "BLOCK": max(block, k_pad), "D": feature_dim, "BLOCK_D": min(columns, GATHER_NUMBERS // k_pad),
         "LOOKUP": min(k_pad, LOOKUP_BLOCK),
     }  # fmt: skip
 

@@ -103,7 +103,7 @@ def compile_fused(
     """The kernel that scores and selects in one launch."""
     pointer = POINTERS[dtype]
     signature = TOP_K_SIGNATURE | _features(dtype, h) | {"running_rows_ptr": pointer, "rows_ptr": pointer}
-    constants = _tile_sizes(d, h, dtype, config) | top_k_sizes(k, d, SELECT_BLOCK) | _one_slide(ragged)
+    constants = _tile_sizes(d, h, dtype, config) | top_k_sizes(k, d, SELECT_BLOCK, h) | _one_slide(ragged)
     return compile_kernel(_score_topk_kernel, arch, signature, constants, config)
 
 
