@@ -1,7 +1,9 @@
 """Servers over one selection store: a slide is read once, whichever API server, replica or restart is asked."""
 
+import contextlib
 import json
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -38,10 +40,41 @@ def events(server):
     return {event: float(value) for event, value in found}
 
 
-def test_two_api_servers_and_a_replica_read_a_slide_once_and_then_no_row_of_it(checkpoint, tmp_path):
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a file system of its own."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True).returncode:
+        yield None
+        return
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+def answers_on_with_a_disk_that_fails(server, disk, tmp_path):
+    """Full, then read-only, then gone: every new slide is answered, and the log says each fault once."""
+    slides = [make_slide(tmp_path / f"late-{seed}.safetensors", 3000, seed=seed) for seed in range(20, 28)]
+    urls = iter(path.as_uri() for path in slides)
+    with contextlib.suppress(OSError), open(disk / "ballast", "wb") as file:
+        while True:
+            file.write(bytes(4096))
+    assert all(ask(server, next(urls)) for _ in range(3))
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert all(ask(server, next(urls)) for _ in range(2))
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+    disk.rmdir()
+    assert all(ask(server, next(urls)) for _ in range(3))
+    said = re.findall(r"selection store \S+: (\w+) failed", server.log_path.read_text())
+    assert said
+    assert len(said) == len(set(said))
+    assert events(server)["fault"] >= 8
+
+
+def test_two_api_servers_and_a_replica_read_a_slide_once_and_then_no_row_of_it(checkpoint, tmp_path, disk):
     slides = [make_slide(tmp_path / f"{seed}.safetensors", 3000, seed=seed) for seed in range(3)]
     urls = [path.as_uri() for path in slides]
-    store = tmp_path / "store"
+    store = disk or tmp_path / "a-store"
     with start(checkpoint, tmp_path, store, tmp_path / "a.log", "--api-server-count", "2") as server:
         with ThreadPoolExecutor(24) as pool:
             answers = list(pool.map(lambda i: ask(server, urls[i % 3]), range(24)))
@@ -61,6 +94,8 @@ def test_two_api_servers_and_a_replica_read_a_slide_once_and_then_no_row_of_it(c
         other_k = httpx.post(f"{replica.api}/wsi/select", json={"url": f"{urls[0]}#k=40"}).json()
         heat_map = httpx.get(f"{replica.api}/wsi/heatmap.png", params={"url": urls[0], "patch_size_level0": 256})
         metrics, found = replica.metrics(), events(replica)
+        if disk is not None:
+            answers_on_with_a_disk_that_fails(replica, disk, tmp_path)
     assert sources == ["memory", "memory"]
     assert (other_k["source"], other_k["num_selected"]) == ("stored scores", 40)
     assert heat_map.status_code == 200, heat_map.text

@@ -75,7 +75,7 @@ class SelectionStore:
         self._is_pruning = False
         self._said: set[str] = set()
         try:
-            (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(
                 f"selection_store: found {folder} ({error.strerror}), wanted a folder that can be made"
@@ -112,6 +112,7 @@ class SelectionStore:
             waiting: called again and again meanwhile; may raise.
         """
         try:
+            (self.folder / LOCKS).mkdir(exist_ok=True)
             handle = os.open(self.folder / LOCKS / digest[:LOCK_PREFIX], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             self._fault("locks", error)
