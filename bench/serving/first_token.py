@@ -73,7 +73,10 @@ class Bench:
         return self._ask([{"type": "text", "text": self._question() + "." * K}])
 
     def slide(self, path: Path) -> tuple[float, int]:
-        image = {"type": "image_url", "image_url": {"url": path.as_uri()}}
+        return self.url(path.as_uri())
+
+    def url(self, url: str) -> tuple[float, int]:
+        image = {"type": "image_url", "image_url": {"url": url}}
         return self._ask([image, {"type": "text", "text": self._question()}])
 
     def embeds(self, encoded: str) -> tuple[float, int]:

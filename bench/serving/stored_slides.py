@@ -172,9 +172,10 @@ def make_checkpoint(work: Path) -> Path:
     return work / "checkpoint"
 
 
-def start(checkpoint: Path, work: Path, store: Path | None, *args: str) -> VllmServer:
+def start(checkpoint: Path, work: Path, store: Path | None, *args: str, **more: str) -> VllmServer:
+    """`more`: of its environment."""
     options = {} if store is None else {"selection_store": str(store), "selection_store_gib": 100}
-    env = {"VLLM_WSI_STORE": None}
+    env = {"VLLM_WSI_STORE": None, **more}
     args = (*SERVER_ARGS, "--mm-processor-kwargs", json.dumps(options), *args)
     return VllmServer(checkpoint, work, work / "server.log", args, env)
 

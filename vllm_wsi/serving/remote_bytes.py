@@ -64,8 +64,13 @@ class RemoteBytes:
         end = offset + len(out)
         if end > self.size:
             raise SlideError(f"{self.name}: found its end at byte {self.size}, wanted bytes {offset} to {end}")
+        begin, block = self._block
+        if begin <= offset and end <= begin + len(block):
+            out[:] = memoryview(block)[offset - begin : end - begin]
+            return
         if len(out) < NEAR_BYTES:
-            self._read_small(offset, out)
+            self._read_block(offset)
+            self.read_into(offset, out)
             return
         ahead = self._ahead
         if ahead is not None and ahead.offset <= offset and end <= ahead.end:
@@ -80,14 +85,13 @@ class RemoteBytes:
         if len(out) >= PART_BYTES and end < self.size:  # rows in order: the next are asked for next
             self._ahead = _Stretch(end, memoryview(bytearray(min(len(out), self.size - end))), self._fetch)
 
-    def _read_small(self, offset: int, out: memoryview) -> None:
-        """By blocks, one of which is kept: the parts of a header, and what lies behind it, come by one request."""
-        begin, block = self._block
-        if not begin <= offset <= offset + len(out) <= begin + len(block):
-            begin, block = offset, bytearray(min(NEAR_BYTES, self.size - offset))
-            _Stretch(begin, memoryview(block), self._fetch).wait()
-            self._block = begin, block
-        out[:] = memoryview(block)[offset - begin : offset - begin + len(out)]
+    def _read_block(self, offset: int) -> None:
+        """A block that is kept: the parts of a header, and what lies behind it, come by one request; so does all of a
+        small file."""
+        begin, length = (0, self.size) if self.size <= PART_BYTES else (offset, min(NEAR_BYTES, self.size - offset))
+        block = bytearray(length)
+        _Stretch(begin, memoryview(block), self._fetch).wait()
+        self._block = begin, block
 
     def close(self) -> None:
         if self._ahead is not None:
