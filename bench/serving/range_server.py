@@ -1,6 +1,6 @@
 """A web server of one folder, as object storage answers: ranges, ETag, a delay and a bound for each connection.
 
-`python range_server.py FOLDER DELAY_MS MB_A_SECOND [--whole]` prints its port. 0: no bound. `--whole`: it knows no ranges.
+`python range_server.py FOLDER DELAY_MS MB_A_SECOND [--whole]` prints its port. 0: no bound. `--whole`: without ranges.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Slides on the web, new and again: `python -m bench.serving.web_slides [--quick]`.
 
 Time to the first token of one request over HTTP, as `first_token.py` measures it, with a small decoder. Two web servers
-on this machine hold the same slides: one gives ranges, the other only whole bodies. Each adds a delay to every answer,
-and bounds each connection, as object storage does (`--delay-ms`, `--mb-a-second`). The cases alternate within every round:
+on this machine hold the same slides: one gives ranges, the other only whole bodies. As object storage does, each adds a
+delay to every answer and bounds each connection (`--delay-ms`, `--mb-a-second`). The cases alternate in every round:
 
 - disk: a new slide of a `file://` URL.
 - ranges: a new slide, by ranges, scored while it arrives.
