@@ -83,13 +83,19 @@ class Selected(NamedTuple):
 
 def apply_scorer(features: Tensor, weights: ScorerWeights) -> Tensor:
     """Scores fp32 [n] of features [n, d] in one matrix product, computed in fp32; NaN by `MAX_MAGNITUDE`."""
+    single = weights._replace(out_weight=weights.out_weight[None], out_bias=weights.out_bias[None])
+    return score_vectors(features, single)[:, 0]
+
+
+def score_vectors(features: Tensor, weights: ScorerWeights) -> Tensor:
+    """The same of a scorer with R outputs, `out_weight` [R, h] and `out_bias` [R]: fp32 [n, R]."""
     gain, shift = weights.norm_weight, weights.norm_bias
     x, mean, rstd = torch.native_layer_norm(features.float(), [weights.feature_dim], gain, shift, weights.norm_eps)
     if weights.hidden_weight is not None:
         x = F.gelu(F.linear(x, weights.hidden_weight, weights.hidden_bias))
-    scores = F.linear(x, weights.out_weight[None], weights.out_bias[None])[:, 0]
+    scores = F.linear(x, weights.out_weight, weights.out_bias)
     valid = (mean.abs() < MAX_MAGNITUDE) & (rstd > 1 / MAX_MAGNITUDE)
-    return torch.where(valid[:, 0], scores, torch.nan)
+    return torch.where(valid, scores, torch.nan)
 
 
 def score_patches(features: Tensor, weights: ScorerWeights, first_row: int = 0) -> Tensor:

@@ -24,7 +24,7 @@ def init_checkpoint(
     hidden_size: Annotated[int, option("--hidden-size", help="of the decoder (default 128)")] = 128,
     layers: Annotated[int, option("--layers", help="of the decoder (default 2)")] = 2,
     max_positions: Annotated[int, option("--max-positions", help="of the decoder (default 8192)")] = 8192,
-    scorer: Annotated[Literal["patch", "context"], option("--scorer", help="(default patch)")] = "patch",
+    scorer: Annotated[Literal["patch", "context", "question"], option("--scorer", help="(default patch)")] = "patch",
     scorer_hidden_size: Annotated[
         int, option("--scorer-hidden-size", metavar="H", help="0: the plain linear scorer")
     ] = 256,

@@ -11,6 +11,7 @@ from vllm_wsi.errors import needs_extra
 from .options import DEVICE_HELP, Encoder, EncoderMismatch, argument, option
 
 K_HELP = "patches to keep (default: the checkpoint's)"
+QUESTION_HELP = "that the patches are chosen for, with a checkpoint whose scorer hears it (default: none is asked)"
 UNIT_HELP = "of the coordinates, where the file does not say it"
 GUESS_HELP = "draw upon --slide by a unit or patch size that is only guessed"
 ORIGIN_HELP = "what GeoJSON counts from: the slide's bounds, as QuPath does (default), or openslide's pixel 0, 0"
@@ -22,6 +23,7 @@ def select(
     checkpoint: Annotated[str, option("--checkpoint", help="directory or hub name")],
     k: Annotated[int | None, option("-k", metavar="K", min=1, help=K_HELP)] = None,
     encoder: Encoder = None,
+    question: Annotated[str | None, option("--question", metavar="TEXT", help=QUESTION_HELP)] = None,
     device: Annotated[str, option("--device", help=DEVICE_HELP)] = "auto",
     encoder_mismatch: EncoderMismatch = "refuse",
     geojson: Annotated[Path | None, option("--geojson", metavar="FILE", help="kept patches for QuPath")] = None,
@@ -49,9 +51,11 @@ def select(
 
     with open_features(file, encoder) as opened:
         from vllm_wsi.model.checkpoint import load_selector  # after the file's own errors: it imports torch
+        from vllm_wsi.model.question_reader import question_query
 
         selector = load_selector(checkpoint, device, encoder_mismatch=encoder_mismatch)
-        selection = selector.select(opened, k, keep_all_scores=heatmap is not None)
+        query = None if question is None else question_query(selector, checkpoint, question)
+        selection = selector.select(opened, k, keep_all_scores=heatmap is not None, query=query)
     said = Said(mpp, patch_size_level0, coord_unit, accept_guess)
     record = selection.record(str(file), said)
     if geojson or heatmap or montage:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_wsi.errors import CheckpointError, WsiError
-from vllm_wsi.selection.scorer import ContextScorer, FrozenScorer, PatchScorer, build_scorer, frozen_scorer
+from vllm_wsi.selection.scorer import FrozenScorer, Scorer, build_scorer, frozen_scorer
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides.encoder_names import Mismatch
 
@@ -53,7 +53,7 @@ def load_scorer(model: str, revision: str | None = None) -> FrozenScorer:
     return frozen_scorer(trained_scorer(model, revision))
 
 
-def trained_scorer(model: str, revision: str | None = None) -> PatchScorer | ContextScorer:
+def trained_scorer(model: str, revision: str | None = None) -> Scorer:
     """Reads the scorer, and nothing else, from a checkpoint directory or a hub repository.
 
     Raises:
@@ -68,7 +68,7 @@ def trained_scorer(model: str, revision: str | None = None) -> PatchScorer | Con
             keys = [key for key in tensors.keys() if key.startswith(SCORER_PREFIX)]  # noqa: SIM118
             state |= {key.removeprefix(SCORER_PREFIX): tensors.get_tensor(key) for key in keys}
     with loading(model):
-        scorer = build_scorer(feature_dim=config.feature_dim, **config.scorer)
+        scorer = build_scorer(**config.scorer_options)
     try:
         scorer.load_state_dict(state)
     except RuntimeError as error:

@@ -39,7 +39,8 @@ class SparseWSIConfig(PreTrainedConfig):
         num_slide_tokens: K, patches kept of each slide.
         max_patches: longest slide that is served; a longer one is refused.
         scorer: {"kind": "patch", "hidden_size": h}, where h = 0 is the plain linear scorer; or {"kind": "context",
-            "hidden_size": w, "num_layers": 2, "num_heads": w // 64}, Transformer blocks over the whole slide.
+            "hidden_size": w, "num_layers": 2, "num_heads": w // 64}, Transformer blocks over the whole slide; or
+            {"kind": "question", "hidden_size": h, "rank": 16, "free_tokens": K // 4}, which hears the question.
         projector: {"hidden_size": m, "input_norm": True, "inputs": ["features"]} of normalise, Linear(d, m), GELU,
             Linear(m, decoder); m is the decoder's hidden size unless given. `inputs` are some of `PROJECTOR_INPUTS`;
             "score" takes a scorer of kind "patch".
@@ -107,6 +108,8 @@ class SparseWSIConfig(PreTrainedConfig):
         self.num_slide_tokens = num_slide_tokens
         self.max_patches = max_patches
         self.scorer: dict[str, Any] = {"kind": "patch", "hidden_size": 256} | (scorer or {})
+        if self.scorer["kind"] == "question":
+            self.scorer = {"rank": 16, "free_tokens": num_slide_tokens // 4} | self.scorer
         self.projector: dict[str, Any] = {
             "hidden_size": text_config.hidden_size,
             "input_norm": True,
@@ -138,6 +141,14 @@ class SparseWSIConfig(PreTrainedConfig):
             SettingsError: an unknown `mismatch`.
         """
         return EncoderCheck(self.encoder, mismatch, patch_um=self.patch_um)
+
+    @property
+    def scorer_options(self) -> dict[str, Any]:
+        """Arguments of `build_scorer`."""
+        options = {"feature_dim": self.feature_dim, **self.scorer}
+        if self.scorer["kind"] == "question":
+            options |= {"text_size": self.text_config.hidden_size, "num_slide_tokens": self.num_slide_tokens}
+        return options
 
     @property
     def slide_position_budget(self) -> int:

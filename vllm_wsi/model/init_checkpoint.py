@@ -149,7 +149,7 @@ def init_shape(out: str | Path, settings: SlideSettings, text_config: dict[str, 
     eos = tokenizer.convert_tokens_to_ids(TURN_END)
     shape = text_config | {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos}
     config = _config(settings, shape, tokenizer)
-    scorer = seeded_scorer(feature_dim=config.feature_dim, seed=settings.seed or 0, **config.scorer)
+    scorer = seeded_scorer(seed=settings.seed or 0, **config.scorer_options)
     out = _new_directory(out)
     config.save_pretrained(out)
     GenerationConfig(eos_token_id=eos, pad_token_id=eos).save_pretrained(out)
@@ -167,13 +167,22 @@ def _config(
         encoder=settings.encoder,
         patch_um=settings.patch_um,
         num_slide_tokens=settings.num_slide_tokens,
-        scorer={"kind": settings.scorer_kind, "hidden_size": settings.scorer_hidden_size},
+        scorer=_scorer(settings),
         projector={"inputs": list(settings.projector_inputs)},
         position_ids=settings.position_ids,
         max_slide_positions=settings.max_slide_positions,
         slide_token_id=tokenizer.convert_tokens_to_ids(SLIDE_TOKEN),
         **more,
     )
+
+
+def _scorer(settings: SlideSettings) -> dict[str, Any]:
+    scorer: dict[str, Any] = {"kind": settings.scorer_kind, "hidden_size": settings.scorer_hidden_size}
+    if settings.scorer_kind == "question":
+        scorer["rank"] = settings.scorer_rank
+        if settings.free_tokens is not None:
+            scorer["free_tokens"] = settings.free_tokens
+    return scorer
 
 
 def _new_directory(out: str | Path) -> Path:

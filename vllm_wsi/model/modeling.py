@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vllm_wsi.selection.question_scorer import QuestionScorer
 from vllm_wsi.selection.scorer import build_scorer, frozen_scorer
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
@@ -20,6 +21,7 @@ from vllm_wsi.slides.encoder_names import Mismatch
 
 from .config import FP32_PARTS, SparseWSIConfig
 from .prompt_layout import PatchRows, lay_out, repeated
+from .question_text import NO_TOKEN
 
 PromptIds: TypeAlias = Tensor | NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
 
@@ -114,7 +116,7 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SparseWSIConfig, language_model: nn.Module | None = None) -> None:
         """`language_model`: a decoder that is loaded already; None makes one with new weights."""
         super().__init__(config)
-        self.scorer = build_scorer(feature_dim=config.feature_dim, **config.scorer)
+        self.scorer = build_scorer(**config.scorer_options)
         self.projector = SlideProjector.from_config(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self._tied_weights_keys = {
@@ -133,6 +135,29 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
+
+    @property
+    def free_share(self) -> float:
+        """Of K, that a question does not choose."""
+        scorer = self.scorer
+        return scorer.free_tokens / scorer.num_slide_tokens if isinstance(scorer, QuestionScorer) else 0.0
+
+    def query(self, question_ids: Tensor) -> Tensor | None:
+        """What a `QuestionScorer` makes of questions; None for a scorer of another kind.
+
+        Args:
+            question_ids: int64 [..., t], of the question's text alone (`question_text`), `NO_TOKEN` at padding.
+
+        Returns:
+            fp32 [..., R]. No gradient passes into the decoder's table.
+        """
+        if not isinstance(self.scorer, QuestionScorer):
+            return None
+        mask = question_ids != NO_TOKEN
+        with torch.no_grad():
+            tokens = self.get_input_embeddings()(question_ids.clamp_min(0))
+        with torch.autocast(question_ids.device.type, enabled=False):
+            return self.scorer.query(tokens, mask)
 
     def selector(self, encoder_mismatch: Mismatch = "refuse") -> SlideSelector:
         """The Hard Top-K of this model's scorer, as serving runs it."""

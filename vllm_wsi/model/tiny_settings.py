@@ -15,8 +15,10 @@ class SlideSettings(Settings, frozen=True):
     feature_dim: int = Field(ge=1)  # d of the features that it takes
     encoder: str | None = None  # id@revision of the features
     patch_um: float | None = Field(None, gt=0)  # edge of their patches, in microns
-    scorer_kind: Literal["patch", "context"] = "patch"  # `selection/scorer.py`
+    scorer_kind: Literal["patch", "context", "question"] = "patch"  # `selection/scorer.py`
     scorer_hidden_size: int = Field(256, ge=0)  # 0: the plain linear scorer
+    scorer_rank: int = Field(16, ge=1)  # of the kind "question": numbers of a patch's vector
+    free_tokens: int | None = Field(None, ge=0)  # of the kind "question": patches of K that no question chooses
     projector_inputs: tuple[Literal["features", "score"], ...] = ("features",)  # `SlideProjector`
     num_slide_tokens: int = Field(32, ge=1)  # K
     position_ids: Literal["original", "packed"] = "original"

@@ -14,6 +14,8 @@ from vllm_wsi.errors import CheckpointError
 from vllm_wsi.kernels import ScorerWeights
 from vllm_wsi.kernels.reference import apply_scorer
 
+from .question_scorer import QuestionScorer, vector_scores
+
 
 class PatchScorer(nn.Module):
     """s = Linear(h, 1)(GELU(Linear(d, h)(LayerNorm(x)))), each patch by itself.
@@ -132,10 +134,16 @@ class _ContextBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
-SCORERS = {"patch": PatchScorer, "context": ContextScorer}
+Scorer: TypeAlias = PatchScorer | ContextScorer | QuestionScorer
+SCORERS: dict[str, type[Scorer]] = {"patch": PatchScorer, "context": ContextScorer, "question": QuestionScorer}
+OPTIONS = {
+    "patch": frozenset[str](),
+    "context": frozenset(("num_layers", "num_heads")),
+    "question": frozenset(("rank", "free_tokens", "text_size", "num_slide_tokens")),
+}
 
 
-def build_scorer(kind: str, feature_dim: int, hidden_size: int, **options: int) -> PatchScorer | ContextScorer:
+def build_scorer(kind: str, feature_dim: int, hidden_size: int, **options: int) -> Scorer:
     """The scorer that a checkpoint's `scorer` entry describes.
 
     Raises:
@@ -143,27 +151,25 @@ def build_scorer(kind: str, feature_dim: int, hidden_size: int, **options: int) 
     """
     if kind not in SCORERS:
         raise CheckpointError(f"scorer.kind: found {kind!r}, wanted one of {', '.join(SCORERS)}")
-    known = {"context": {"num_layers", "num_heads"}}.get(kind, set())
+    known = OPTIONS[kind]
     if unknown := options.keys() - known:
         found, wanted = ", ".join(sorted(unknown)), ", ".join(sorted(known)) or "none"
         raise CheckpointError(f"scorer: found {found} beside kind {kind!r} and hidden_size, wanted {wanted}")
     return SCORERS[kind](feature_dim, hidden_size, **options)
 
 
-def seeded_scorer(
-    kind: str, feature_dim: int, hidden_size: int, seed: int, **options: int
-) -> PatchScorer | ContextScorer:
+def seeded_scorer(kind: str, feature_dim: int, hidden_size: int, seed: int, **options: int) -> Scorer:
     """An untrained scorer whose weights follow from the seed; leaves torch's own random state alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_scorer(kind, feature_dim, hidden_size, **options)
 
 
-FrozenScorer: TypeAlias = ScorerWeights | ContextScorer
+FrozenScorer: TypeAlias = ScorerWeights | ContextScorer | QuestionScorer
 """A scorer without gradients, as a selector runs it."""
 
 
-def frozen_scorer(scorer: PatchScorer | ContextScorer) -> FrozenScorer:
+def frozen_scorer(scorer: Scorer) -> FrozenScorer:
     """A scorer's present weights, which later training does not change."""
     if isinstance(scorer, PatchScorer):
         return scorer.weights().map(lambda one: one.detach().clone())
@@ -184,9 +190,10 @@ class SlideScores(NamedTuple):
 
     scores: Tensor  # fp32 [..., n]; any value where the mask is False
     mask: Tensor  # bool [..., n]: the patches that may be kept
+    free: Tensor | None = None  # fp32 [..., n] of a `QuestionScorer`, by the query without a question
 
 
-def score_slides(scorer: PatchScorer | ContextScorer, features: Tensor, mask: Tensor) -> SlideScores:
+def score_slides(scorer: Scorer, features: Tensor, mask: Tensor, query: Tensor | None = None) -> SlideScores:
     """Scores whole slides for training, by the rule of `SlideSelector`: a patch whose score is not finite is left out.
 
     In fp32 also under autocast, because bf16 would give thousands of patches the same score. A patch that is left out
@@ -195,11 +202,19 @@ def score_slides(scorer: PatchScorer | ContextScorer, features: Tensor, mask: Te
     Args:
         features: [..., n, d], of any floating dtype.
         mask: bool [..., n], False at padding.
+        query: [..., R], of a `QuestionScorer`.
     """
+
+    def measured(x: Tensor, of: Tensor) -> Tensor:
+        return scorer.vectors(x) if isinstance(scorer, QuestionScorer) else scorer(x, of)[..., None]
+
     with torch.autocast(features.device.type, enabled=False):
         features = features.float()
-        scores = scorer(features, mask)
-        kept = mask & torch.isfinite(scores)
+        found = measured(features, mask)
+        kept = mask & torch.isfinite(found).all(dim=-1)
         if not torch.equal(kept, mask):  # once more without them: 0 * NaN in a gradient is NaN
-            scores = scorer(features.masked_fill(~kept[..., None], 0), kept)
-    return SlideScores(scores, kept)
+            found = measured(features.masked_fill(~kept[..., None], 0), kept)
+        if not isinstance(scorer, QuestionScorer):
+            return SlideScores(found[..., 0], kept)
+        free = vector_scores(found, scorer.free_query)
+        return SlideScores(free if query is None else vector_scores(found, query), kept, free)

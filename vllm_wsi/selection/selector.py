@@ -6,9 +6,10 @@ import contextlib
 import copy
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,13 @@ from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import EncoderCheck, EncoderMatch
 
 from .chunk_reader import ChunkReader, read_tensor_rows
+from .question_scorer import QuestionScorer
+from .question_selection import SlideVectors, best_by_question, slide_vectors
 from .scorer import ContextScorer, FrozenScorer
 from .scoring_device import Cpu, Place, ScoringDevice
 from .selection import Selection
+
+T = TypeVar("T")
 
 
 class SlideSelector:
@@ -72,53 +77,99 @@ class SlideSelector:
         return self.device.start(self.scorer, self._sizes, rank)
 
     @torch.no_grad()
-    def select(self, slide: FeatureFile, k: int | None = None, keep_all_scores: bool = False) -> Selection:
+    def select(
+        self, slide: FeatureFile, k: int | None = None, keep_all_scores: bool = False, query: Tensor | None = None
+    ) -> Selection:
         """Keeps the best k (default K) patches of an open feature file.
 
         A GPU that fails leaves the slide to the CPU, and `Selection.fallback` says why.
 
         Args:
             keep_all_scores: the selection also holds the scores and places of all patches (`Selection.all_scores`).
+            query: fp32 [R], what a `QuestionScorer` made of the question; None: no question is asked.
 
         Raises:
             SlideError: the slide's d, N or encoder does not fit, or no patch has a finite score.
         """
         k = self.num_slide_tokens if k is None else k
         encoder_match = self._check(slide)
+        if isinstance(self.scorer, QuestionScorer):
+            found = self._select_by_question(slide, k, query)
+        else:
+            found, fallback = self._on_device(lambda place: self._select(slide, k, place))
+            found = replace(found, fallback=fallback)
+        found = replace(found, encoder_match=encoder_match)
+        return found if keep_all_scores else replace(found, all_scores=None, all_coords=None)
+
+    def _on_device(self, work: Callable[[Place], T]) -> tuple[T, str | None]:
+        """(What it gave, why the CPU did what a GPU should have)."""
         place = self.start()
         try:
-            selection = self._select(slide, k, keep_all_scores, place)
+            return work(place), None
         except Exception as error:
             if isinstance(error, (WsiError, OSError)) or isinstance(place, Cpu):
                 raise
             # A reader's fault comes up on the CPU again, and then the GPU was none.
-            selection = self._select(slide, k, keep_all_scores, Cpu())
-            selection = replace(selection, fallback=self.device.failed(place, error))
-        return replace(selection, encoder_match=encoder_match)
+            return work(Cpu()), self.device.failed(place, error)
 
-    def _select(self, slide: FeatureFile, k: int, keep_all_scores: bool, place: Place) -> Selection:
-        reader = ChunkReader(slide, not isinstance(place, Cpu), self._chunk_rows)
+    def _select(self, slide: FeatureFile, k: int, place: Place) -> Selection:
+        reader = self._reader(slide, place)
         began = time.perf_counter()
-        select = _select_in_context if isinstance(self.scorer, ContextScorer) else _select_in_stream
-        kept, scores = select(reader, self._scorer_on(place), k, place)  # type: ignore[arg-type]
+        scorer = self._scorer_on(place)
+        if isinstance(scorer, ContextScorer):
+            kept, scores = _select_in_context(reader, scorer, k, place)
+        else:
+            assert isinstance(scorer, ScorerWeights)
+            kept, scores = _select_in_stream(reader, scorer, k, place)
         seconds = time.perf_counter() - began
-        found = _selection(
-            slide,
-            kept,
-            scores,
-            read_seconds=reader.read_seconds,
-            score_seconds=seconds - reader.read_seconds,
-            scored_on=place.name,
+        counts = {"read_seconds": reader.read_seconds, "score_seconds": seconds - reader.read_seconds}
+        return _selection(slide, kept, scores, scored_on=place.name, **counts)
+
+    def _select_by_question(self, slide: FeatureFile, k: int, query: Tensor | None) -> Selection:
+        found = self.read_vectors(slide)
+        chosen = self.select_by_scores(slide, found.vectors, k, found.scored_on, query)
+        return replace(
+            chosen,
+            read_seconds=chosen.read_seconds + found.read_seconds,
+            score_seconds=found.score_seconds,
+            fallback=found.fallback,
         )
-        return found if keep_all_scores else replace(found, all_scores=None, all_coords=None)
 
     @torch.no_grad()
-    def select_by_scores(self, slide: FeatureFile, scores: Tensor, k: int, scored_on: str) -> Selection:
-        """The best k by scores of all patches that this scorer gave them before; reads the kept rows alone.
+    def read_vectors(self, slide: FeatureFile) -> SlideVectors:
+        """What a `QuestionScorer` needs of a slide for any question: the slide is read once."""
+        assert isinstance(self.scorer, QuestionScorer)
+        self._check(slide)
+
+        def read(place: Place) -> SlideVectors:
+            scorer, reader = self._scorer_on(place), self._reader(slide, place)
+            assert isinstance(scorer, QuestionScorer)
+            began = time.perf_counter()
+            vectors = slide_vectors(reader, scorer, place)
+            seconds = time.perf_counter() - began - reader.read_seconds
+            return SlideVectors(vectors, place.name, reader.read_seconds, seconds)
+
+        found, fallback = self._on_device(read)
+        return found._replace(fallback=fallback)
+
+    def _reader(self, slide: FeatureFile, place: Place) -> ChunkReader:
+        return ChunkReader(slide, not isinstance(place, Cpu), self._chunk_rows)
+
+    @torch.no_grad()
+    def select_by_scores(
+        self,
+        slide: FeatureFile,
+        scores: Tensor,
+        k: int,
+        scored_on: str,
+        query: Tensor | None = None,
+    ) -> Selection:
+        """The best k by what this scorer gave all patches before; reads the kept rows alone. With all scores.
 
         Args:
-            scores: fp32 [N].
+            scores: fp32 [N]; of a `QuestionScorer` the patches' vectors [N, R].
             scored_on: the device that gave them.
+            query: as in `select`.
 
         Raises:
             SlideError: as `select`, or there is not one score for each patch.
@@ -127,7 +178,11 @@ class SlideSelector:
         if len(scores) != slide.num_patches:
             raise SlideError(f"{slide.name}: scores: found {len(scores)}, wanted one for each of {slide.num_patches}")
         began = time.perf_counter()
-        kept = _kept_by_scores(slide, scores, k)
+        if isinstance(self.scorer, QuestionScorer):
+            rows, scores = best_by_question(self.scorer, scores, k, query)
+            kept = _Kept(rows, scores[rows], read_tensor_rows(slide, rows))
+        else:
+            kept = _kept_by_scores(slide, scores, k)
         seconds = time.perf_counter() - began
         counts = {"read_seconds": seconds, "scored_on": scored_on, "encoder_match": encoder_match}
         return _selection(slide, kept, scores, **counts)
@@ -142,12 +197,12 @@ class SlideSelector:
     @torch.no_grad()
     def rescored(self, chosen: Selection) -> Selection:
         """A selection that something else made, with this scorer's scores of its patches. Left as it is where no patch
-        can be scored by itself (`ContextScorer`).
+        can be scored by itself (`ContextScorer`), or without its question (`QuestionScorer`).
 
         Raises:
             SlideError: a patch has no finite score.
         """
-        if isinstance(self.scorer, ContextScorer):
+        if not isinstance(self.scorer, ScorerWeights):
             return chosen
         scores = apply_scorer(chosen.features, self.scorer)
         if not bool(torch.isfinite(scores).all()):
@@ -233,24 +288,3 @@ def _selection(slide: FeatureFile, kept: _Kept, scores: Tensor, **counts: Any) -
         )
     num_nonfinite = int((~torch.isfinite(scores)).sum())
     return Selection.of(slide, *kept, all_scores=scores, num_nonfinite=num_nonfinite, **counts)
-
-
-class BestRows(NamedTuple):
-    """What `SlideSelector` keeps of a slide whose features are in memory."""
-
-    rows: Tensor  # int64 [m], ascending; m = min(k, num_candidates), and may be 0
-    num_candidates: int  # patches with a finite score
-
-
-@torch.no_grad()
-def best_rows(features: Tensor, scorer: FrozenScorer, k: int) -> BestRows:
-    """The best k of features [n, d]."""
-    if isinstance(scorer, ContextScorer):
-        tokens = torch.empty(len(features), scorer.hidden_size, device=features.device)
-        map_blocks(features, 0, scorer.embed, tokens, block_rows(max(scorer.feature_dim, scorer.hidden_size)))
-        scores = scorer.score_tokens(tokens)
-        indices = select_topk(scores, k).indices[0]
-    else:
-        selected = score_topk(features, scorer, k)
-        scores, indices = selected.all_scores, selected.indices[0]
-    return BestRows(indices[indices >= 0], int(torch.isfinite(scores).sum()))

@@ -29,6 +29,7 @@ from vllm.multimodal.processing import (
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.checkpoint import load_scorer
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.selection.question_scorer import QuestionScorer
 from vllm_wsi.selection.scorer import FrozenScorer, scorer_digest
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
@@ -83,6 +84,8 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
             raise SettingsError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
         scorer, digest = _scorer(model.model, model.revision)
+        if isinstance(scorer, QuestionScorer):
+            raise SettingsError("scorer: found one that hears the question, wanted another kind: it is not served yet")
         encoder = config.encoder_check(options.get("encoder_mismatch", "refuse"))
         selector = SlideSelector(
             scorer, k, device, config.max_patches, encoder=encoder, max_slide_tokens=self.max_slide_tokens

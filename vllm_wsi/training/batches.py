@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vllm_wsi.model.chat_renderer import IGNORED, EncodedChat
 from vllm_wsi.model.prompt_layout import PatchRows, lay_out, pad_left, repeated
+from vllm_wsi.model.question_text import NO_TOKEN
 
 from .dataset import TrainingItem
 
@@ -21,7 +22,8 @@ def collate(items: Sequence[TrainingItem], slide_token_id: int, pad_token_id: in
         features fp32 [S, n, d] and patch_mask bool [S, n], padded on the right; num_candidates int64 [S], of
         `TrainingSlide`; input_ids, attention_mask, position_ids and labels int64 [B, T], with one slide token for each
         patch, padded on the left. Where an item has siblings, sequences are laid out as `shared_prefix` says, and
-        branches int64 [B, Tb] numbers the conversations of the last Tb tokens from 1; 0 is padding.
+        branches int64 [B, Tb] numbers the conversations of the last Tb tokens from 1; 0 is padding. Where the scorer
+        hears questions, question_ids int64 [S, t] are those of each slide, `NO_TOKEN` at padding.
 
     Raises:
         ValueError: an item's siblings differ from it before their last slide token.
@@ -41,6 +43,9 @@ def collate(items: Sequence[TrainingItem], slide_token_id: int, pad_token_id: in
             [_prompt(item, chat, slide_token_id) for item, chat in zip(items, chats, strict=True)], pad_token_id
         )
     num_candidates = torch.tensor([slide.num_candidates for slide in slides])
+    if items[0].question is not None:
+        questions = [torch.tensor(item.question, dtype=torch.int64) for item in items for _ in item.slides]
+        tokens["question_ids"] = pad_left(questions, NO_TOKEN)
     return {"features": features, "num_candidates": num_candidates, "patch_mask": patch_mask} | tokens
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from vllm_wsi.errors import SlideError
 from vllm_wsi.model.chat_renderer import ChatRenderer, EncodedChat
 from vllm_wsi.model.config import SparseWSIConfig
+from vllm_wsi.model.question_text import question_ids, question_text
 from vllm_wsi.questions.items import QuestionError, SlideItem, SlideSource
 from vllm_wsi.selection.chunk_reader import read_tensor_rows
 from vllm_wsi.slides.encoder_names import Mismatch
@@ -45,6 +46,7 @@ class TrainingItem(NamedTuple):
     labels: list[int]
     budget: int  # of slide positions: 0 packs them
     siblings: tuple[EncodedChat, ...] = ()  # further conversations about these slides, for the same sequence
+    question: list[int] | None = None  # ids, for a scorer that hears them
 
 
 class SlideDataset(Dataset):
@@ -190,7 +192,12 @@ class SlideDataset(Dataset):
         slides = [self._kept(source, rng) for source in item.slides]
         ids, labels = self.renderer.conversation(item)
         budget = 0 if self.mix_positions and rng.random() < 0.5 else self.config.slide_position_budget
-        return TrainingItem(slides, ids, labels, budget)
+        return TrainingItem(slides, ids, labels, budget, question=self._question(item))
+
+    def _question(self, item: SlideItem) -> list[int] | None:
+        if self.config.scorer["kind"] != "question":
+            return None
+        return question_ids(self.renderer.tokenizer, question_text([item.turns[-1][0]]))
 
     def _kept(self, source: SlideSource, rng: np.random.Generator) -> TrainingSlide:
         if self.selection is None:

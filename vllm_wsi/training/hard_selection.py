@@ -8,8 +8,8 @@ from cachetools import LRUCache
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.questions.items import SlideSource
-from vllm_wsi.selection.scorer import ContextScorer, PatchScorer, frozen_scorer
-from vllm_wsi.selection.selector import best_rows
+from vllm_wsi.selection.best_rows import best_rows
+from vllm_wsi.selection.scorer import Scorer, frozen_scorer
 
 from .dataset import TrainingSlide
 
@@ -26,7 +26,7 @@ class HardSelection:
         num_slide_tokens: K.
     """
 
-    def __init__(self, scorer: PatchScorer | ContextScorer, num_slide_tokens: int) -> None:
+    def __init__(self, scorer: Scorer, num_slide_tokens: int) -> None:
         self._scorer, self._num_slide_tokens = frozen_scorer(scorer).to("cpu"), num_slide_tokens
         self._kept: LRUCache[SlideSource, TrainingSlide] = LRUCache(CACHE_BYTES, getsizeof=_num_bytes)
 

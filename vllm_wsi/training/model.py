@@ -55,6 +55,7 @@ class SparseLearnModel(nn.Module):
         position_ids: Tensor,
         labels: Tensor,
         branches: Tensor | None = None,
+        question_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Mean negative log-likelihood of the labelled tokens (over `num_items_in_batch`, where given).
@@ -62,12 +63,21 @@ class SparseLearnModel(nn.Module):
         Shapes as `batches.collate` makes them.
         """
         logits, wanted = self.tail_logits(
-            features, num_candidates, patch_mask, input_ids, attention_mask, position_ids, labels, branches
+            features,
+            num_candidates,
+            patch_mask,
+            input_ids,
+            attention_mask,
+            position_ids,
+            labels,
+            branches,
+            question_ids,
         )
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
         count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
 
+    # Many parameters: as `forward`.
     def tail_logits(
         self,
         features: Tensor,
@@ -78,6 +88,7 @@ class SparseLearnModel(nn.Module):
         position_ids: Tensor,
         labels: Tensor,
         branches: Tensor | None = None,
+        question_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(logits fp32 [B, t, vocabulary], the labels [B, t] that they should give) of the last t tokens, which hold
         all labelled ones: prompts are padded on the left.
@@ -98,7 +109,7 @@ class SparseLearnModel(nn.Module):
             )
         places = (input_ids == model.config.slide_token_id) & attention_mask.bool()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.sparselearn is not None):
-            scores, scored = score_slides(model.scorer, features, patch_mask)
+            scores, scored, free = score_slides(model.scorer, features, patch_mask, self._query(question_ids))
         if not torch.equal(scored, patch_mask):
             refuse_unscored(scored)
             num_candidates = num_candidates - (patch_mask & ~scored).sum(dim=-1)
@@ -106,7 +117,7 @@ class SparseLearnModel(nn.Module):
             attention_mask = attention_mask.masked_scatter(places, scored[patch_mask].to(attention_mask.dtype))
         patches = model.projector.normalise(features)
         if self.sparselearn is not None:
-            patches, alpha = self.sparselearn(patches, scores, scored)
+            patches, alpha = self.sparselearn(patches, scores, scored, free, model.free_share)
             self.last_alpha = alpha.detach()
         tokens = model.projector.project(patches, scores, num_candidates[:, None])
         embeddings = model.get_input_embeddings()(input_ids)
@@ -122,6 +133,10 @@ class SparseLearnModel(nn.Module):
             use_cache=False,
         ).logits
         return logits[:, -tail - 1 : -1].float(), labels[:, -tail:]
+
+    def _query(self, question_ids: Tensor | None) -> Tensor | None:
+        """a(q) [S, R] of the questions about the batch's slides."""
+        return None if question_ids is None else self.model.query(question_ids)
 
 
 def refuse_unscored(scored: Tensor) -> None:

@@ -8,6 +8,7 @@ to keep. Inference uses none of this: the scorer chooses by Hard Top-K, and the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -102,18 +103,26 @@ class SparseLearn(nn.Module):
         self.tau.fill_(self.settings.tau(progress))
         self.num_slide_tokens.fill_(self.settings.k(progress))
 
-    def forward(self, features: Tensor, scores: Tensor, mask: Tensor) -> Gated:
+    def forward(
+        self, features: Tensor, scores: Tensor, mask: Tensor, free: Tensor | None = None, free_share: float = 0.0
+    ) -> Gated:
         """Gates patches.
+
+        With `free`, two Soft Top-K share out K: (1 - `free_share`) K by the scores, the rest by `free`. Of a patch that
+        both show a share of, 1 - (1 - alpha_1)(1 - alpha_2) is shown, so the shares sum to K at most.
 
         Args:
             features: [B, N, d], each patch of mean 0 and variance 1 (`SlideProjector.normalise`).
             scores: [B, N], as the scorer gives them.
             mask: bool [B, N], False at padding.
+            free: [B, N], scores by the query without a question (`QuestionScorer`).
         """
+        k = int(self.num_slide_tokens)
+        num_free = 0 if free is None else min(k, round(k * free_share))
+        rows = [(one, count) for one, count in ((scores, k - num_free), (free, num_free)) if one is not None and count]
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
-            scores = standardise(scores.float(), mask)
-            alpha, signal, noise = self._shares(scores, mask)
+            alpha, signal, noise = self._shares([(standardise(one.float(), mask), count) for one, count in rows], mask)
             if self.settings.gate == "noise":
                 gated = signal[..., None] * features + noise[..., None] * torch.randn_like(features)
             elif self.settings.gate == "scale":
@@ -124,16 +133,22 @@ class SparseLearn(nn.Module):
                 gated = self.denoiser(gated, mask)
         return Gated(gated, alpha)
 
-    def _shares(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(alpha, sqrt(alpha), sqrt(1 - alpha)); where straight-through, hard values with soft gradients."""
-        num_slide_tokens, tau = int(self.num_slide_tokens), float(self.tau)
+    def _shares(self, rows: Sequence[tuple[Tensor, int]], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(alpha, sqrt(alpha), sqrt(1 - alpha)); where straight-through, hard values with soft gradients.
+
+        Args:
+            rows: standardised scores [B, N], and how many patches are kept by them.
+        """
+        tau = float(self.tau)
         if self.settings.relaxation == "lapsum":
-            alpha = soft_topk(scores, num_slide_tokens, tau, mask)
+            alpha = _together([soft_topk(scores, k, tau, mask) for scores, k in rows])
             return alpha, _root(alpha), _root(1 - alpha)
-        uniform = torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)
-        scores = scores - tau * torch.log(-torch.log(uniform))
-        soft = soft_topk(scores, num_slide_tokens, tau, mask)
-        hard = hard_topk(scores, num_slide_tokens, mask)
+        noisy = []
+        for scores, k in rows:
+            uniform = torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)
+            noisy.append((scores - tau * torch.log(-torch.log(uniform)), k))
+        soft = _together([soft_topk(scores, k, tau, mask) for scores, k in noisy])
+        hard = _together([hard_topk(scores, k, mask) for scores, k in noisy])
         pairs = ((hard, soft), (hard, _root(soft)), (1 - hard, _root(1 - soft)))
         alpha, signal, noise = (value + (gradient - gradient.detach()) for value, gradient in pairs)
         return alpha, signal, noise
@@ -185,6 +200,16 @@ def hard_topk(scores: Tensor, k: int, mask: Tensor) -> Tensor:
     order = scores.masked_fill(~mask, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     best = torch.zeros_like(scores).scatter_(-1, order[..., :k], 1.0)
     return best * mask
+
+
+def _together(shares: Sequence[Tensor]) -> Tensor:
+    """What is shown of patches [B, N] of which each member of `shares` shows a share by itself."""
+    if len(shares) == 1:
+        return shares[0]
+    hidden = torch.ones_like(shares[0])
+    for share in shares:
+        hidden = hidden * (1 - share)
+    return 1 - hidden
 
 
 def _root(share: Tensor) -> Tensor:

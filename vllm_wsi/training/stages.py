@@ -67,6 +67,12 @@ def run_stage(
     is_sharded = False
     set_seed(settings.seed)  # new weights below are the same, whether this run made the stages before or found them
     is_hard = stage.selection == "hard"
+    if model.config.scorer["kind"] == "question" and (is_hard or stage.questions_per_sequence > 1):
+        found = "selection: hard" if is_hard else f"questions_per_sequence: {stage.questions_per_sequence}"
+        raise SettingsError(
+            f"stages: {stage.name}: found {found} beside a scorer that hears the question, wanted neither: each "
+            "question has patches of its own"
+        )
     dataset.selection = HardSelection(model.scorer, model.config.num_slide_tokens) if is_hard else None
     if stage.lora is not None:
         model.language_model = with_lora(model.language_model, stage.lora)

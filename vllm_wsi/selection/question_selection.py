@@ -1,0 +1,74 @@
+"""What a slide is read for once, and what each question then costs: vectors of all patches, and the best of them."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_wsi.kernels import map_blocks, select_topk
+
+from .chunk_reader import ChunkReader
+from .question_scorer import QuestionScorer, vector_scores
+from .scoring_device import Place
+
+
+class SlideVectors(NamedTuple):
+    """What a slide is read for, whatever is asked."""
+
+    vectors: Tensor  # [N, R], of `slide_vectors`
+    scored_on: str
+    read_seconds: float
+    score_seconds: float
+    fallback: str | None = None  # why the CPU did what a GPU should have
+
+
+def slide_vectors(reader: ChunkReader, scorer: QuestionScorer, place: Place) -> Tensor:
+    """phi of all patches, [N, R] in the dtype in which it is kept (`vector_dtype`), on the CPU."""
+
+    def fill(start: int, chunk: Tensor) -> None:
+        out = torch.empty(len(chunk), scorer.rank, device=place.device)
+        map_blocks(chunk.to(place.device, non_blocking=True), start, scorer.vectors, out, scorer.block_rows)
+        vectors[start : start + len(chunk)] = out.cpu()
+
+    vectors = torch.empty(reader.num_patches, scorer.rank, dtype=scorer.vector_dtype)
+    done: Future[None] | None = None
+    for start, chunk in reader.chunks():  # one chunk is worked on while the next is read
+        if done is not None:
+            done.result()
+        done = place.run(fill, start, chunk)
+    assert done is not None
+    done.result()
+    return vectors
+
+
+def best_by_question(scorer: QuestionScorer, vectors: Tensor, k: int, query: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The kept patches of a slide, and the scores of all.
+
+    The best by the query come first; the last `free_of(k)` places go to the best of the others by the query that asks
+    nothing. That one chooses all where there is no question.
+
+    Args:
+        vectors: [N, R], of `slide_vectors`.
+        query: fp32 [R], or None.
+
+    Returns:
+        (int64 [m], ascending, m = min(k, patches with a finite score); fp32 [N], by the query).
+    """
+    free = vector_scores(vectors, scorer.free_query.detach().cpu())
+    if query is None:
+        return _best(free, k), free
+    scores, num_free = vector_scores(vectors, query), scorer.free_of(k)
+    rows = _best(scores, k - num_free)
+    if num_free:
+        rows = torch.cat((rows, _best(free.index_fill(0, rows, -torch.inf), num_free))).sort().values
+    return rows, scores
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    if k < 1:
+        return torch.empty(0, dtype=torch.int64)
+    rows = select_topk(scores, k).indices[0]
+    return rows[rows >= 0]
