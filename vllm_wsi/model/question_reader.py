@@ -49,11 +49,11 @@ class QuestionReader:
         self._table, self._file = _table(model, revision)
         self.query = lru_cache(REMEMBERED)(self._query)
 
-    def _query(self, text: str) -> Tensor | None:
-        """fp32 [R] of a question; None where the text is empty: nothing is asked."""
-        ids = question_ids(self._tokenizer, question_text([text]))
+    def _query(self, text: str) -> Tensor:
+        """fp32 [R] of a question."""
+        ids = question_ids(self._tokenizer, text)
         if not ids:
-            return None
+            raise SettingsError("question: found an empty one, wanted a text")
         with loading(self._model), safe_open(self._file, "pt") as tensors:
             rows = tensors.get_slice(self._table)
             tokens = torch.cat([rows[one : one + 1] for one in ids])
@@ -61,7 +61,7 @@ class QuestionReader:
             return self._scorer.query(tokens, torch.ones(len(ids), dtype=torch.bool)).clone()
 
 
-def question_query(selector: SlideSelector, model: str, question: str) -> Tensor | None:
+def question_query(selector: SlideSelector, model: str, question: str) -> Tensor:
     """The query of one question for a checkpoint's selector.
 
     Raises:
@@ -69,7 +69,7 @@ def question_query(selector: SlideSelector, model: str, question: str) -> Tensor
     """
     if not isinstance(selector.scorer, QuestionScorer):
         raise SettingsError(f"question: found one for {model}, wanted a checkpoint whose scorer is of kind 'question'")
-    return QuestionReader(selector.scorer, model).query(question)
+    return QuestionReader(selector.scorer, model).query(question_text([question]))
 
 
 def _table(model: str, revision: str | None) -> tuple[str, Path]:

@@ -16,7 +16,7 @@ from .config import SLIDE_TOKEN
 
 NO_TOKEN = -1
 """Stands where a question of a batch has no token."""
-MAX_TOKENS = 512
+MAX_CHARACTERS, MAX_TOKENS = 8192, 512
 """Of a question; what follows is not heard."""
 
 
@@ -27,7 +27,7 @@ def question_text(pieces: Iterable[str]) -> str:
         pieces: its texts, in their order, without its slides.
     """
     lines = [piece.replace(SLIDE_TOKEN, "").replace(SLIDE_MARK, "").strip() for piece in pieces]
-    return "\n".join(line for line in lines if line)
+    return "\n".join(line for line in lines if line)[:MAX_CHARACTERS].strip()
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

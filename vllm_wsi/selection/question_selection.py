@@ -25,6 +25,13 @@ class SlideVectors(NamedTuple):
     fallback: str | None = None  # why the CPU did what a GPU should have
 
 
+class Question(NamedTuple):
+    """What is asked of a slide."""
+
+    text: str
+    query: Tensor  # fp32 [R], what the scorer made of it
+
+
 def slide_vectors(reader: ChunkReader, scorer: QuestionScorer, place: Place) -> Tensor:
     """phi of all patches, [N, R] in the dtype in which it is kept (`vector_dtype`), on the CPU."""
 

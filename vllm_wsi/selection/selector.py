@@ -94,7 +94,7 @@ class SlideSelector:
         k = self.num_slide_tokens if k is None else k
         encoder_match = self._check(slide)
         if isinstance(self.scorer, QuestionScorer):
-            found = self._select_by_question(slide, k, query)
+            found = self.select_of_vectors(slide, self.read_vectors(slide), k, query)
         else:
             found, fallback = self._on_device(lambda place: self._select(slide, k, place))
             found = replace(found, fallback=fallback)
@@ -125,8 +125,8 @@ class SlideSelector:
         counts = {"read_seconds": reader.read_seconds, "score_seconds": seconds - reader.read_seconds}
         return _selection(slide, kept, scores, scored_on=place.name, **counts)
 
-    def _select_by_question(self, slide: FeatureFile, k: int, query: Tensor | None) -> Selection:
-        found = self.read_vectors(slide)
+    def select_of_vectors(self, slide: FeatureFile, found: SlideVectors, k: int, query: Tensor | None) -> Selection:
+        """As `select`, of a slide that `read_vectors` has just read. With all scores."""
         chosen = self.select_by_scores(slide, found.vectors, k, found.scored_on, query)
         return replace(
             chosen,

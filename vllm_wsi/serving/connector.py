@@ -18,6 +18,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, Medi
 from vllm.multimodal.media.connector import global_thread_pool
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.model.question_text import question_text
 from vllm_wsi.selection.chunk_reader import read_tensor_rows
 from vllm_wsi.slides import SlideIdentity
 
@@ -38,8 +39,10 @@ FETCH_SECONDS = 60  # vLLM's default of 5 is meant for photographs
 class SlideMediaIO(MediaIO[SlideRequest]):
     """Turns what a URL leads to into a slide request; reads no features."""
 
-    def __init__(self, k: int | None, encoder: str | None, keep_all_scores: bool = False) -> None:
-        self._k, self._encoder, self._keep_all_scores = k, encoder, keep_all_scores
+    def __init__(
+        self, k: int | None, encoder: str | None, question: str | None = None, keep_all_scores: bool = False
+    ) -> None:
+        self._k, self._encoder, self._question, self._keep_all_scores = k, encoder, question, keep_all_scores
 
     def load_file(self, filepath: Path) -> SlideRequest:
         return self.request(path=filepath.resolve())
@@ -57,7 +60,9 @@ class SlideMediaIO(MediaIO[SlideRequest]):
 
     def request(self, **where: Any) -> SlideRequest:
         """What is asked of the slide that `where` names: path, slide or told."""
-        return SlideRequest(k=self._k, encoder=self._encoder, keep_all_scores=self._keep_all_scores, **where)
+        return SlideRequest(
+            k=self._k, encoder=self._encoder, question=self._question, keep_all_scores=self._keep_all_scores, **where
+        )
 
 
 class PathIO(MediaIO[Path]):
@@ -243,12 +248,13 @@ def fetch_seconds() -> int:
 
 
 def parse_fragment(fragment: str) -> dict:
-    """`k=64&encoder=NAME` of a slide's URL."""
+    """`k=64&encoder=NAME&q=QUESTION` of a slide's URL."""
     options = {key: values[-1] for key, values in parse_qs(fragment, keep_blank_values=True).items()}
-    unknown = options.keys() - {"k", "encoder"}
+    unknown = options.keys() - {"k", "encoder", "q"}
     if unknown or (fragment and not options):
-        raise SlideError(f"URL fragment: found {fragment!r}, wanted k=NUMBER or encoder=NAME")
+        raise SlideError(f"URL fragment: found {fragment!r}, wanted k=NUMBER, encoder=NAME or q=QUESTION")
     k = options.get("k")
     if k is not None and not (k.isascii() and k.isdigit() and len(k) < 10):
         raise SlideError(f"URL fragment: k: found {k!r}, wanted a whole number")
-    return {"k": None if k is None else int(k), "encoder": options.get("encoder")}
+    question = question_text([options.get("q", "")]) or None
+    return {"k": None if k is None else int(k), "encoder": options.get("encoder"), "question": question}

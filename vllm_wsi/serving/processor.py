@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from weakref import WeakSet
 
 import torch
@@ -29,6 +29,7 @@ from vllm.multimodal.processing import (
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.checkpoint import load_scorer
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
+from vllm_wsi.model.question_reader import QuestionReader
 from vllm_wsi.selection.question_scorer import QuestionScorer
 from vllm_wsi.selection.scorer import FrozenScorer, scorer_digest
 from vllm_wsi.selection.selection import Selection
@@ -84,8 +85,6 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
             raise SettingsError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
         scorer, digest = _scorer(model.model, model.revision)
-        if isinstance(scorer, QuestionScorer):
-            raise SettingsError("scorer: found one that hears the question, wanted another kind: it is not served yet")
         encoder = config.encoder_check(options.get("encoder_mismatch", "refuse"))
         selector = SlideSelector(
             scorer, k, device, config.max_patches, encoder=encoder, max_slide_tokens=self.max_slide_tokens
@@ -93,7 +92,10 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         # The rule for encoders is part of the key: a selection under another rule is not used.
         store = store_settings(options.get("selection_store"), options.get("selection_store_gib"))
         name = scorer_name(digest, encoder, config.max_patches)
-        self.service = vllm_hooks.service_for(selector, name, self.max_slide_tokens, store)
+        questions = None
+        if isinstance(scorer, QuestionScorer):
+            questions = partial(QuestionReader, scorer, model.model, model.revision)
+        self.service = vllm_hooks.service_for(selector, name, self.max_slide_tokens, store, questions)
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
         tokenizer = self.ctx.tokenizer

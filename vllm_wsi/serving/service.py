@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from vllm.logger import init_logger
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.model.question_reader import QuestionReader
+from vllm_wsi.selection.question_selection import Question
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.feature_file import RowSource, shown
@@ -45,6 +47,7 @@ class SelectionService:
         scorer: digest of its weights, and its rule for encoders.
         max_slide_tokens: largest K that one request may ask for.
         store: selections that outlive this process; None: there are none.
+        questions: of a checkpoint whose scorer hears the question; None: it hears none.
         threads: slides that are read and scored at once.
         cache_bytes: bound of the finished selections that are remembered.
     """
@@ -55,12 +58,13 @@ class SelectionService:
         scorer: str,
         max_slide_tokens: int,
         store: SelectionStore | None = None,
+        questions: QuestionReader | None = None,
         threads: int = THREADS,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.selector, self.scorer, self.max_slide_tokens = selector, scorer, max_slide_tokens
         self.default_k = selector.num_slide_tokens
-        self._stored = StoredSelector(selector, scorer, store)
+        self._stored, self.questions = StoredSelector(selector, scorer, store), questions
         self._pool = StallingPool("wsi-selection", threads)
         self._elsewhere = StallingPool("wsi-remote", threads)  # so that slow servers hold up no slide of this machine
         self._look_ups = StallingPool("wsi-look-up", LOOK_UP_THREADS)
@@ -104,6 +108,8 @@ class SelectionService:
         k = self.default_k if request.k is None else request.k
         if not 1 <= k <= self.max_slide_tokens:
             raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
+        if request.question is not None and self.questions is None:
+            raise SlideError("q: found a question for a checkpoint whose scorer hears none, wanted a URL without it")
         key = SelectionKey(request.identity(), request.encoder, self.scorer, self.start())
         return k, key, request.digest(key, k)
 
@@ -118,7 +124,7 @@ class SelectionService:
             future = self._finished_or_under_way(digest)
         if future is not None or request.keep_all_scores:
             return future
-        found = self._stored.stored(key, k, count_miss=False)
+        found = self._stored.stored(key, k, False, self._question(request))
         if found is None:
             return None
         done = SelectedSlide(found, digest, self.scorer, self.default_k, request, "store")
@@ -209,8 +215,9 @@ class SelectionService:
         metrics.QUEUED.dec()
         try:
             with metrics.RUNNING.track_inprogress():
+                question = self._question(request)
                 selection, source = self._stored.select(
-                    run.key, lambda: self._opened(run), run.k, request.keep_all_scores, self._check_open
+                    run.key, lambda: self._opened(run), run.k, request.keep_all_scores, self._check_open, question
                 )
             # Not `run.digest` where a GPU left the slide to the CPU: two devices' scores never share a key.
             digest = request.digest(run.key._replace(scored_on=selection.scored_on), run.k)
@@ -229,6 +236,12 @@ class SelectionService:
             request.close()
             with self._lock:
                 self._under_way.pop(run.digest, None)
+
+    def _question(self, request: SlideRequest) -> Question | None:
+        if request.question is None:
+            return None
+        assert self.questions is not None
+        return Question(request.question, self.questions.query(request.question))
 
     @contextlib.contextmanager
     def _opened(self, run: _Run) -> Iterator[FeatureFile]:

@@ -62,6 +62,11 @@ class SlideParser(MultiModalDataParser):
             return self._service.select(item.request)
         if isinstance(item, Selection):
             return self._selected_by_hand(item)
+        if self._service.questions is not None:
+            raise SlideError(
+                f"found a {type(item).__name__} without its question, wanted the slide's URL in a chat message, or a "
+                "Selection (`selector.select(slide, query=...)`): this checkpoint's scorer hears the question"
+            )
         return self._service.select(slide_request(item))
 
     def _selected_by_hand(self, chosen: Selection) -> SelectedSlide:

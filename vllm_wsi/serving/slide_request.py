@@ -23,6 +23,7 @@ class SlideRequest:
     slide: FeatureFile | None = None
     k: int | None = None  # None: the server's K
     encoder: str | None = None  # which features, where a file holds several
+    question: str | None = None  # that the patches are chosen for, by a checkpoint whose scorer hears it
     keep_all_scores: bool = False  # for a heat map: scores and places of all patches
     told: SlideIdentity | None = None  # by the other machine
     open_told: Callable[[], FeatureFile] | None = None  # None: it cannot be opened there
@@ -47,7 +48,7 @@ class SlideRequest:
 
     def digest(self, key: SelectionKey, k: int) -> str:
         """Of the selection that is asked for; one with the scores of all patches is another one."""
-        return key.of_selection(k) + ("-all-scores" if self.keep_all_scores else "")
+        return key.of_selection(k, self.question) + ("-all-scores" if self.keep_all_scores else "")
 
     def open(self) -> FeatureFile:
         if self.slide is not None:

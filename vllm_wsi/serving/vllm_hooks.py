@@ -23,6 +23,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from vllm_wsi.model.question_reader import QuestionReader
     from vllm_wsi.selection.selector import SlideSelector
     from vllm_wsi.store.store_settings import StoreSettings
 
@@ -73,6 +74,16 @@ HOOKS: dict[Stage, tuple[Hook, ...]] = {
             "prompt_guard:refusing_json_pictures",
             "an `image_pil` part of a JSON request is no picture, which vLLM 0.33 finds out by an HTTP 500",
             target_0_33="vllm.renderers.chat_utils.content_parser:AsyncMultiModalContentParser.parse_image_pil",
+        ),
+        Hook(
+            "vllm.renderers.base:BaseRenderer.render_chat",
+            "question_hook:telling_slides_the_question",
+            "a slide is fetched and selected before the prompt is known, and a scorer may hear the question",
+        ),
+        Hook(
+            "vllm.renderers.base:BaseRenderer.render_chat_async",
+            "question_hook:telling_slides_the_question",
+            "the same in a server",
         ),
         Hook(
             "vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware.__call__",
@@ -143,7 +154,11 @@ _lock = threading.Lock()
 
 
 def service_for(
-    selector: SlideSelector, scorer: str, max_slide_tokens: int, store: StoreSettings | None = None
+    selector: SlideSelector,
+    scorer: str,
+    max_slide_tokens: int,
+    store: StoreSettings | None = None,
+    questions: Callable[[], QuestionReader] | None = None,
 ) -> SelectionService:
     """The process-wide service of one checkpoint and setting, which also becomes the current one.
 
@@ -159,7 +174,9 @@ def service_for(
     with _lock:
         if key not in _services:
             opened = None if store is None else SelectionStore(*store, metrics.count_store)
-            _services[key] = SelectionService(selector, scorer, max_slide_tokens, opened)
+            _services[key] = SelectionService(
+                selector, scorer, max_slide_tokens, opened, None if questions is None else questions()
+            )
         _current = _services[key]
         return _current
 

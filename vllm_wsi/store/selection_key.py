@@ -27,12 +27,13 @@ class SelectionKey(NamedTuple):
     scorer: str  # digest of its weights, and the rule for encoders
     scored_on: str  # a device's name, as `Selection.scored_on` has it
 
-    def of_selection(self, k: int) -> str:
-        """Digest of the k best."""
-        return self._digest("selection", k)
+    def of_selection(self, k: int, question: str | None = None) -> str:
+        """Digest of the k best, for a question where one is asked."""
+        return self._digest("selection", k, question)
 
     def of_scores(self) -> str:
-        """Digest of the scores of all patches, from which the best of every k follow."""
+        """Digest of the scores of all patches (of a `QuestionScorer`, their vectors), from which the best of every k
+        and question follow."""
         return self._digest("scores")
 
     def _digest(self, *what: object) -> str:

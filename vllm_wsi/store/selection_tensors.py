@@ -13,6 +13,9 @@ from vllm_wsi.selection.selection import Selection
 from vllm_wsi.slides.encoder_names import EncoderMatch
 from vllm_wsi.slides.places import PatchSize
 
+SCORES = ((1, torch.float32), (2, torch.float32), (2, torch.float16))
+"""Dimensions and dtype: scores [N], and vectors [N, R] of a `QuestionScorer`."""
+
 
 def selection_tensors(chosen: Selection) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Without the scores and places of all patches, and without the seconds that it took."""
@@ -33,10 +36,10 @@ def selection_tensors(chosen: Selection) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def scores_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
-    """Raises ValueError or KeyError where they are no scores of patches."""
+    """Raises ValueError or KeyError where they are neither scores of patches nor a `QuestionScorer`'s vectors."""
     scores = tensors["scores"]
-    if scores.ndim != 1 or scores.dtype != torch.float32:
-        raise ValueError(f"scores: found {scores.dtype} of {scores.ndim} dimensions, wanted float32 of one")
+    if (scores.ndim, scores.dtype) not in SCORES:
+        raise ValueError(f"scores: found {scores.dtype} of {scores.ndim} dimensions, wanted scores or vectors")
     return scores
 
 

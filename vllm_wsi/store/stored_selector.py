@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from torch import Tensor
+
 from vllm_wsi.errors import SlideError
+from vllm_wsi.selection.question_scorer import QuestionScorer
+from vllm_wsi.selection.question_selection import Question
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
@@ -17,6 +21,7 @@ from vllm_wsi.slides.encoder_names import EncoderCheck
 
 from .selection_key import SelectionKey
 from .selection_store import SelectionStore
+from .vector_cache import SlideVectorCache
 
 Source = Literal["store", "stored scores", "file"]
 
@@ -38,9 +43,10 @@ class StoredSelector:
 
     def __init__(self, selector: SlideSelector, scorer: str, store: SelectionStore | None = None) -> None:
         self.selector, self.scorer, self.store = selector, scorer, store
+        self._vectors = SlideVectorCache()
 
     def select_file(self, path: Path, k: int | None = None, encoder: str | None = None) -> Selected:
-        """As a server with this checkpoint selects a file of a `file://` URL.
+        """As a server with this checkpoint selects a file of a `file://` URL, without a question.
 
         Args:
             k: None: the selector's.
@@ -61,6 +67,7 @@ class StoredSelector:
         k: int,
         keep_all_scores: bool = False,
         waiting: Callable[[], None] = lambda: None,
+        question: Question | None = None,
     ) -> Selected:
         """Keeps the best k patches.
 
@@ -68,53 +75,98 @@ class StoredSelector:
             key: of the slide; its scorer is this one's, its device the one that scores now.
             open_slide: opens the slide for a `with`, and raises at its end where it is not in the state of the key.
             keep_all_scores: as `SlideSelector.select` has it.
-            waiting: called again and again while another process selects this slide; may raise.
+            waiting: called again and again while this slide is read for another question, or by another process; may
+                raise.
+            question: for a `QuestionScorer`.
 
         Raises:
             SlideError: as `SlideSelector.select` and `open_slide` do.
         """
-        store = self.store
-        if store is None:
+        if self.store is None and not isinstance(self.selector.scorer, QuestionScorer):
             with open_slide() as slide:
                 return Selected(self.selector.select(slide, k, keep_all_scores), "file")
-        if not keep_all_scores and (found := self.stored(key, k)) is not None:
+        if not keep_all_scores and (found := self.stored(key, k, question=question)) is not None:
             return Selected(found, "store")
-        with store.alone(key.of_scores(), waiting):
-            if not keep_all_scores and (found := self.stored(key, k, count_miss=False)) is not None:
+        with self._alone(key, waiting):
+            if not keep_all_scores and (found := self.stored(key, k, False, question)) is not None:
                 return Selected(found, "store")
-            return self._select_and_save(store, key, open_slide, k, keep_all_scores)
+            scores = self._known_scores(key)
+            with open_slide() as slide:
+                if scores is not None and len(scores) != slide.num_patches:
+                    scores = None
+                if scores is not None:
+                    query = None if question is None else question.query
+                    selection = self.selector.select_by_scores(slide, scores, k, key.scored_on, query)
+                else:
+                    selection, new_scores = self._read(slide, k, question)
+            # Only now is it sure that the slide did not change meanwhile.
+            key = key._replace(scored_on=selection.scored_on)
+            if scores is None:
+                self._save_scores(key, new_scores)
+            if self.store is not None:
+                self.store.save_selection(key.of_selection(k, _text(question)), selection)
+        if not keep_all_scores:
+            selection = replace(selection, all_scores=None, all_coords=None)
+        return Selected(selection, "file" if scores is None else "stored scores")
 
-    def stored(self, key: SelectionKey, k: int, count_miss: bool = True) -> Selection | None:
+    def stored(
+        self, key: SelectionKey, k: int, count_miss: bool = True, question: Question | None = None
+    ) -> Selection | None:
         """The k best, where the store has them; the slide is not needed."""
-        found = None if self.store is None else self.store.load_selection(key.of_selection(k), count_miss)
+        if self.store is None:
+            return None
+        found = self.store.load_selection(key.of_selection(k, _text(question)), count_miss)
         if found is not None and (found.features.shape[1] != self.selector.feature_dim or len(found.indices) > k):
             return None
         return found
 
-    def _select_and_save(
-        self,
-        store: SelectionStore,
-        key: SelectionKey,
-        open_slide: Callable[[], AbstractContextManager[FeatureFile]],
-        k: int,
-        keep_all_scores: bool,
-    ) -> Selected:
-        scores = store.load_scores(key.of_scores())
-        with open_slide() as slide:
-            if scores is None or len(scores) != slide.num_patches:
-                scores = None
-                selection = self.selector.select(slide, k, keep_all_scores=True)
-            else:
-                selection = self.selector.select_by_scores(slide, scores, k, key.scored_on)
-        # Only now is it sure that the slide did not change meanwhile.
-        key = key._replace(scored_on=selection.scored_on)
-        if scores is None:
+    @contextmanager
+    def _alone(self, key: SelectionKey, waiting: Callable[[], None]) -> Iterator[None]:
+        """Keeps out who would read the same slide: threads for other questions, and other processes."""
+        digest, hears = key.of_scores(), isinstance(self.selector.scorer, QuestionScorer)
+        if hears and self._vectors.get(digest) is not None:  # the slide was read already
+            yield
+            return
+        with ExitStack() as locks:
+            if hears:
+                locks.enter_context(self._vectors.alone(digest, waiting))
+            if self.store is not None:
+                locks.enter_context(self.store.alone(digest, waiting))
+            yield
+
+    def _known_scores(self, key: SelectionKey) -> Tensor | None:
+        """Of all patches: a slide's scores, or a `QuestionScorer`'s vectors."""
+        digest, scorer = key.of_scores(), self.selector.scorer
+        if not isinstance(scorer, QuestionScorer):
+            return None if self.store is None else self.store.load_scores(digest)
+        found = self._vectors.get(digest)
+        if found is None and self.store is not None:
+            found = self.store.load_scores(digest)
+            if found is not None and (found.ndim != 2 or found.shape[1] != scorer.rank):
+                return None
+            if found is not None:
+                self._vectors.put(digest, found)
+        return found
+
+    def _read(self, slide: FeatureFile, k: int, question: Question | None) -> tuple[Selection, Tensor]:
+        """The selection with all scores, and what of it serves every K and question."""
+        if not isinstance(self.selector.scorer, QuestionScorer):
+            selection = self.selector.select(slide, k, keep_all_scores=True)
             assert selection.all_scores is not None
-            store.save_scores(key.of_scores(), selection.all_scores)
-        store.save_selection(key.of_selection(k), selection)
-        if not keep_all_scores:
-            selection = replace(selection, all_scores=None, all_coords=None)
-        return Selected(selection, "file" if scores is None else "stored scores")
+            return selection, selection.all_scores
+        found = self.selector.read_vectors(slide)
+        query = None if question is None else question.query
+        return self.selector.select_of_vectors(slide, found, k, query), found.vectors
+
+    def _save_scores(self, key: SelectionKey, scores: Tensor) -> None:
+        if isinstance(self.selector.scorer, QuestionScorer):
+            self._vectors.put(key.of_scores(), scores)
+        if self.store is not None:
+            self.store.save_scores(key.of_scores(), scores)
+
+
+def _text(question: Question | None) -> str | None:
+    return None if question is None else question.text
 
 
 def scorer_name(digest: str, encoder: EncoderCheck, max_patches: int | None) -> str:

@@ -1,0 +1,180 @@
+"""A checkpoint whose scorer hears the question, served: by unmodified clients, and read once in a slide's life."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from vllm_wsi.model.init_checkpoint import init_checkpoint
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.question_text import question_ids, question_text
+from vllm_wsi.model.tiny_settings import TinySettings
+from vllm_wsi.serving.question_hook import with_question
+from vllm_wsi.serving.server_process import VllmServer
+from vllm_wsi.slides import open_features
+
+from .conftest import D, make_slide, slide_message
+from .test_parity import NEW_TOKENS, ask_vllm, start_engine
+
+K, N = 8, 3000
+ASKED = ("Which tissue is this?", "Is there necrosis, and where?")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "asked"
+    settings = TinySettings(
+        feature_dim=D, hidden_size=64, scorer_hidden_size=32, num_slide_tokens=K, scorer_kind="question", seed=3
+    )
+    init_checkpoint(path, settings)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return SparseWSIForConditionalGeneration.from_pretrained(checkpoint).eval()
+
+
+def selected(model, checkpoint, path, question):
+    """As transformers' user selects: by the whole model."""
+    ids = question_ids(AutoTokenizer.from_pretrained(checkpoint), question_text([question]))
+    with open_features(path) as slide, torch.no_grad():
+        return model.selector().select(slide, query=model.query(torch.tensor(ids)))
+
+
+@pytest.mark.engine
+def test_served_tokens_equal_transformers_and_follow_the_question(model, checkpoint, tmp_path):
+    paths = [make_slide(tmp_path / f"{n}.safetensors", n, seed=n) for n in (5, 700, N)]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    llm = start_engine(checkpoint, tmp_path)
+    for question in ASKED:
+        for several in ([paths[0]], [paths[2]], paths):
+            selections = [selected(model, checkpoint, path, question) for path in several]
+            content = [{"type": "image"}] * len(several) + [{"type": "text", "text": question}]
+            prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            wanted = model.generate(
+                prompt, selections, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+            )[0].tolist()
+            assert ask_vllm(llm, several, question)[0] == wanted, (question, len(several))
+    with pytest.raises(ValueError, match="without its question"):
+        llm.generate({"prompt": "<|slide|> x", "multi_modal_data": {"image": open_features(paths[0])}})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("slides")
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, folder, tmp_path_factory):
+    work = tmp_path_factory.mktemp("server")
+    options = json.dumps({"selection_store": str(work / "store")})
+    args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
+    args += ["--enable-mm-embeds", "--mm-processor-kwargs", options]
+    with VllmServer(checkpoint, folder, work / "server.log", args, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def select(server, url):
+    answer = httpx.post(f"{server.api}/wsi/select", json={"url": url})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def ask(client, server, messages):
+    answer = client.chat.completions.create(model=server.model, messages=messages, max_tokens=8, temperature=0)
+    return answer.choices[0].message.content
+
+
+@pytest.mark.server
+def test_many_questions_at_once_read_a_slide_once_and_each_gets_its_own_patches(
+    server, client, folder, model, checkpoint
+):
+    path = make_slide(folder / "once.safetensors", N, seed=1)
+    before = server.metrics()
+    questions = [f"Question {i % 16}: what is seen here?" for i in range(64)]
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda q: ask(client, server, slide_message(path.as_uri(), question=q)), questions))
+    assert all(answers[i] == answers[i % 16] for i in range(64))
+    after = server.metrics()
+    assert after["vllm_wsi:patches_read_total"] - before["vllm_wsi:patches_read_total"] == N
+    for question in questions[:3]:
+        found = select(server, f"{path.as_uri()}#q={quote(question)}")
+        assert found["source"] == "memory"  # the same selection as the chat's
+        assert found["indices"] == selected(model, checkpoint, path, question).indices.tolist()
+
+
+@pytest.mark.server
+def test_the_last_user_turn_is_heard_and_a_url_may_name_its_own_question(server, client, folder):
+    path = make_slide(folder / "turns.safetensors", N, seed=2)
+    url = path.as_uri()
+    by_url = [select(server, f"{url}#q={quote(question)}")["indices"] for question in ASKED]
+    assert by_url[0] != by_url[1]
+    first = slide_message(url, question=ASKED[0])
+    turns = [*first, {"role": "assistant", "content": "Colon."}, {"role": "user", "content": ASKED[1]}]
+    explicit = [*slide_message(f"{url}#q={quote(ASKED[1])}", question=ASKED[0]), *turns[1:]]
+    assert ask(client, server, turns) == ask(client, server, explicit)
+    system = [{"role": "system", "content": "Answer briefly."}, *first]
+    hits = server.metrics()["vllm_wsi:selection_cache_hits_total"]
+    ask(client, server, system)
+    assert server.metrics()["vllm_wsi:selection_cache_hits_total"] == hits + 1  # a system prompt is not heard
+
+
+@pytest.mark.server
+def test_without_a_question_the_free_query_chooses_and_embeddings_without_one_are_refused(
+    server, client, folder, model
+):
+    path = make_slide(folder / "free.safetensors", 500, seed=4)
+    with open_features(path) as slide:
+        wanted = model.selector().select(slide).indices.tolist()
+    assert select(server, path.as_uri())["indices"] == wanted
+    assert select(server, f"{path.as_uri()}#q=%20")["indices"] == wanted
+    part = {"type": "image_embeds", "image_embeds": "AAAA"}
+    with pytest.raises(openai.BadRequestError):
+        ask(client, server, [{"role": "user", "content": [part, {"type": "text", "text": "x"}]}])
+
+
+def told(part):
+    """The URL of a part, after the hook."""
+    [message] = with_question([{"role": "user", "content": [part, {"type": "text", "text": "Which?"}]}])
+    image = message["content"][0]["image_url"]
+    return image if isinstance(image, str) else image["url"]
+
+
+@pytest.mark.parametrize(
+    ("part", "wanted"),
+    [
+        ({"type": "image_url", "image_url": {"url": "file:///a.h5"}}, "file:///a.h5#q=Which%3F"),
+        ({"type": "image_url", "image_url": "file:///a.h5"}, "file:///a.h5#q=Which%3F"),
+        ({"image_url": "file:///a.h5"}, "file:///a.h5#q=Which%3F"),
+        ({"type": "input_image", "image_url": "https://h/a?x=1"}, "https://h/a?x=1#q=Which%3F"),
+        ({"image_url": {"url": "s3://b/a#k=64"}}, "s3://b/a#k=64&q=Which%3F"),
+        ({"image_url": {"url": "file:///a.h5#q=mine"}}, "file:///a.h5#q=mine"),
+        ({"image_url": {"url": "file:///a.h5#q="}}, "file:///a.h5#q="),
+        ({"image_url": {"url": ""}}, ""),
+    ],
+)
+def test_every_form_of_a_slides_url_gets_the_question_once(part, wanted):
+    assert told(part) == wanted
+
+
+def test_what_holds_no_url_or_no_question_is_left_as_it_is():
+    odd = [
+        {"role": "user", "content": "text alone"}, {"role": "user", "content": None}, "x", {"role": "user"},
+        {"role": "user", "content": [{"image_url": {"url": 3}}, {"type": "image_embeds", "image_embeds": "A"}, "y"]},
+        {"role": "tool", "content": [{"type": "text", "text": "tool"}]},
+    ]  # fmt: skip
+    assert with_question(odd) == odd
+    silent = [{"role": "user", "content": [{"image_url": {"url": "file:///a.h5"}}, {"type": "text", "text": " "}]}]
+    assert with_question(silent) == silent
