@@ -20,6 +20,7 @@ from vllm_wsi.slides import open_features
 
 from .conftest import D, make_slide, slide_message
 from .test_parity import NEW_TOKENS, ask_vllm, start_engine
+from .test_viewer import chromium, playwright_api  # noqa: F401 - a fixture
 
 K, N = 8, 3000
 ASKED = ("Which tissue is this?", "Is there necrosis, and where?")
@@ -143,6 +144,29 @@ def test_without_a_question_the_free_query_chooses_and_embeddings_without_one_ar
     part = {"type": "image_embeds", "image_embeds": "AAAA"}
     with pytest.raises(openai.BadRequestError):
         ask(client, server, [{"role": "user", "content": [part, {"type": "text", "text": "x"}]}])
+
+
+@pytest.mark.server
+@pytest.mark.browser
+def test_the_page_shows_the_patches_of_each_question(chromium, server, folder):  # noqa: F811
+    path = make_slide(folder / "seen.safetensors", N, seed=6)
+    page = chromium.new_page()
+    page.set_default_timeout(30_000)
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"{server.root}/wsi/#slide={quote(path.as_uri(), safe='')}")
+    expect = playwright_api.expect
+    expect(page.locator("#kept-note")).to_have_text(f"{K} of 3,000", timeout=30_000)
+    for question in ASKED:
+        page.fill("#question", question)
+        page.click("#send")
+        expect(page.locator("#kept-note")).to_contain_text(question, timeout=30_000)
+        scores = sorted(select(server, f"{path.as_uri()}#q={quote(question)}")["scores"], reverse=True)
+        wanted = [f"{rank}{score:.3f}" for rank, score in enumerate(scores, start=1)]
+        assert page.locator("#patches button").all_text_contents() == wanted
+        expect(page.locator("#send")).to_be_visible(timeout=30_000)
+    page.close()
+    assert not problems
 
 
 def told(part):

@@ -91,7 +91,7 @@ def test_a_held_slide_delays_neither_a_known_nor_another_new_slide(service, tmp_
     release, read = threading.Event(), RawRows.read_into
 
     def read_into(self, start, out):
-        if self._path == blocked:
+        if self.source.name == str(blocked):
             assert release.wait(WAIT)
         read(self, start, out)
 

@@ -47,7 +47,7 @@ def disk(monkeypatch):
     answers, read = threading.Event(), RawRows.read_into
 
     def read_into(self, start, out):
-        if self._path.name.startswith("stalled"):
+        if Path(self.source.name).name.startswith("stalled"):
             assert answers.wait(WAIT)
         read(self, start, out)
 

@@ -15,6 +15,7 @@ from vllm_wsi.serving.client_errors import naming_the_file_alone
 from vllm_wsi.serving.connector import SlideConnector, parse_fragment
 from vllm_wsi.serving.slide_request import SelectedSlide
 from vllm_wsi.serving.spooled_slide import BY_VALUE
+from vllm_wsi.serving.vllm_hooks import current_service
 from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.places import Said, origin, refuse_guesses, with_image_mpp
 from vllm_wsi.slides.regions import extent, said_size
@@ -176,6 +177,7 @@ class SlideView:
                 "extent_px": place.size_px,
                 "mpp": positive_number(slide.metadata.get("mpp")) or (found.image and found.image.mpp),
                 "has_image": found.image is not None,
+                "hears_questions": _hears_questions(),
                 "tiles": found.image and found.image.tiles,
                 "guesses": place.guesses,
                 "has_qc": has_qc,
@@ -243,6 +245,12 @@ class SlideView:
 def _name(selected: SelectedSlide) -> str:
     request = selected.request
     return BY_VALUE if request is None else request.name
+
+
+def _hears_questions() -> bool:
+    """Whether a slide's patches depend on the question."""
+    service = current_service()
+    return service is not None and service.questions is not None
 
 
 def _fragment_encoder(url: str) -> str | None:

@@ -3,7 +3,9 @@
 import * as api from "./api.js";
 
 export class Chat {
-  constructor() {
+  // onQuestion: told of each question that is asked.
+  constructor(onQuestion) {
+    this.onQuestion = onQuestion;
     this.log = document.getElementById("log");
     this.form = document.getElementById("ask");
     this.question = document.getElementById("question");
@@ -72,6 +74,7 @@ export class Chat {
     this.question.value = "";
     this.say("user", text);
     this.turns.push({ role: "user", text });
+    this.onQuestion(text);
     const turn = this.say("assistant", "");
     turn.classList.add("waiting");
     const flight = (this.flight = new AbortController());

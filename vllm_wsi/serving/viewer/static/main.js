@@ -8,8 +8,9 @@ import { createStage, drawScale, openSlide } from "./stage.js";
 const at = (id) => document.getElementById(id);
 const viewer = createStage(at("slide"));
 const overlay = new Overlay(viewer, choosePatch);
-const chat = new Chat();
+const chat = new Chat(showPatchesFor);
 const state = { slides: [], url: null, facts: null, patches: [], loading: new AbortController(), heatUrl: null };
+state.asking = new AbortController(); // for the patches of the last question
 const accepted = new Set(); // URLs of slides whose guessed places the user wants to see all the same
 
 function showProblem(error) {
@@ -78,7 +79,7 @@ function openFromHash() {
 async function open(url) {
   state.loading.abort();
   const { signal } = (state.loading = new AbortController());
-  Object.assign(state, { url, facts: null, patches: [] });
+  Object.assign(state, { url, facts: null, patches: [], question: "" });
   chat.start(url);
   overlay.clear();
   viewer.close();
@@ -113,6 +114,26 @@ async function open(url) {
   }
 }
 
+// The slide's URL as the question's patches are asked for, where the checkpoint's scorer hears it.
+function asked() {
+  if (!state.question || !state.facts?.hears_questions) return state.url;
+  return `${state.url}${state.url.includes("#") ? "&" : "#"}q=${encodeURIComponent(state.question)}`;
+}
+
+async function showPatchesFor(question) {
+  state.question = question;
+  if (!state.facts?.hears_questions) return;
+  state.asking.abort();
+  state.asking = new AbortController();
+  const signal = AbortSignal.any([state.loading.signal, state.asking.signal]);
+  try {
+    await Promise.all([showSelection(state.url, signal), showHeat(state.url, state.facts, signal)]);
+    if (!signal.aborted) await loadPictures(state.url, signal);
+  } catch (error) {
+    if (!signal.aborted) showProblem(error);
+  }
+}
+
 // Whether patches would be drawn upon the slide at places that nobody said.
 const withheld = (facts, url) => facts.has_image && facts.guesses.length > 0 && !accepted.has(url);
 
@@ -132,7 +153,7 @@ function describe(facts) {
 }
 
 async function showSelection(url, signal) {
-  const chosen = await (await api.post(api.address("wsi/select"), { url }, signal)).json();
+  const chosen = await (await api.post(api.address("wsi/select"), { url: asked() }, signal)).json();
   if (signal.aborted) return;
   const rects = withheld(state.facts, url) ? null : chosen.rects;
   const patches = chosen.indices.map((row, i) => ({ row, score: chosen.scores[i], rect: rects?.[i] }));
@@ -140,7 +161,8 @@ async function showSelection(url, signal) {
   patches.forEach((patch, i) => (patch.rank = i + 1));
   state.patches = patches;
   const nan = chosen.num_nonfinite ? `, ${chosen.num_nonfinite} without a finite score` : "";
-  at("kept-note").textContent = `${patches.length} of ${chosen.num_patches.toLocaleString("en")}${nan}`;
+  const why = asked() === url ? "" : ` for “${state.question}”`;
+  at("kept-note").textContent = `${patches.length} of ${chosen.num_patches.toLocaleString("en")}${nan}${why}`;
   if (chosen.rects_missing) {
     at("remark").textContent = chosen.rects_missing;
     at("remark").hidden = false;
@@ -152,7 +174,7 @@ async function showSelection(url, signal) {
 
 async function showHeat(url, facts, signal) {
   if (!facts.extent_px || withheld(facts, url)) return;
-  const query = { url, overlay: 1, accept_guess: Number(accepted.has(url)) };
+  const query = { url: asked(), overlay: 1, accept_guess: Number(accepted.has(url)) };
   const picture = await (await api.ask(api.address("wsi/heatmap.png", query), { signal })).blob();
   if (signal.aborted) return;
   if (state.heatUrl) URL.revokeObjectURL(state.heatUrl);
@@ -248,7 +270,7 @@ at("home").addEventListener("click", () => viewer.viewport.goHome());
 at("geojson").addEventListener("click", async (event) => {
   event.preventDefault();
   try {
-    const answer = await api.post(api.address("wsi/select", { format: "geojson" }), { url: state.url });
+    const answer = await api.post(api.address("wsi/select", { format: "geojson" }), { url: asked() });
     const link = document.createElement("a");
     link.href = URL.createObjectURL(await answer.blob());
     link.download = `${state.facts.name}.geojson`;
