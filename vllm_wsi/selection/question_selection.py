@@ -6,12 +6,13 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_wsi.kernels import map_blocks, select_topk
 
 from .chunk_reader import ChunkReader
-from .question_scorer import QuestionScorer, vector_scores
+from .question_scorer import QuestionScorer
 from .scoring_device import Place
 
 
@@ -23,6 +24,9 @@ class SlideVectors(NamedTuple):
     read_seconds: float
     score_seconds: float
     fallback: str | None = None  # why the CPU did what a GPU should have
+
+
+BLOCK_ROWS = 4096
 
 
 class Question(NamedTuple):
@@ -64,14 +68,23 @@ def best_by_question(scorer: QuestionScorer, vectors: Tensor, k: int, query: Ten
     Returns:
         (int64 [m], ascending, m = min(k, patches with a finite score); fp32 [N], by the query).
     """
-    free = vector_scores(vectors, scorer.free_query.detach().cpu())
+    free_query = scorer.free_query.detach().cpu()
+    scores, free = _scores(vectors, free_query if query is None else query, free_query)
     if query is None:
         return _best(free, k), free
-    scores, num_free = vector_scores(vectors, query), scorer.free_of(k)
+    num_free = scorer.free_of(k)
     rows = _best(scores, k - num_free)
     if num_free:
         rows = torch.cat((rows, _best(free.index_fill(0, rows, -torch.inf), num_free))).sort().values
     return rows, scores
+
+
+def _scores(vectors: Tensor, *queries: Tensor) -> tuple[Tensor, ...]:
+    """fp32 [N] by each query. In blocks that stay in a core's cache, whose bits do not depend on the cores."""
+    both = torch.stack(queries)
+    out = torch.empty(len(vectors), len(queries))
+    map_blocks(vectors, 0, lambda block: F.linear(block.float(), both), out, BLOCK_ROWS)
+    return tuple(column.contiguous() for column in out.unbind(dim=1))
 
 
 def _best(scores: Tensor, k: int) -> Tensor:
