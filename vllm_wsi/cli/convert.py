@@ -22,13 +22,14 @@ def convert(
         int | None, option("--workers", metavar="N", min=1, help="files at once (default: by cores)")
     ] = None,
 ) -> None:
+    from vllm_wsi.executors import LocalExecutor
     from vllm_wsi.slides.convert_features import SUMMARY, convert_many, find_conversions
     from vllm_wsi.slides.many_slides import count_by_status, write_summary
 
     jobs = find_conversions(features, out)
     out.mkdir(parents=True, exist_ok=True)
     with slides_bar(len(jobs)) as (_, ended):
-        outcomes = convert_many(jobs, encoder, dtype, workers, ended)
+        outcomes = convert_many(jobs, encoder, dtype, LocalExecutor(workers), ended)
     counts = count_by_status(outcomes)
     write_summary(out / SUMMARY, outcomes)
     print(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed; see {out / SUMMARY}")

@@ -57,6 +57,7 @@ def encode(
     with needs_extra("slides"):
         from vllm_wsi.encoding.encode_many import SUMMARY, Encoded, encode_many, find_jobs, nothing
         from vllm_wsi.encoding.encode_slide import EncodeSettings
+    from vllm_wsi.executors import LocalExecutor
     from vllm_wsi.slides.many_slides import count_by_status, write_summary
 
     settings = EncodeSettings(
@@ -84,7 +85,7 @@ def encode(
         def progress(done: int, total: int) -> None:
             bar.set_postfix_str(f"{done:,} of {total:,} patches")
 
-        outcomes = encode_many(jobs, encoder, settings, device, workers, ended, progress, afterwards)
+        outcomes = encode_many(jobs, encoder, settings, device, LocalExecutor(workers), ended, progress, afterwards)
     counts = count_by_status(outcomes)
     write_summary(out / SUMMARY, outcomes, Encoded)
     print(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed; see {out / SUMMARY}")

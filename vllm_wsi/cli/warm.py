@@ -36,13 +36,14 @@ def warm(
     ] = None,
     summary: Annotated[Path | None, option("--summary", metavar="FILE.csv", help="a row for each slide")] = None,
 ) -> None:
+    from vllm_wsi.executors import LocalExecutor
     from vllm_wsi.slides.many_slides import count_by_status, write_summary
     from vllm_wsi.store.warm import WarmSettings, find_features, warm_many
 
     settings = WarmSettings(checkpoint, named_store(store, store_gib), k, encoder, device, encoder_mismatch)
     files = find_features(features)
     with slides_bar(len(files)) as (_, ended):
-        outcomes = warm_many(files, settings, workers, ended)
+        outcomes = warm_many(files, settings, LocalExecutor(workers), ended)
     counts = count_by_status(outcomes)
     if summary is not None:
         write_summary(summary, outcomes)
