@@ -16,7 +16,7 @@ from vllm_wsi.slides.many_slides import Outcome, crashed, place_slides, why_fail
 from vllm_wsi.slides.units import positive_number
 
 from .encode_slide import EncodeResult, EncodeSettings, encode_slide
-from .encoders import PatchEncoder, load_encoder
+from .encoders import BUILT_IN, PatchEncoder, load_encoder
 from .same_slide import Sameness, find_same, slide_key
 
 SLIDES_A_STARTER = 50  # of which one process tells the hashes before another is worth its start
@@ -113,9 +113,10 @@ def encode_many(
     Returns:
         In the order of the jobs.
     """
-    encoder = load_encoder(encoder_name, device)  # whatever is wrong with it is wrong once, here
-    settings = settings.resolved(encoder)
     executor = executor or LocalExecutor()
+    encoder = load_encoder(encoder_name, executor.device_here(device))  # whatever is wrong with it is wrong once, here
+    settings = settings.resolved(encoder)
+    device = "cpu" if encoder_name == BUILT_IN else executor.device_there(device)
     fills_machine = encoder.on_gpu or encoder.input_px is not None
     outcomes: dict[Job, Encoded] = {}
     waiting: list[Job] = []
@@ -144,8 +145,9 @@ def encode_many(
         partial(_encode_in_worker, settings=settings, afterwards=afterwards),
         _start_worker,
         (encoder_name, device),
-        here=partial(_encode, encoder=encoder, settings=settings, afterwards=afterwards, on_progress=on_progress),
+        do_here=partial(_encode, encoder=encoder, settings=settings, afterwards=afterwards, on_progress=on_progress),
         fills_machine=fills_machine,
+        device=device,
     )
     for job, outcome in executor.run(work, waiting):
         end(job, outcome or Encoded(str(job.slide), "failed", reason=crashed(job.slide)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -33,6 +33,10 @@ class WarmSettings:
     encoder: str | None = None  # which features, where a file holds several
     device: str = "auto"
     encoder_mismatch: Mismatch = "refuse"
+
+    def on(self, device: str) -> WarmSettings:
+        """The same on another device."""
+        return replace(self, device=device)
 
 
 def find_features(paths: Iterable[Path]) -> list[Path]:
@@ -69,18 +73,31 @@ def warm_many(
     Raises:
         CheckpointError, SettingsError, SetupError: the checkpoint, the store or the device is not there.
     """
-    selector = stored_selector(settings)  # whatever is wrong with it is wrong once, here
+    executor = executor or LocalExecutor()
+    selector = stored_selector(
+        settings.on(executor.device_here(settings.device))
+    )  # what is wrong with it is wrong once, here
     on_gpu = not isinstance(selector.selector.start(), Cpu)
-    work = Work(partial(_warm, settings), _one_thread, fills_machine=on_gpu)
+    device = executor.device_there(settings.device)
+    work = Work(partial(_warm, settings.on(device)), _one_thread, fills_machine=on_gpu, device=device)
     outcomes: dict[Path, Outcome] = {}
-    for file, outcome in (executor or LocalExecutor()).run(work, files):
+    for file, outcome in executor.run(work, files):
         outcomes[file] = outcome or Outcome(str(file), "failed", reason=crashed(file))
         on_outcome(outcomes[file])
     return [outcomes[file] for file in files]
 
 
-def warm_file(settings: WarmSettings, file: Path) -> None:
-    """Selects one slide. Raises SlideError."""
+def warming(settings: WarmSettings, executor: Executor) -> Callable[[Path], None]:
+    """What selects one slide, in the process that has just written its features.
+
+    Raises:
+        CheckpointError, SettingsError, SetupError: the checkpoint, the store or the device is not there.
+    """
+    stored_selector(settings.on(executor.device_here(settings.device)))  # said before an hour of encoding
+    return partial(_warm_file, settings.on(executor.device_there(settings.device)))
+
+
+def _warm_file(settings: WarmSettings, file: Path) -> None:
     stored_selector(settings).select_file(file, settings.k, settings.encoder)
 
 

@@ -1,41 +1,15 @@
-"""One thing that is done with many items: what it needs, and who does it, this process or several."""
+"""Many items on one machine: by this process, or by a pool of several."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
 
 from vllm_wsi.processes import process_pool
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Work(Generic[Item, Result]):
-    """What is done with each item.
-
-    `do` and `start` go to other processes: they are functions of a module, or `partial`s of such.
-    """
-
-    do: Callable[[Item], Result]
-    start: Callable[..., None] | None = None  # called in each worker first, with `given`; not in this process
-    given: tuple[Any, ...] = ()
-    here: Callable[[Item], Result] | None = None  # instead of `do`, in this process
-    fills_machine: bool = False  # a worker uses all cores, or the GPU: unless told otherwise, one runs on a machine
-    most_workers: int | None = None  # that are worth their start
-
-
-class Executor(Protocol):
-    """Does a work with many items by one or several workers."""
-
-    def run(self, work: Work[Item, Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | None]]:
-        """(item, what came of it) as each ends, None where it ends its worker; an item's error is raised."""
-        ...
+from .executor import Item, Result, Work
 
 
 class LocalExecutor:
@@ -48,6 +22,14 @@ class LocalExecutor:
     def __init__(self, workers: int | None = None) -> None:
         self._workers = workers
 
+    def device_here(self, device: str) -> str:
+        """As `Executor.device_here`."""
+        return device
+
+    def device_there(self, device: str) -> str:
+        """As `Executor.device_there`."""
+        return device
+
     def run(self, work: Work[Item, Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | None]]:
         """As `Executor.run`. An item that ends this process, where it is the only worker, ends all."""
         workers = self._workers or (1 if work.fills_machine else os.cpu_count() or 1)
@@ -57,7 +39,7 @@ class LocalExecutor:
         if workers > 1:
             yield from _in_processes(work, list(items), min(workers, work.most_workers or workers))
         else:
-            do = work.here or work.do
+            do = work.do_here or work.do
             for item in items:
                 yield item, do(item)
 
