@@ -4,6 +4,7 @@ The tests stand in the order in which they run: the last ones kill the nodes, an
 """
 
 import csv
+import json
 import socket
 import subprocess
 import sys
@@ -14,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vllm_wsi.benchmark.results import read_results
 from vllm_wsi.cli.app import main
 from vllm_wsi.errors import SettingsError, SetupError, SlideError
 from vllm_wsi.executors import Work
 from vllm_wsi.executors.ray_executor import ray_executor
 from vllm_wsi.executors.ray_worker import RayWorker, WorkerStart
+from vllm_wsi.haystack.generator import HaystackWorld
+from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.serving.server_process import free_port
@@ -143,6 +147,29 @@ def test_encoded_and_warmed_on_a_cluster_is_what_this_machine_makes(cluster, tmp
     assert "2 done, 0 skipped, 0 failed" in capfd.readouterr().out
     assert main(["warm", str(tmp_path / "out"), *warm, "-k", "5"]) == 0
     assert "0 done, 2 skipped, 0 failed" in capfd.readouterr().out
+
+
+def test_questions_are_asked_of_engines_on_the_nodes(cluster, tmp_path, capfd):
+    (tmp_path / "features").mkdir()
+    slides = [HaystackWorld().slide("test", number, 500) for number in range(4)]
+    with open(tmp_path / "questions.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Slide", "Question", *"ABCD", "Answer"])
+        for number, slide in enumerate(slides):
+            slide.write(tmp_path / f"features/{number}.safetensors")
+            item = slide.item()
+            writer.writerow([number, item.question.split("\n")[1], *(item.options[one] for one in "ABCD"), item.answer])
+    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 8}
+    command = ["eval", "--task", "csv", "--data", str(tmp_path / "questions.csv"), "--out", str(tmp_path / "out")]
+    command += ["--features", str(tmp_path / "features"), "--baselines", "blind", "--max-tokens", "8"]
+    command += ["--offline", str(DEMO_CHECKPOINT), "--engine-args", json.dumps(engine)]
+    assert main([*command, "--ray", cluster.address, "--workers", "1"]) == 0
+    _, found = read_results(tmp_path / "out/generate.slide.jsonl")
+    assert [row.status for row in found.values()] == ["answered"] * 4
+    assert sum(row.correct for row in found.values()) >= 3
+    before = (tmp_path / "out/generate.slide.jsonl").read_bytes()
+    assert main([*command, "--ray", cluster.address]) == 0  # nothing is left to ask
+    assert (tmp_path / "out/generate.slide.jsonl").read_bytes() == before
 
 
 def test_an_error_of_the_work_is_raised_as_it_is(cluster, jobs):
