@@ -17,6 +17,7 @@ from vllm_wsi.encoding.image import open_image, read_scaled
 from vllm_wsi.encoding.patches import find_patches
 from vllm_wsi.encoding.qc import PATCH, TISSUE
 from vllm_wsi.errors import SlideError
+from vllm_wsi.executors import LocalExecutor
 from vllm_wsi.slides import open_features
 
 from .slide_images import tissue_picture, write_ome_tiff, write_tiff
@@ -193,7 +194,7 @@ def test_several_workers_write_what_one_writes(tmp_path):
         write_tiff(tmp_path / f"{seed}.tiff", tissue_picture(640, 512, seed))
     for workers in (1, 2):
         jobs = find_jobs([tmp_path], tmp_path / f"out{workers}")
-        outcomes = encode_many(jobs, "colour-texture", SMALL, workers=workers)
+        outcomes = encode_many(jobs, "colour-texture", SMALL, executor=LocalExecutor(workers))
         assert [Path(o.slide).name for o in outcomes] == ["0.tiff", "1.tiff", "2.tiff"]
         assert {o.status for o in outcomes} == {"done"}
     for seed in range(3):
@@ -217,7 +218,7 @@ def test_a_slide_that_takes_its_process_down_stops_no_other(tmp_path, monkeypatc
     )
     monkeypatch.setenv("PYTHONPATH", str(hook))
     jobs = find_jobs([tmp_path], tmp_path / "out")
-    outcomes = encode_many(jobs, "colour-texture", SMALL, workers=2)
+    outcomes = encode_many(jobs, "colour-texture", SMALL, executor=LocalExecutor(2))
     assert [o.status for o in outcomes] == ["done", "failed", "done"]
     assert "bomb.tiff: found a slide that ends its reader" in outcomes[1].reason
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Encoder, argument, option
+from .options import Encoder, Ray, argument, chosen_executor, option
 from .slides_bar import slides_bar
 
 DTYPE_HELP = "float16, or same as in the source (default same); a value that float16 cannot hold is an error"
@@ -21,14 +21,15 @@ def convert(
     workers: Annotated[
         int | None, option("--workers", metavar="N", min=1, help="files at once (default: by cores)")
     ] = None,
+    ray: Ray = None,
 ) -> None:
     from vllm_wsi.slides.convert_features import SUMMARY, convert_many, find_conversions
     from vllm_wsi.slides.many_slides import count_by_status, write_summary
 
     jobs = find_conversions(features, out)
     out.mkdir(parents=True, exist_ok=True)
-    with slides_bar(len(jobs)) as (_, ended):
-        outcomes = convert_many(jobs, encoder, dtype, workers, ended)
+    with chosen_executor(ray, workers, out) as executor, slides_bar(len(jobs)) as (_, ended):
+        outcomes = convert_many(jobs, encoder, dtype, executor, ended)
     counts = count_by_status(outcomes)
     write_summary(out / SUMMARY, outcomes)
     print(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed; see {out / SUMMARY}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +10,7 @@ import typer
 
 from vllm_wsi.errors import needs_extra
 
-from .options import argument, option
+from .options import Ray, argument, chosen_executor, option
 from .slides_bar import slides_bar
 from .warm import STORE_HELP, named_store
 
@@ -50,6 +50,7 @@ def encode(
     workers: Annotated[
         int | None, option("--workers", metavar="N", min=1, help="slides at once (default: by the encoder)")
     ] = None,
+    ray: Ray = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], option("--device")] = "auto",
     warm: Annotated[str | None, option("--warm", metavar="C", help=WARM_HELP)] = None,
     store: Annotated[Path | None, option("--store", metavar="DIR", help=STORE_HELP)] = None,
@@ -57,6 +58,7 @@ def encode(
     with needs_extra("slides"):
         from vllm_wsi.encoding.encode_many import SUMMARY, Encoded, encode_many, find_jobs, nothing
         from vllm_wsi.encoding.encode_slide import EncodeSettings
+        from vllm_wsi.encoding.encoders import BUILT_IN
     from vllm_wsi.slides.many_slides import count_by_status, write_summary
 
     settings = EncodeSettings(
@@ -70,21 +72,22 @@ def encode(
         dtype=dtype,
         batch_size=batch_size,
     )
-    afterwards = nothing
-    if warm is not None:
-        from vllm_wsi.store.warm import WarmSettings, stored_selector, warm_file
-
-        warming = WarmSettings(warm, named_store(store), device=device)
-        stored_selector(warming)  # what is wrong with it is said before an hour of encoding
-        afterwards = partial(warm_file, warming)
     jobs = find_jobs(slides, out, qc)
     out.mkdir(parents=True, exist_ok=True)
-    with slides_bar(len(jobs)) as (bar, ended):
+    with chosen_executor(ray, workers, out) as executor:
+        afterwards: Callable[[Path], None] = nothing
+        if warm is not None:
+            from vllm_wsi.store.warm import WarmSettings, warming
 
-        def progress(done: int, total: int) -> None:
-            bar.set_postfix_str(f"{done:,} of {total:,} patches")
+            no_gpu = ray is not None and encoder == BUILT_IN  # for a worker of the cluster
+            warm_settings = WarmSettings(warm, named_store(store), device="cpu" if no_gpu else device)
+            afterwards = warming(warm_settings, executor)
+        with slides_bar(len(jobs)) as (bar, ended):
 
-        outcomes = encode_many(jobs, encoder, settings, device, workers, ended, progress, afterwards)
+            def progress(done: int, total: int) -> None:
+                bar.set_postfix_str(f"{done:,} of {total:,} patches")
+
+            outcomes = encode_many(jobs, encoder, settings, device, executor, ended, progress, afterwards)
     counts = count_by_status(outcomes)
     write_summary(out / SUMMARY, outcomes, Encoded)
     print(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed; see {out / SUMMARY}")

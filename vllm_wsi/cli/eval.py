@@ -12,7 +12,7 @@ import typer
 
 from vllm_wsi.errors import SettingsError, SetupError, needs_extra
 
-from .options import Mismatch, option
+from .options import Mismatch, Ray, chosen_executor, option
 
 if TYPE_CHECKING:
     from vllm_wsi.benchmark.runner import Evaluation
@@ -68,6 +68,10 @@ def evaluate(
     engine_args: Annotated[str, option("--engine-args", metavar="JSON", help="of vllm.LLM, for --offline")] = "{}",
     encoder_mismatch: Annotated[Mismatch, option("--encoder-mismatch", help=ALLOW_HELP)] = "refuse",
     seed: Annotated[int, option("--seed", help="of random-32 and of the intervals")] = 0,
+    ray: Ray = None,
+    workers: Annotated[
+        int | None, option("--workers", metavar="N", min=1, help="engines at once, for --ray (default: by GPUs)")
+    ] = None,
 ) -> None:
     """Without a way to ask, what was answered so far is summed up."""
     ways = {
@@ -79,6 +83,10 @@ def evaluate(
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
         raise typer.BadParameter(f"found {' and '.join(given)}, wanted one of them")
+    if ray is not None and offline is None:
+        raise typer.BadParameter("found --ray, wanted --offline with it")
+    if workers is not None and ray is None:
+        raise typer.BadParameter("found --workers, wanted --ray with it")
     arguments = _json_object(engine_args)
     with needs_extra("eval"):
         from vllm_wsi.benchmark.report import report
@@ -107,7 +115,7 @@ def evaluate(
     if import_batch is not None:
         _import(evaluation, import_batch, model)
     elif offline is not None:
-        _ask_offline(evaluation, offline, arguments, encoder_mismatch)
+        _ask_offline(evaluation, offline, arguments, encoder_mismatch, ray, workers)
     elif endpoint is not None:
         asyncio.run(_ask_endpoint(evaluation, endpoint, model, retries, timeout))
     lines, num_errors = report(evaluation, compare or ())
@@ -128,7 +136,12 @@ async def _ask_endpoint(evaluation: Evaluation, url: str, model: str | None, ret
 
 
 def _ask_offline(
-    evaluation: Evaluation, checkpoint: str, engine_args: dict[str, Any], encoder_mismatch: Mismatch
+    evaluation: Evaluation,
+    checkpoint: str,
+    engine_args: dict[str, Any],
+    encoder_mismatch: Mismatch,
+    ray: str | None,
+    workers: int | None,
 ) -> None:
     from vllm_wsi.benchmark.ask_offline import ask_offline
 
@@ -137,7 +150,11 @@ def _ask_offline(
     if encoder_mismatch == "allow":
         options = {**engine_args.get("mm_processor_kwargs", {}), "encoder_mismatch": encoder_mismatch}
         engine_args = {**engine_args, "mm_processor_kwargs": options}
-    ask_offline(evaluation, checkpoint, engine_args)
+    if ray is None:
+        ask_offline(evaluation, checkpoint, engine_args)
+        return
+    with chosen_executor(ray, workers) as executor:
+        ask_offline(evaluation, checkpoint, engine_args, executor)
 
 
 def _export(evaluation: Evaluation, path: Path, model: str | None) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from vllm_wsi.errors import SettingsError
 
-from .options import DEVICE_HELP, Encoder, EncoderMismatch, argument, option
+from .options import DEVICE_HELP, Encoder, EncoderMismatch, Ray, argument, chosen_executor, option
 from .slides_bar import slides_bar
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def warm(
     workers: Annotated[
         int | None, option("--workers", metavar="N", min=1, help="slides at once (default: by cores)")
     ] = None,
+    ray: Ray = None,
     summary: Annotated[Path | None, option("--summary", metavar="FILE.csv", help="a row for each slide")] = None,
 ) -> None:
     from vllm_wsi.slides.many_slides import count_by_status, write_summary
@@ -41,8 +42,8 @@ def warm(
 
     settings = WarmSettings(checkpoint, named_store(store, store_gib), k, encoder, device, encoder_mismatch)
     files = find_features(features)
-    with slides_bar(len(files)) as (_, ended):
-        outcomes = warm_many(files, settings, workers, ended)
+    with chosen_executor(ray, workers, settings.store.folder) as executor, slides_bar(len(files)) as (_, ended):
+        outcomes = warm_many(files, settings, executor, ended)
     counts = count_by_status(outcomes)
     if summary is not None:
         write_summary(summary, outcomes)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.executors import Executor, LocalExecutor, Work
 from vllm_wsi.files import IMAGE_SUFFIXES, QC_SUFFIX
 from vllm_wsi.slides.formats.dispatch import open_features
-from vllm_wsi.slides.many_slides import Outcome, crashed, in_processes, place_slides, why_failed
+from vllm_wsi.slides.many_slides import Outcome, crashed, place_slides, why_failed
 from vllm_wsi.slides.units import positive_number
 
 from .encode_slide import EncodeResult, EncodeSettings, encode_slide
-from .encoders import PatchEncoder, load_encoder
+from .encoders import BUILT_IN, PatchEncoder, load_encoder
 from .same_slide import Sameness, find_same, slide_key
 
 SLIDES_A_STARTER = 50  # of which one process tells the hashes before another is worth its start
@@ -96,7 +96,7 @@ def encode_many(
     encoder_name: str,
     settings: EncodeSettings,
     device: str = "auto",
-    workers: int | None = None,
+    executor: Executor | None = None,
     on_outcome: Callable[[Encoded], None] = lambda outcome: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     afterwards: Callable[[Path], None] = nothing,
@@ -104,7 +104,7 @@ def encode_many(
     """Encodes slides, each once; one that fails, or that takes its process down, stops no other.
 
     Args:
-        workers: processes; None: one for each core for the built-in encoder, one for others, which use all cores.
+        executor: None: a process for each core for the built-in encoder, one for others, which use all cores.
         on_outcome: called as each slide ends.
         on_progress: called with patches done and in all, where one worker does one slide after the other.
         afterwards: called with each new feature file, in the process that wrote it, while the system still has it in
@@ -113,10 +113,11 @@ def encode_many(
     Returns:
         In the order of the jobs.
     """
-    encoder = load_encoder(encoder_name, device)  # whatever is wrong with it is wrong once, here
+    executor = executor or LocalExecutor()
+    encoder = load_encoder(encoder_name, executor.device_here(device))  # whatever is wrong with it is wrong once, here
     settings = settings.resolved(encoder)
-    if workers is None:
-        workers = 1 if encoder.on_gpu or encoder.input_px is not None else os.cpu_count() or 1
+    device = "cpu" if encoder_name == BUILT_IN else executor.device_there(device)
+    fills_machine = encoder.on_gpu or encoder.input_px is not None
     outcomes: dict[Job, Encoded] = {}
     waiting: list[Job] = []
     notes: dict[Job, str] = {}
@@ -127,7 +128,7 @@ def encode_many(
         outcomes[job] = outcome
         on_outcome(outcome)
 
-    for job, same in zip(jobs, _find_same(jobs, workers), strict=True):
+    for job, same in zip(jobs, _find_same(jobs, executor, fills_machine), strict=True):
         notes[job] = same.note
         if same.as_slide is not None:
             end(job, Encoded(str(job.slide), "skipped", reason=f"same slide as {same.as_slide}"))
@@ -140,24 +141,25 @@ def encode_many(
             waiting.append(job)
         else:
             end(job, there)
-    workers = min(workers, len(waiting))
-    if workers > 1:
-        ended = _in_processes(waiting, (encoder_name, device), settings, workers, afterwards)
-    else:
-        ended = ((job, _encode(job, encoder, settings, afterwards, on_progress)) for job in waiting)
-    for job, outcome in ended:
-        end(job, outcome)
+    work = Work(
+        partial(_encode_in_worker, settings=settings, afterwards=afterwards),
+        _start_worker,
+        (encoder_name, device),
+        do_here=partial(_encode, encoder=encoder, settings=settings, afterwards=afterwards, on_progress=on_progress),
+        fills_machine=fills_machine,
+        device=device,
+    )
+    for job, outcome in executor.run(work, waiting):
+        end(job, outcome or Encoded(str(job.slide), "failed", reason=crashed(job.slide)))
     return [outcomes[job] for job in jobs]
 
 
-def _find_same(jobs: Sequence[Job], workers: int) -> list[Sameness]:
+def _find_same(jobs: Sequence[Job], executor: Executor, fills_machine: bool) -> list[Sameness]:
     slides = [job.slide for job in jobs]
     if len(slides) < 2:
         return [Sameness() for _ in slides]
-    if workers == 1:
-        keys = dict(zip(slides, map(slide_key, slides), strict=True))
-    else:
-        keys = dict(in_processes(slide_key, slides, min(workers, 1 + len(slides) // SLIDES_A_STARTER)))
+    most_workers = 1 + len(slides) // SLIDES_A_STARTER
+    keys = dict(executor.run(Work(slide_key, fills_machine=fills_machine, most_workers=most_workers), slides))
     return find_same(slides, [keys[slide] for slide in slides])
 
 
@@ -198,15 +200,3 @@ def _start_worker(name: str, device: str) -> None:
 def _encode_in_worker(job: Job, settings: EncodeSettings, afterwards: Callable[[Path], None]) -> Encoded:
     assert _worker_encoder is not None
     return _encode(job, _worker_encoder, settings, afterwards)
-
-
-def _in_processes(
-    jobs: Sequence[Job],
-    encoder: tuple[str, str],
-    settings: EncodeSettings,
-    workers: int,
-    afterwards: Callable[[Path], None],
-) -> Iterator[tuple[Job, Encoded]]:
-    work = partial(_encode_in_worker, settings=settings, afterwards=afterwards)
-    for job, outcome in in_processes(work, jobs, workers, _start_worker, *encoder):
-        yield job, outcome or Encoded(str(job.slide), "failed", reason=crashed(job.slide))

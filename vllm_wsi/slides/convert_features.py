@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.executors import Executor, LocalExecutor, Work
 from vllm_wsi.files import replacing
 
 from .feature_file import FLOAT_DTYPES, FeatureFile, metadata_strings
 from .formats.dispatch import open_features
 from .identity import SlideIdentity, is_store
-from .many_slides import Outcome, crashed, in_processes, place_slides, why_failed
+from .many_slides import Outcome, crashed, place_slides, why_failed
 from .slide_names import walk_features
 from .units import KEPT_UNIT, KEPT_UNIT_SOURCE
 
@@ -193,13 +193,13 @@ def convert_many(
     jobs: Sequence[Conversion],
     encoder: str | None = None,
     dtype: Dtype = "same",
-    workers: int | None = None,
+    executor: Executor | None = None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Converts files; one that fails, or that takes its process down, stops no other.
 
     Args:
-        workers: processes; None: one for each core.
+        executor: None: a process for each core.
         on_outcome: called as each file ends.
 
     Returns:
@@ -221,10 +221,8 @@ def convert_many(
             waiting.append(job)
         else:
             end(job, there)
-    work = partial(_convert, encoder=encoder, dtype=dtype)
-    workers = min(workers or os.cpu_count() or 1, len(waiting))
-    ended = in_processes(work, waiting, workers) if workers > 1 else ((job, work(job)) for job in waiting)
-    for job, outcome in ended:
+    work = Work(partial(_convert, encoder=encoder, dtype=dtype))
+    for job, outcome in (executor or LocalExecutor()).run(work, waiting):
         end(job, outcome or Outcome(str(job.slide), "failed", reason=crashed(job.slide)))
     return [outcomes[job] for job in jobs]
 

@@ -1,20 +1,15 @@
-"""A command over many slides: where the result of each goes, several workers, and what became of each."""
+"""A command over many slides: where the result of each goes, and what became of each."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.files import write_csv
-from vllm_wsi.processes import process_pool
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,44 +63,6 @@ def why_failed(slide: Path, error: Exception) -> str:
 def crashed(slide: Path) -> str:
     """Why a slide failed that took its process down."""
     return f"{slide}: found a slide that ends its reader"
-
-
-def in_processes(
-    work: Callable[[Any], T], items: Sequence[Any], workers: int, start: Callable[..., None] | None = None, *given: Any
-) -> Iterator[tuple[Any, T | None]]:
-    """(item, what came of it) as each ends, None where it ends its process.
-
-    A damaged slide can take a native reader's whole process down, and with it the pool: what the pool had not finished
-    is then tried again, each item in a process of its own.
-
-    Args:
-        start: called in each process first, with `given`.
-    """
-    left = []
-    for item, done in _pool(work, items, workers, start, *given):
-        if done is None:
-            left.append(item)
-        else:
-            yield item, done.result()
-    for item in left:
-        for _, done in _pool(work, [item], 1, start, *given):
-            yield item, None if done is None else done.result()
-
-
-def _pool(
-    work: Callable[[Any], T], items: Iterable[Any], workers: int, start: Callable[..., None] | None, *given: Any
-) -> Iterator[tuple[Any, Future[T] | None]]:
-    """(item, None) where the process ended before the item did."""
-    with process_pool(workers, start, *given) as pool:
-        futures = {}
-        for item in items:
-            try:
-                futures[pool.submit(work, item)] = item
-            except BrokenProcessPool:
-                yield item, None
-        for future in as_completed(futures):
-            broken = isinstance(future.exception(), BrokenProcessPool)
-            yield futures[future], None if broken else future
 
 
 def write_summary(path: Path, outcomes: Sequence[Outcome], kind: type[Outcome] = Outcome) -> None:

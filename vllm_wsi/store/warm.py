@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.executors import Executor, LocalExecutor, Work
 from vllm_wsi.model.checkpoint import load_selector
 from vllm_wsi.selection.scorer import scorer_digest
 from vllm_wsi.selection.scoring_device import Cpu
 from vllm_wsi.slides.encoder_names import Mismatch
 from vllm_wsi.slides.identity import is_store
-from vllm_wsi.slides.many_slides import Outcome, crashed, in_processes, why_failed
+from vllm_wsi.slides.many_slides import Outcome, crashed, why_failed
 from vllm_wsi.slides.slide_names import walk_features
 
 from .selection_store import SelectionStore
@@ -33,6 +33,10 @@ class WarmSettings:
     encoder: str | None = None  # which features, where a file holds several
     device: str = "auto"
     encoder_mismatch: Mismatch = "refuse"
+
+    def on(self, device: str) -> WarmSettings:
+        """The same on another device."""
+        return replace(self, device=device)
 
 
 def find_features(paths: Iterable[Path]) -> list[Path]:
@@ -54,13 +58,13 @@ def find_features(paths: Iterable[Path]) -> list[Path]:
 def warm_many(
     files: Sequence[Path],
     settings: WarmSettings,
-    workers: int | None = None,
+    executor: Executor | None = None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Selects slides that the store does not hold; one that fails, or that takes its process down, stops no other.
 
     Args:
-        workers: processes; None: one for each core, or one where a GPU scores.
+        executor: None: a process for each core, or one where a GPU scores.
         on_outcome: called as each slide ends.
 
     Returns:
@@ -69,25 +73,32 @@ def warm_many(
     Raises:
         CheckpointError, SettingsError, SetupError: the checkpoint, the store or the device is not there.
     """
-    selector = stored_selector(settings)  # whatever is wrong with it is wrong once, here
-    if workers is None:
-        workers = (os.cpu_count() or 1) if isinstance(selector.selector.start(), Cpu) else 1
-    workers = min(workers, len(files))
-    work = partial(_warm, settings)
+    executor = executor or LocalExecutor()
+    selector = stored_selector(
+        settings.on(executor.device_here(settings.device))
+    )  # what is wrong with it is wrong once, here
+    on_gpu = not isinstance(selector.selector.start(), Cpu)
+    device = executor.device_there(settings.device)
+    work = Work(partial(_warm, settings.on(device)), _one_thread, fills_machine=on_gpu, device=device)
     outcomes: dict[Path, Outcome] = {}
-    for file, outcome in in_processes(work, files, workers, _one_thread) if workers > 1 else _in_turn(work, files):
+    for file, outcome in executor.run(work, files):
         outcomes[file] = outcome or Outcome(str(file), "failed", reason=crashed(file))
         on_outcome(outcomes[file])
     return [outcomes[file] for file in files]
 
 
-def warm_file(settings: WarmSettings, file: Path) -> None:
-    """Selects one slide. Raises SlideError."""
+def warming(settings: WarmSettings, executor: Executor) -> Callable[[Path], None]:
+    """What selects one slide, in the process that has just written its features.
+
+    Raises:
+        CheckpointError, SettingsError, SetupError: the checkpoint, the store or the device is not there.
+    """
+    stored_selector(settings.on(executor.device_here(settings.device)))  # said before an hour of encoding
+    return partial(_warm_file, settings.on(executor.device_there(settings.device)))
+
+
+def _warm_file(settings: WarmSettings, file: Path) -> None:
     stored_selector(settings).select_file(file, settings.k, settings.encoder)
-
-
-def _in_turn(work: Callable[[Path], Outcome], files: Sequence[Path]) -> Iterable[tuple[Path, Outcome]]:
-    return ((file, work(file)) for file in files)
 
 
 def _warm(settings: WarmSettings, file: Path) -> Outcome:
