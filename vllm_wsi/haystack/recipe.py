@@ -8,6 +8,7 @@ from vllm_wsi.errors import SettingsError
 from vllm_wsi.questions.items import SlideItem
 
 from .generator import HaystackWorld, haystack_items
+from .topics import topic_items
 
 DEMO_CHECKPOINT = Path(__file__).with_name("demo_checkpoint")
 """The trained checkpoint in this package, made by `vllm-wsi train haystack --out DIR` (seed 0).
@@ -15,7 +16,7 @@ DEMO_CHECKPOINT = Path(__file__).with_name("demo_checkpoint")
 It answers questions about haystack's virtual slides alone.
 """
 
-GENERATORS = {"haystack": haystack_items}
+GENERATORS = {"haystack": haystack_items, "topics": topic_items}
 """Makers of questions that a training recipe calls by name (`generate: {name: haystack, ...}`)."""
 
 

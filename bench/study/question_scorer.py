@@ -1,0 +1,168 @@
+"""What a scorer that hears the question is worth: `python -m bench.study.question_scorer RUNS --seeds 0 1 2`.
+
+A world of eight topics (`haystack/topics.py`), one of which a question asks about. For each seed (world, weights and
+data) a small decoder first learns to read short, clean bags; behind it two scorers learn from the answers, by the same
+SparseLearn, data and steps: one without the question and one that hears it; and the first one with three times the
+steps. All are judged on the same test slides at K = 32: random patches, each scorer's, those of the scorers without the
+question made diverse (MMR), and the oracle's (key patches alone). It takes about 15 minutes a seed on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from bench.common.record import RESULTS, append_row, check_header
+from vllm_wsi.haystack.recipe import GENERATORS
+from vllm_wsi.haystack.topics import TOPICS, topic_items
+from vllm_wsi.model.chat_renderer import ChatRenderer
+from vllm_wsi.model.config import SparseWSIConfig
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.question_text import question_ids, question_text
+from vllm_wsi.questions.items import SlideItem
+from vllm_wsi.selection.baselines import make_policy
+from vllm_wsi.selection.selection import Selection
+from vllm_wsi.stats import mean_interval
+from vllm_wsi.study.judge import judge, select_all
+from vllm_wsi.study.study import DIVERSE, LEARNED, made_diverse
+from vllm_wsi.training.settings import TrainSettings
+from vllm_wsi.training.train import train
+
+CSV = RESULTS / "study" / "question_scorer.csv"
+COLUMNS = (
+    "seed", "num_patches", "questions", "k", "arm", "steps", "accuracy", "accuracy_low", "accuracy_high",
+    "key_patch_recall", "kept_at_least_one",
+)  # fmt: skip
+K, D = 32, 64
+TEST = {4096: 128, 16_384: 64}
+PATCH = {"kind": "patch", "hidden_size": 128}
+QUESTION = {"kind": "question", "hidden_size": 128, "rank": 16, "free_tokens": 8}
+TEXTS = [
+    *(f"user\nWhich {topic} is on this slide?\n" + "\n".join(findings) for topic, findings in TOPICS.items()),
+    "assistant\nA.\nB.\nC.\nD.",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="directory of the training runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=240, help="of the scorers (default 240)")
+    parser.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
+    args = parser.parse_args()
+    check_header(args.csv, COLUMNS)
+    for seed in args.seeds:
+        runs = args.runs / str(seed)
+        decoder = decoder_of(runs / "decoder", seed, args.decoder_steps)
+        arms = {
+            ("question-free", args.steps): PATCH,
+            ("question-free", 3 * args.steps): PATCH,
+            ("question", args.steps): QUESTION,
+        }
+        for (arm, steps), scorer in arms.items():
+            checkpoint = scorer_of(runs / f"{arm}-{steps}", decoder, scorer, seed, steps)
+            for row in judged(checkpoint, arm, seed):
+                append_row(args.csv, {"seed": seed, "k": K, "steps": steps} | row)
+
+
+def decoder_of(run: Path, seed: int, steps: int) -> Path:
+    """A decoder and a projector that read bags of 32 to 64 patches, every topic among them."""
+    bags = {"name": "topics", "count": 32 * steps, "num_patches": [32, 64], "most_share": 0.125, "seed": seed}
+    new = {
+        "feature_dim": D, "hidden_size": 128, "num_layers": 2, "max_position_embeddings": 139_264,
+        "max_slide_positions": 135_168, "rope_theta": 1e6, "scorer_hidden_size": 128, "initializer_range": 0.05,
+        "num_slide_tokens": K, "texts": TEXTS,
+    }  # fmt: skip
+    stage = {
+        "name": "decoder", "data": data(bags), "train": ["projector", "decoder"], "steps": steps, "batch_size": 32,
+        "warmup_steps": 50, "learning_rate": {"projector": 1e-3, "decoder": 1e-3},
+    }  # fmt: skip
+    return trained(run, {"new": new}, stage, seed)
+
+
+def scorer_of(run: Path, decoder: Path, scorer: dict[str, Any], seed: int, steps: int) -> Path:
+    """That decoder with a scorer that learned from the answers."""
+    slides = {"name": "topics", "count": 16 * steps, "first": 1_000_000, "num_patches": 512, "seed": seed}
+    stage = {
+        "name": "scorer", "data": data(slides), "train": ["scorer", "projector"], "steps": steps, "batch_size": 16,
+        "sparselearn": {"num_slide_tokens": K, "k_start": 256, "k_end": 8},
+        "learning_rate": {"scorer": 2e-3, "denoiser": 2e-3, "projector": 1e-3},
+    }  # fmt: skip
+    start = run.parent / f"start-{scorer['kind']}"
+    if not start.is_dir():
+        begin_with(start, decoder, scorer, seed)
+    return trained(run, {"checkpoint": str(start)}, stage, seed)
+
+
+def data(generate: dict[str, Any]) -> dict[str, Any]:
+    return {"generate": generate | {"feature_dim": D}, "stretch_positions": 131_072, "mix_positions": True}
+
+
+def trained(run: Path, model: dict[str, Any], stage: dict[str, Any], seed: int) -> Path:
+    checkpoint = run / "checkpoint"
+    if not checkpoint.is_dir():
+        train(TrainSettings.model_validate({"seed": seed, "model": model, "stages": [stage]}), run, GENERATORS)
+    return checkpoint
+
+
+def begin_with(out: Path, decoder: Path, scorer: dict[str, Any], seed: int) -> None:
+    """Writes that checkpoint with a new scorer of another kind."""
+    read = SparseWSIForConditionalGeneration.from_pretrained(decoder)
+    config = SparseWSIConfig.from_dict(read.config.to_dict() | {"scorer": scorer})
+    torch.manual_seed(seed)
+    model = SparseWSIForConditionalGeneration(config, language_model=read.language_model)
+    model.projector.load_state_dict(read.projector.state_dict())
+    model.generation_config = read.generation_config
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(out)
+
+
+def judged(checkpoint: Path, arm: str, seed: int) -> list[dict[str, Any]]:
+    """The rows of one checkpoint, with those policies beside it that need no other."""
+    model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).eval()
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
+    rows = []
+    for num_patches, count in TEST.items():
+        items = topic_items("test", count, num_patches, feature_dim=D, seed=seed)
+        if arm == "question":
+            chosen = {arm: [by_question(model, renderer, item) for item in items]}
+        else:
+            policies = {LEARNED: model.selector(), "random": make_policy("random", K)} | made_diverse(model, K)
+            chosen = select_all(items, policies, K)
+            names = {
+                LEARNED: arm,
+                DIVERSE: f"{arm}, MMR",
+                "random": f"random beside {arm}",
+                "oracle": f"oracle of {arm}",
+            }
+            chosen = {names[name]: selections for name, selections in chosen.items()}
+        for name, selections in chosen.items():
+            found = judge(model, renderer, items, selections, K)
+            assert found.key_patch_recall is not None
+            accuracy = mean_interval(found.correct.astype(float))
+            values = (accuracy.estimate, accuracy.low, accuracy.high, found.key_patch_recall.mean())
+            rows.append(
+                {"num_patches": num_patches, "questions": count, "arm": name}
+                | dict(zip(COLUMNS[6:10], (round(float(one), 3) for one in values), strict=True))
+                | {"kept_at_least_one": round(float(np.mean(found.key_patch_recall > 0)), 3)}
+            )
+            print(seed, rows[-1], flush=True)
+    return rows
+
+
+def by_question(model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, item: SlideItem) -> list[Selection]:
+    ids = question_ids(renderer.tokenizer, question_text([item.question]))
+    with torch.no_grad():
+        query = model.query(torch.tensor(ids))
+    with item.slides[0].open() as slide:
+        return [model.selector().select(slide, query=query)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Slides about which many questions can be asked: each shows one finding of each of eight topics, a question asks about
+one topic.
+
+No set of K patches that is chosen without the question holds the key patches of the topic that is asked about for sure:
+there are 32 kinds of findings on slides of several thousand patches, and a finding may have as few as four patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_wsi.errors import SettingsError
+from vllm_wsi.questions.items import SlideItem, multiple_choice
+from vllm_wsi.slides import FeatureFile, features_in_memory
+
+from .generator import LETTERS, SPLITS
+from .patch_types import type_centres
+
+TOPICS: dict[str, tuple[str, str, str, str]] = {
+    "tumour": ("lymphoma", "melanoma", "sarcoma", "carcinoma"),
+    "stroma": ("fibrous", "myxoid", "hyaline", "desmoplastic"),
+    "vessel": ("artery", "vein", "capillary", "lymphatic"),
+    "gland": ("tubular", "cribriform", "papillary", "solid"),
+    "nucleus": ("round", "spindle", "giant", "pleomorphic"),
+    "infiltrate": ("lymphocytes", "neutrophils", "eosinophils", "macrophages"),
+    "necrosis": ("coagulative", "caseous", "fatty", "liquefactive"),
+    "margin": ("pushing", "infiltrating", "encapsulated", "ulcerated"),
+}
+"""Topics, and the findings of each, one of which every slide shows."""
+KINDS = [(topic, finding) for topic, findings in TOPICS.items() for finding in findings]
+NUM_COMMON = 12
+LEAST_PATCHES = 4
+
+
+@dataclass(frozen=True)
+class TopicWorld:
+    """What all slides of one benchmark have in common.
+
+    Args:
+        seed: of the patch types and of every slide.
+        feature_dim: d.
+        noise: standard deviation of a patch about its type.
+        most_share: of a slide's patches, that one finding has at most; how many it has is drawn log-uniformly from
+            four on.
+
+    Raises:
+        SettingsError: a value out of range.
+    """
+
+    seed: int = 0
+    feature_dim: int = 64
+    noise: float = 1.0
+    most_share: float = 1 / 16
+
+    def __post_init__(self) -> None:
+        if self.feature_dim < 3:
+            raise SettingsError(f"topics: feature_dim: found {self.feature_dim}, wanted at least 3")
+        if not 0 < self.noise < np.inf:
+            raise SettingsError(f"topics: noise: found {self.noise}, wanted a finite number above 0")
+        if not 0 < self.most_share * len(TOPICS) <= 1:
+            raise SettingsError(f"topics: most_share: found {self.most_share}, wanted above 0, to 1/{len(TOPICS)}")
+
+    @cached_property
+    def centres(self) -> NDArray[np.float32]:
+        """[common types, then `KINDS`; d], each of mean 0 and variance 1."""
+        return type_centres(self.seed, self.feature_dim, NUM_COMMON, len(KINDS), 0).astype(np.float32)
+
+    def slide(self, split: str, number: int, num_patches: int) -> TopicSlide:
+        """The same slide for the same arguments; slides of two splits never coincide."""
+        return TopicSlide(self, split, number, num_patches)
+
+
+@dataclass(frozen=True, eq=False)
+class TopicSlide:
+    """One virtual slide and one question about it: a `SlideSource` whose features are made each time it is opened."""
+
+    world: TopicWorld
+    split: str
+    number: int
+    num_patches: int
+    topic: str = field(init=False)  # that is asked about
+    finding: str = field(init=False)  # of that topic
+    key_patches: NDArray[np.int64] = field(init=False, repr=False)  # of that finding; ascending
+    _types: NDArray[np.int64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        rng = self._rng(0)
+        most = max(LEAST_PATCHES, int(self.num_patches * self.world.most_share))
+        if self.num_patches < LEAST_PATCHES * len(TOPICS):
+            raise SettingsError(
+                f"topics: num_patches: found {self.num_patches}, wanted at least {LEAST_PATCHES * len(TOPICS)}"
+            )
+        types = rng.integers(NUM_COMMON, size=self.num_patches)
+        free = rng.permutation(self.num_patches)
+        shown = {}
+        for topic in TOPICS:
+            count = min(most, int(np.exp(rng.uniform(np.log(LEAST_PATCHES), np.log(most + 1)))))
+            finding = TOPICS[topic][rng.integers(len(LETTERS))]
+            rows, free = free[:count], free[count:]
+            types[rows] = NUM_COMMON + KINDS.index((topic, finding))
+            shown[topic] = finding, np.sort(rows)
+        topic = list(TOPICS)[rng.integers(len(TOPICS))]
+        for name, value in (("topic", topic), ("finding", shown[topic][0]), ("key_patches", shown[topic][1])):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_types", types)
+
+    def _rng(self, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.world.seed, SPLITS[self.split], self.number, self.num_patches, purpose, 8])
+
+    @property
+    def name(self) -> str:
+        return f"topics-{self.world.seed}-{self.split}-{self.number}-{self.num_patches}"
+
+    def features(self) -> NDArray[np.float32]:
+        """fp32 [N, d]."""
+        x = self._rng(1).standard_normal((self.num_patches, self.world.feature_dim), np.float32)
+        x *= self.world.noise
+        x += self.world.centres[self._types]
+        return x
+
+    def open(self) -> FeatureFile:
+        """The slide as an open feature file in memory."""
+        opened = features_in_memory(self.features(), name=self.name)
+        opened.metadata = {
+            "slide_id": self.name,
+            "encoder": f"topics@{self.world.seed} (virtual patches, no tissue)",
+        }
+        return opened
+
+    def item(self) -> SlideItem:
+        """The question about the slide. The options stand in a random order, so that each letter is as likely."""
+        options = [TOPICS[self.topic][i] for i in self._rng(2).permutation(len(LETTERS))]
+        letter = LETTERS[options.index(self.finding)]
+        text = f"Which {self.topic} is on this slide?"
+        return multiple_choice(self.name, self, text, dict(zip(LETTERS, options, strict=True)), letter)
+
+
+def topic_items(
+    split: str = "train", count: int = 1000, num_patches: int | tuple[int, int] = 512, first: int = 0, **world: Any
+) -> list[SlideItem]:
+    """One question about each of `count` slides.
+
+    Args:
+        split: a key of `SPLITS`.
+        num_patches: N of every slide, or the least and the largest N, between which lengths are drawn.
+        first: number of the first slide.
+        world: arguments of `TopicWorld`.
+
+    Raises:
+        SettingsError: an argument that it does not have.
+    """
+    known = [one.name for one in fields(TopicWorld)]
+    if unknown := world.keys() - {*known}:
+        raise SettingsError(f"topics: found {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
+    made = TopicWorld(**world)
+    low, high = (num_patches, num_patches) if isinstance(num_patches, int) else num_patches
+    items = []
+    for number in range(first, first + count):
+        length = int(np.random.default_rng([number, 12]).integers(low, high, endpoint=True))
+        items.append(made.slide(split, number, length).item())
+    return items
