@@ -23,6 +23,7 @@ USED_OTHERWISE = {
     "import-linter": "a command",
     "mypy": "a command",
     "ruff": "a command",
+    "moto": "a server of S3, for tests: a command",
     "pre-commit": "a command",
     "pytest-asyncio": "a plugin of pytest",
     "pytest-benchmark": "a plugin of pytest",

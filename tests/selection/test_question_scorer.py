@@ -151,6 +151,9 @@ def test_what_no_scorer_can_have_is_refused():
 def test_another_scorer_has_another_digest():
     assert scorer_digest(frozen_scorer(scorer(seed=0))) == scorer_digest(frozen_scorer(scorer(seed=0)))
     assert scorer_digest(frozen_scorer(scorer(seed=0))) != scorer_digest(frozen_scorer(scorer(seed=1)))
+    assert scorer_digest(frozen_scorer(scorer(free_tokens=0))) != scorer_digest(frozen_scorer(scorer(free_tokens=2)))
+    heads = [seeded_scorer("context", D, 32, 0, num_layers=1, num_heads=n) for n in (2, 4)]
+    assert len({scorer_digest(frozen_scorer(one)) for one in heads}) == 2
     changed = scorer(seed=0)
     with torch.no_grad():
         changed.free_query += 1

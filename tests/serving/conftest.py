@@ -8,6 +8,10 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 # vLLM compiles its log-probability sampler on first use, which takes half a minute and changes nothing here.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,18 +57,26 @@ def shared_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def s3():
-    """(client of a real S3 server with the bucket `slides`, the server's address)."""
-    import boto3  # a second to import, which other tests need not wait for
-    from moto.server import ThreadedMotoServer
+    """(client of a real S3 server with the bucket `slides`, the server's address).
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    account = {"aws_access_key_id": "id", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **account)
-    client.create_bucket(Bucket="slides")
-    yield client, f"http://{host}:{port}"
-    server.stop()
+    In a process of its own: vLLM looks at every object of every module, and those of Flask do not stand that.
+    """
+    import boto3  # a second to import, which other tests need not wait for
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address, account = f"http://127.0.0.1:{port}", {"aws_access_key_id": "id", "aws_secret_access_key": "secret"}
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            until = time.monotonic() + 60
+            while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < until:
+                time.sleep(0.1)
+            client = boto3.client("s3", endpoint_url=address, region_name="us-east-1", **account)
+            client.create_bucket(Bucket="slides")
+            yield client, address
+        finally:
+            server.kill()
 
 
 def s3_environment(address):

@@ -250,7 +250,7 @@ def test_a_slide_is_described(http, grid, media):
     tiles = found.pop("tiles")
     assert found == {
         "name": "grid.safetensors", "num_patches": 48, "encoder": "test@1", "extent_px": [2000, 1600], "mpp": 0.5,
-        "has_image": True, "guesses": [], "has_qc": False, "remarks": [],
+        "has_image": True, "hears_questions": False, "guesses": [], "has_qc": False, "remarks": [],
     }  # fmt: skip
     assert (tiles["size_px"], tiles["min_level"], tiles["max_level"]) == (512, 9, 11)
     found = http.get("slide", params={"url": (media / "microns.h5").as_uri()}).json()

@@ -1,6 +1,8 @@
 """Slides in object storage: a real S3 server (moto), and servers that fail while they speak S3, Azure's or Google's."""
 
+import asyncio
 import json
+import socket
 
 import numpy as np
 import pytest
@@ -175,6 +177,7 @@ def as_google(web, monkeypatch, tmp_path):
     (tmp_path / "account.json").write_text(
         json.dumps(account | dict.fromkeys(("client_email", "private_key", "private_key_id"), ""))
     )
+    monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
 
 
@@ -269,6 +272,28 @@ def test_an_error_of_the_store_is_a_422_that_tells_no_address(status, web, conne
         fetch(connector, "s3://slides/a.safetensors")
     assert "127.0.0.1" not in str(raised.value)
     assert "secret" not in str(raised.value) + caplog.text
+
+
+def test_a_store_that_is_silent_holds_up_no_slide_of_this_machine(connector, monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_IMAGE_FETCH_TIMEOUT", "3")
+    (tmp_path / "here.safetensors").write_bytes(slide(n=50))
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as silent:
+        at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+        async def ask():
+            held = [asyncio.create_task(connector.fetch_image_async(f"s3://slides/{i}.h5")) for i in range(80)]
+            await asyncio.sleep(0.5)
+            found = await asyncio.wait_for(
+                connector.fetch_image_async((tmp_path / "here.safetensors").as_uri()), timeout=60
+            )
+            others = sum(one.done() for one in held)
+            for one in held:
+                one.cancel()
+            return found, others
+
+        found, others = asyncio.run(ask())
+    assert found.selection.num_patches == 50
+    assert others < 80  # they still wait
 
 
 def test_a_store_that_does_not_answer_is_a_422(connector, monkeypatch):

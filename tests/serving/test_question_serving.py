@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import quote
 
 import httpx
@@ -10,13 +11,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from vllm_wsi.model.checkpoint import load_selector
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.question_reader import QuestionReader
 from vllm_wsi.model.question_text import question_ids, question_text
 from vllm_wsi.model.tiny_settings import TinySettings
+from vllm_wsi.selection.scorer import scorer_digest
+from vllm_wsi.serving import vllm_hooks
 from vllm_wsi.serving.question_hook import with_question
 from vllm_wsi.serving.server_process import VllmServer
+from vllm_wsi.serving.slide_request import SlideRequest
 from vllm_wsi.slides import open_features
+from vllm_wsi.store.store_settings import StoreSettings
 
 from .conftest import D, make_slide, slide_message
 from .test_parity import NEW_TOKENS, ask_vllm, start_engine
@@ -169,6 +176,31 @@ def test_the_page_shows_the_patches_of_each_question(chromium, server, folder): 
     assert not problems
 
 
+def test_checkpoints_that_differ_in_token_embeddings_alone_share_no_selection(checkpoint, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint)
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        table += torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(other)
+    path = make_slide(tmp_path / "a.safetensors", 800, seed=8)
+    monkeypatch.setattr(vllm_hooks, "_current", None)
+    monkeypatch.setattr(vllm_hooks, "_services", {})
+    settings = StoreSettings(tmp_path / "store", 1 << 30)
+    found = []
+    for one in (checkpoint, other, checkpoint):
+        selector = load_selector(str(one))
+        reader = partial(QuestionReader, selector.scorer, str(one), None)
+        service = vllm_hooks.service_for(selector, scorer_digest(selector.scorer), 16, settings, reader)
+        found.append(service.select(SlideRequest(path, question=ASKED[1])))
+    assert found[0].source == "file"
+    assert found[1].source == "stored scores"  # the vectors are the same
+    assert found[0].digest == found[2].digest != found[1].digest
+    assert found[1].selection.indices.tolist() == selected(model, checkpoint, path, ASKED[1]).indices.tolist()
+    assert found[1].selection.indices.tolist() != found[0].selection.indices.tolist()
+
+
 def told(part):
     """The URL of a part, after the hook."""
     [message] = with_question([{"role": "user", "content": [part, {"type": "text", "text": "Which?"}]}])
@@ -191,6 +223,15 @@ def told(part):
 )
 def test_every_form_of_a_slides_url_gets_the_question_once(part, wanted):
     assert told(part) == wanted
+
+
+def test_a_slide_in_a_turn_of_its_own_gets_the_question_of_the_last_turn_that_has_one():
+    slide, asked = {"role": "user", "content": [{"image_url": "file:///a.h5"}]}, {"role": "user", "content": "Which?"}
+    told = {"role": "user", "content": [{"image_url": "file:///a.h5#q=Which%3F"}]}
+    assert with_question([asked, slide]) == [asked, told]
+    assert with_question([slide, asked]) == [told, asked]
+    half = {"role": "user", "content": "\ud800"}  # of a surrogate pair, as a program may hold it
+    assert with_question([slide, half])[0]["content"] == [{"image_url": "file:///a.h5#q=%3F"}]
 
 
 def test_what_holds_no_url_or_no_question_is_left_as_it_is():

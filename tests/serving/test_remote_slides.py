@@ -23,6 +23,7 @@ from vllm_wsi.serving.remote_bytes import AT_ONCE, NEAR_BYTES, PART_BYTES, Range
 from vllm_wsi.serving.remote_slide import RemoteSlide
 from vllm_wsi.serving.spooled_slide import open_spooled
 from vllm_wsi.slides import SlideIdentity, open_features
+from vllm_wsi.slides.formats import hdf5_access
 from vllm_wsi.store.store_settings import StoreSettings
 
 from .web_server import Answer, D, WebServer
@@ -99,7 +100,7 @@ def test_every_format_reads_over_http_and_by_value_as_it_reads_from_a_file(case,
     try:
         with open_features(path, case.encoder) as wanted, opened(web, case.encoder) as found:
             assert_same_slide(found, wanted)
-            with open_spooled([path.read_bytes()], found.identity, case.encoder) as by_value:
+            with open_spooled([path.read_bytes()], "a", found.identity, case.encoder) as by_value:
                 assert_same_slide(by_value, wanted)
             by_ranges = case in CONTIGUOUS or case.format in ("safetensors", "npy") or case.name == "table.h5ad"
             assert isinstance(getattr(getattr(found.rows, "source", None), "_transport", None), HttpRanges) == by_ranges
@@ -113,7 +114,7 @@ def test_places_in_units_of_their_own_are_scaled_once_by_value_too(tmp_path):
     with h5py.File(path, "w") as file:
         file["feats"], file["coords"] = np.ones((4, D), np.float32), np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * 224
     identity = SlideIdentity("a", 1)
-    with open_features(path) as wanted, open_spooled([path.read_bytes()], identity, None) as found:
+    with open_features(path) as wanted, open_spooled([path.read_bytes()], "a", identity, None) as found:
         assert wanted.unit_scale != 1
         assert_same_slide(found, wanted)
 
@@ -284,19 +285,67 @@ def test_a_slide_that_is_gone_in_the_middle_is_a_422_with_the_status(status, web
         fetch(connector, web.url)
 
 
-@pytest.mark.parametrize("how", ["cut", "busy"])
-def test_a_transfer_that_always_breaks_ends_after_a_bounded_number_of_tries(how, web, connector):
+def broken_part(how, web):
     def broken(number, handler, answer):
         if web.ranges_asked[number][0] >= PART_BYTES:
             if how == "cut":
-                answer.cut = 10
+                answer.cut = 0
             else:
-                answer.status, answer.data, answer.headers = 500, b"", {"Content-Length": "0"}
+                answer.status, answer.data, answer.headers = how, b"", {"Content-Length": "0"}
 
-    web.fault = broken
-    with pytest.raises(VLLMUnprocessableEntityError, match="after 3 tries"):
-        fetch(connector, web.url)
+    return broken
+
+
+@pytest.mark.parametrize("how", ["cut", 500, 503, 429, 400, 501])
+def test_where_ranges_never_come_the_slide_is_fetched_whole_after_a_bounded_number_of_tries(how, web, connector, local):
+    web.fault = broken_part(how, web)
+    same(fetch(connector, web.url).selection, local)
     assert len(web.ranges_asked) < 40
+
+
+def test_a_server_that_gives_nothing_is_a_422_after_a_bounded_number_of_tries(web, connector):
+    web.body_status = 500
+    with pytest.raises(VLLMUnprocessableEntityError, match="500"):
+        fetch(connector, web.url)
+    assert len(web.ranges_asked) < 10
+
+
+@pytest.mark.parametrize("most", [50_000, 512 << 10])
+def test_a_server_that_gives_little_at_once_is_asked_on_without_a_pause(most, web, connector, local):
+    def little(number, handler, answer):
+        first, _ = web.ranges_asked[number]
+        if len(answer.data) > most:
+            answer.data = answer.data[:most]
+            place = f"bytes {first}-{first + most - 1}/{len(web.data)}"
+            answer.headers |= {"Content-Length": str(most), "Content-Range": place}
+
+    web.fault = little
+    before = metrics.RANGES_GIVEN_UP._value.get()
+    same(fetch(connector, web.url).selection, local)
+    assert metrics.RANGES_GIVEN_UP._value.get() == before
+
+
+def test_a_server_of_one_connection_for_each_client_is_read_too(web, connector, local):
+    def one_at_once(number, handler, answer):
+        answer.pause = 0.02
+        if web.at_once > 1:
+            answer.status, answer.data, answer.headers = 503, b"", {"Content-Length": "0"}
+
+    web.fault = one_at_once
+    same(fetch(connector, web.url).selection, local)
+
+
+@pytest.mark.parametrize("target", ["http://a..b/", "http://[::1/x", "ftp://h/a", "http://127.0.0.1:1/a"])
+def test_a_redirect_that_leads_nowhere_is_a_422_that_names_no_other_host(target, web, connector, monkeypatch):
+    monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
+
+    def elsewhere(number, handler, answer):
+        if number == 2:
+            answer.status, answer.data, answer.headers = 302, b"", {"Location": target, "Content-Length": "0"}
+
+    web.fault = elsewhere
+    found = fetch(connector, web.url)  # the whole slide, which this server gives
+    assert found.source == "file"
 
 
 def test_a_slow_server_holds_up_its_own_request_alone(web, connector, monkeypatch, tmp_path, large):
@@ -380,6 +429,24 @@ def test_metadata_behind_the_features_and_packed_coordinates_of_an_h5_come_by_ra
             assert np.array_equal(slide.read_coords(), coords)
             assert slide.metadata["patch_size_level0"] == "256"
         assert sum(last + 1 - first for first, last in web.ranges_asked) < len(web.data) / 2
+    finally:
+        web.close()
+
+
+def test_an_h5_whose_coordinates_lie_in_too_many_pieces_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5_access, "MAX_PIECES", 12)
+    path = tmp_path / "a.h5"
+    x = np.random.default_rng(0).standard_normal((2000, D)).astype(np.float32)
+    coords = np.stack([np.arange(2000), np.arange(2000) // 7], axis=1)
+    with h5py.File(path, "w", alignment_threshold=1, alignment_interval=hdf5_access.PIECE_BYTES) as file:
+        file["features"] = x
+        file.create_dataset("coords", data=coords, chunks=(100, 2))
+    web = WebServer(path.read_bytes())
+    try:
+        with opened(web) as slide:
+            assert np.array_equal(slide.read_coords(), coords)
+            assert np.array_equal(slide.read_rows(0, 2000), x)
+            assert slide.name == "a"
     finally:
         web.close()
 

@@ -11,13 +11,15 @@ from vllm_wsi.cli.app import main
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.haystack.generator import haystack_items
 from vllm_wsi.haystack.recipe import GENERATORS
-from vllm_wsi.model.chat_renderer import ChatRenderer
+from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.checkpoint import load_selector
-from vllm_wsi.model.init_checkpoint import new_model
+from vllm_wsi.model.init_checkpoint import init_checkpoint, new_model
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.model.question_reader import QuestionReader, question_query
 from vllm_wsi.model.question_text import NO_TOKEN, question_ids, question_text
 from vllm_wsi.model.tiny_settings import TinySettings
+from vllm_wsi.questions.items import SlideItem
+from vllm_wsi.study.study_model import study_model
 from vllm_wsi.training.batches import collate
 from vllm_wsi.training.dataset import SlideDataset
 from vllm_wsi.training.model import SparseLearnModel
@@ -70,7 +72,8 @@ def test_the_query_of_the_table_alone_is_the_whole_models(checkpoint):
         ids = torch.tensor(question_ids(tokenizer, question_text([text])))
         with torch.no_grad():
             assert torch.allclose(reader.query(text), model.query(ids), atol=1e-6), text[:9]
-    assert reader.query("  \n ") is None
+    with pytest.raises(SettingsError, match="found an empty one"):
+        reader.query("")
     assert torch.equal(question_query(selector, str(checkpoint), "x"), reader.query("x"))
 
 
@@ -121,6 +124,38 @@ def test_the_shares_of_the_gate_follow_the_question_and_sum_to_k_at_most():
     assert (first.sum(dim=-1) <= int(model.sparselearn.num_slide_tokens) + 1e-3).all()
     model(**batch | {"question_ids": torch.full_like(batch["question_ids"], 7)})
     assert not torch.allclose(first, model.last_alpha)
+
+
+def test_only_the_answer_to_the_question_that_is_heard_is_learned():
+    model, renderer = soft_model()
+    slide = haystack_items("train", 1, 30, feature_dim=D)[0].slides[0]
+    item = SlideItem("x", (slide,), (("<image>\nWhich?", "B"), ("Why?", "So.")))
+    found = SlideDataset([item], renderer, model.model.config, 100)[0]
+    assert renderer.tokenizer.decode([one for one in found.labels if one != IGNORED]).startswith("So.")
+    assert found.question == question_ids(renderer.tokenizer, "Why?")
+
+
+def test_a_question_without_text_is_named_before_the_first_step():
+    model, renderer = soft_model()
+    slide = haystack_items("train", 1, 30, feature_dim=D)[0].slides[0]
+    item = SlideItem("row 3", (slide,), (("<image>", "B"),))
+    [problem] = SlideDataset([item], renderer, model.model.config, 100).problems(read=False)
+    assert problem == "row 3: found no text in its last question, wanted one, which the scorer hears"
+
+
+@pytest.mark.parametrize("free_tokens", [0, NUM_SLIDE_TOKENS])
+def test_every_parameter_has_a_gradient_whatever_share_no_question_chooses(free_tokens):
+    model, tokenizer = new_model(TinySettings(**NEW | {"free_tokens": free_tokens}, seed=0))
+    soft = SparseLearnModel(model, SparseLearnSettings(num_slide_tokens=NUM_SLIDE_TOKENS, k_start=8))
+    _, batch = batch_of(soft, ChatRenderer(tokenizer))
+    soft(**batch)["loss"].backward()
+    assert all(torch.isfinite(one.grad).all() for one in model.scorer.parameters())
+
+
+def test_studies_refuse_a_scorer_that_hears_the_question(tmp_path):
+    init_checkpoint(tmp_path / "asked", TinySettings(**NEW, seed=0))
+    with pytest.raises(SettingsError, match="a study selects without one"):
+        study_model(tmp_path / "asked")
 
 
 def test_only_the_last_question_of_a_conversation_is_heard():

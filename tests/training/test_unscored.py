@@ -57,7 +57,7 @@ def test_training_leaves_out_the_patches_that_service_drops(value, scorer):
     features[7, :] = value * normal(D, seed=3)
     features[20, 5] = value
     selection = SlideSelector(frozen_scorer(made), 30).select(features_in_memory(features.numpy()))
-    scores, mask = score_slides(made, features[None], torch.ones(1, 30, dtype=torch.bool))
+    scores, mask, _ = score_slides(made, features[None], torch.ones(1, 30, dtype=torch.bool))
     assert mask[0].nonzero()[:, 0].tolist() == selection.indices.tolist()
     assert torch.allclose(scores[mask], selection.scores, atol=1e-5)
 
@@ -107,7 +107,7 @@ def test_under_autocast_the_scores_are_those_of_fp32(scorer, monkeypatch):
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad(), pytest.raises(Stop):
             model.tail_logits(**batch)
-    (features, scores, _), (features_autocast, scores_autocast, _) = gated
+    (features, scores, *_), (features_autocast, scores_autocast, *_) = gated
     assert torch.equal(scores, scores_autocast)
     assert len(scores.unique()) > 4000
     assert torch.equal(features, features_autocast)

@@ -214,8 +214,11 @@ class _Run(Generic[Item]):
             found = ray.get(call)
             worker.node = worker.node or ray.get(worker.where)
         except ActorUnavailableError:
-            worker.is_asked = True
-            self._busy[worker.actor.node.remote()] = worker
+            if job is None:  # perhaps it never heard what to load
+                self._busy[worker.actor.start.remote(self._told)] = worker
+            else:
+                worker.is_asked = True
+                self._busy[worker.actor.node.remote()] = worker
         except RayTaskError as error:
             ray.kill(worker.actor)
             if job is not None:

@@ -22,6 +22,15 @@ class EncodedChat(NamedTuple):
     labels: list[int]
 
 
+def last_answer(labels: list[int]) -> list[int]:
+    """Labels of the last answer of a conversation alone."""
+    end = max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)
+    begin = end
+    while begin > 0 and labels[begin - 1] != IGNORED:
+        begin -= 1
+    return [IGNORED] * begin + labels[begin:]
+
+
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer's chat template puts the slide token where a message's parts hold an image."""
     probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]

@@ -1,7 +1,7 @@
 """The question that a `QuestionScorer` hears, of a conversation: training and serving must agree on it.
 
-It is the text of the last user turn alone. What was said before, and a system prompt, is not heard: a follow-up that is
-to choose other patches must name what it asks for.
+It is the text of the last user turn that has any. What was said before, and a system prompt, is not heard: a follow-up
+that is to choose other patches must name what it asks for.
 """
 
 from __future__ import annotations

@@ -57,6 +57,10 @@ class QuestionScorer(nn.Module):
         self.text_out = nn.Linear(QUERY_HIDDEN, rank)
         self.free_query = nn.Parameter(torch.randn(rank) * rank**-0.5)
 
+    def extra_repr(self) -> str:
+        """What no weight tells; `scorer_digest` reads it."""
+        return f"rank={self.rank}, free_tokens={self.free_tokens} of {self.num_slide_tokens}"
+
     @property
     def feature_dim(self) -> int:
         return self.norm.weight.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -34,6 +35,11 @@ class Question(NamedTuple):
 
     text: str
     query: Tensor  # fp32 [R], what the scorer made of it
+
+    @property
+    def digest(self) -> str:
+        """Of the query's bits. The patches depend on these alone, and they on tokenizer and token embeddings too."""
+        return hashlib.blake2b(self.query.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def slide_vectors(reader: ChunkReader, scorer: QuestionScorer, place: Place) -> Tensor:

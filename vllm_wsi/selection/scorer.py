@@ -126,6 +126,10 @@ class _ContextBlock(nn.Module):
         self.attention_out = nn.Linear(hidden_size, hidden_size)
         self.up, self.down = nn.Linear(hidden_size, 4 * hidden_size), nn.Linear(4 * hidden_size, hidden_size)
 
+    def extra_repr(self) -> str:
+        """What no weight tells; `scorer_digest` reads it."""
+        return f"num_heads={self.num_heads}"
+
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = (part.transpose(-3, -2) for part in qkv.unbind(dim=-3))

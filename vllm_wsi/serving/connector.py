@@ -21,6 +21,7 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.model.question_text import question_text
 from vllm_wsi.selection.chunk_reader import read_tensor_rows
 from vllm_wsi.slides import SlideIdentity
+from vllm_wsi.slides.feature_file import listed, shown
 
 from . import metrics
 from .client_errors import fetch_errors_as_422, naming_the_file_alone, stalls_as_503
@@ -29,7 +30,7 @@ from .remote_slide import RemoteSlide, giving_up_ranges, object_slide, web_slide
 from .remote_state import RemoteState, remote_state, remote_state_now
 from .service import SelectionService
 from .slide_request import SelectedSlide, SlideRequest
-from .spooled_slide import open_spooled
+from .spooled_slide import BY_VALUE, open_spooled
 from .vllm_hooks import current_service
 
 CONNECTOR = "vllm_wsi"
@@ -53,7 +54,8 @@ class SlideMediaIO(MediaIO[SlideRequest]):
     def load_bytes(self, data: bytes) -> SlideRequest:
         """Opens a slide that came by value, from a spool file that has no name while it is read."""
         digest = hashlib.blake2b(data, digest_size=20).hexdigest()
-        return self.request(slide=open_spooled([data], SlideIdentity(f"content:{digest}", len(data)), self._encoder))
+        identity = SlideIdentity(f"content:{digest}", len(data))
+        return self.request(slide=open_spooled([data], BY_VALUE, identity, self._encoder))
 
     def remote_request(self, remote: RemoteSlide) -> SlideRequest:
         return self.request(told=remote.identity, open_told=partial(remote.open, self._encoder))
@@ -103,7 +105,7 @@ class SlideConnector(MediaConnector):
             if url[:5].lower() == "file:":
                 return await service.select_async(partial(self.load_from_url, url, media_io))
             if (place := object_place(url)) is not None:
-                return await service.select_async(partial(self._find_object, place, media_io))
+                return await service.select_async(partial(self._find_object, place, media_io), elsewhere=True)
             if _is_web(url):
                 return await self._fetch_web_async(service, parse_url(url).url, media_io)
             request = await self.load_from_url_async(url, media_io, fetch_timeout=fetch_seconds())
@@ -252,7 +254,9 @@ def parse_fragment(fragment: str) -> dict:
     options = {key: values[-1] for key, values in parse_qs(fragment, keep_blank_values=True).items()}
     unknown = options.keys() - {"k", "encoder", "q"}
     if unknown or (fragment and not options):
-        raise SlideError(f"URL fragment: found {fragment!r}, wanted k=NUMBER, encoder=NAME or q=QUESTION")
+        raise SlideError(
+            f"URL fragment: found {listed(unknown) or shown(fragment)}, wanted k=NUMBER, encoder=NAME or q=QUESTION"
+        )
     k = options.get("k")
     if k is not None and not (k.isascii() and k.isdigit() and len(k) < 10):
         raise SlideError(f"URL fragment: k: found {k!r}, wanted a whole number")

@@ -19,6 +19,7 @@ from .remote_bytes import Interrupted, RangesUnfit
 
 SILENCE_SECONDS = 10  # without a byte, after which a request is given up
 READ_BYTES = 1 << 20
+REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
 AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)  # and all of 5xx
 
 
@@ -53,18 +54,19 @@ class HttpRanges:
         deadline = time.monotonic() + seconds
         wanted = {"Range": f"bytes={offset}-{offset + len(out) - 1}", **self._headers}
         try:
-            with self._connection.get_response(
+            answer = self._connection.get_response(
                 self._url,
                 stream=True,
                 timeout=min(seconds, SILENCE_SECONDS),
                 extra_headers=wanted,
                 allow_redirects=bool(envs.VLLM_MEDIA_URL_ALLOW_REDIRECTS),
-            ) as answer:
-                self._check_status(answer.status_code)
-                end = self._check_headers(offset, len(out), answer.headers)
-                return self._read(answer.raw, out[: end - offset], deadline)
-        except requests.RequestException as error:
+            )
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:  # of a redirect, too
             raise Interrupted(type(error).__name__) from error
+        with answer:
+            self._check_status(answer.status_code)
+            end = self._check_headers(offset, len(out), answer.headers)
+            return self._read(answer.raw, out[: end - offset], deadline)
 
     def _check_status(self, status: int) -> None:
         if status == HTTPStatus.PARTIAL_CONTENT:
@@ -75,7 +77,8 @@ class HttpRanges:
             raise Interrupted(f"HTTP {status}")
         if status in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
             raise RangesUnfit(f"{self._name}: the file changed while it was read; ask again")
-        raise FetchError(f"{self._name}: found HTTP {status} for a range of it, wanted HTTP 206")
+        kind = FetchError if status in REFUSED else RangesUnfit
+        raise kind(f"{self._name}: found HTTP {status} for a range of it, wanted HTTP 206")
 
     def _check_headers(self, offset: int, length: int, headers: Mapping[str, str]) -> int:
         """Where what comes ends: a server may send less than it was asked for, but nothing else."""

@@ -8,6 +8,8 @@ Which account, region and endpoint, is in the server's environment alone, by the
 from __future__ import annotations
 
 import functools
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from obstore.store import AzureStore, GCSStore, S3Store
 
 SCHEMES = ("s3", "gs", "az")
-RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}
+RETRIES = 2
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -74,6 +76,7 @@ class ObjectRanges:
     """One state of an object, as a `RangeTransport`.
 
     Args:
+        seconds: of a request.
         charge: called with the number of bytes that came; a ValueError of it ends the transfer.
 
     Raises:
@@ -81,14 +84,14 @@ class ObjectRanges:
         SetupError: obstore is not installed.
     """
 
-    def __init__(self, place: ObjectPlace, charge: Callable[[int], None] = lambda count: None) -> None:
+    def __init__(self, place: ObjectPlace, seconds: float, charge: Callable[[int], None] = lambda count: None) -> None:
         with needs_extra("object-store"):
             import obstore
 
         self._get, self._place, self._charge = obstore.get, place, charge
         try:
             with self._errors():
-                self._store = _store(place.scheme, place.bucket)
+                self._store = _store(place.scheme, place.bucket, seconds)
                 found = obstore.head(self._store, place.key)
         except Interrupted as error:
             raise FetchError(f"{place.name}: {error}") from error
@@ -99,7 +102,7 @@ class ObjectRanges:
         self.identity = SlideIdentity(f"{place.allowed_by}/{place.key}", self.size, content=f"ETag {self._etag}")
 
     def fetch(self, offset: int, out: memoryview, seconds: float) -> int:
-        got = 0
+        got, deadline = 0, time.monotonic() + seconds
         with self._errors():
             found = self._get(
                 self._store, self._place.key, options={"range": (offset, offset + len(out)), "if_match": self._etag}
@@ -114,6 +117,8 @@ class ObjectRanges:
                     f"wanted {offset} to {offset + len(out)} of {self.size} in the state {self._etag}"
                 )
             for piece in found.stream():
+                if time.monotonic() > deadline:
+                    return got
                 data = memoryview(piece)
                 if got + len(data) > len(out):
                     raise RangesUnfit(f"{self._place.name}: found more than {len(out)} bytes, wanted just those")
@@ -148,9 +153,16 @@ class ObjectRanges:
 
 
 @functools.lru_cache(maxsize=64)
-def _store(scheme: str, bucket: str) -> S3Store | GCSStore | AzureStore:
+def _store(scheme: str, bucket: str, seconds: float) -> S3Store | GCSStore | AzureStore:
     """With its connections, which all requests share."""
     from obstore.store import AzureStore, GCSStore, S3Store
 
-    kinds: dict[str, Callable[..., Any]] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
-    return kinds[scheme](bucket, retry_config=RETRIES)  # type: ignore[no-any-return]
+    kinds: dict[str, tuple[Callable[..., Any], str]] = {
+        "s3": (S3Store, "AWS"), "gs": (GCSStore, "GOOGLE"), "az": (AzureStore, "AZURE"),
+    }  # fmt: skip
+    kind, prefix = kinds[scheme]
+    # With options for the client, obstore no longer reads this one from the environment.
+    allow_http = os.environ.get(f"{prefix}_ALLOW_HTTP", "").lower() in ("1", "true")
+    client = {"timeout": timedelta(seconds=seconds), "allow_http": allow_http}
+    retries = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=seconds)}
+    return kind(bucket, client_options=client, retry_config=retries)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs, quote
 
+from vllm_wsi.errors import encodable
 from vllm_wsi.model.question_text import question_text
 
 from .vllm_hooks import current_service
@@ -31,16 +32,16 @@ def telling_slides_the_question(original: Callable[..., Any]) -> Callable[..., A
 
 def with_question(messages: Sequence[Any]) -> list[Any]:
     """The messages, with the last user turn's text in the URLs of all slides that name no question themselves."""
-    question = next((asked for one in reversed(messages) if (asked := _user_text(one)) is not None), None)
+    question = next((asked for one in reversed(messages) if (asked := _user_text(one))), "")
     if not question:
         return list(messages)
     return [_with_question(message, question) for message in messages]
 
 
-def _user_text(message: Any) -> str | None:
-    """None: it is no user turn."""
+def _user_text(message: Any) -> str:
+    """Empty where it is no user turn, or holds slides alone."""
     if not isinstance(message, Mapping) or message.get("role") != "user":
-        return None
+        return ""
     content = message.get("content")
     parts = [content] if isinstance(content, str) else content if isinstance(content, Sequence) else []
     return question_text([text for part in parts if (text := _text(part)) is not None])
@@ -76,4 +77,4 @@ def _url(url: str, question: str) -> str:
     place, _, fragment = url.partition("#")
     if not place.strip() or "q" in parse_qs(fragment, keep_blank_values=True):
         return url
-    return f"{place}#{fragment}{'&' if fragment else ''}q={quote(question, safe='')}"
+    return f"{place}#{fragment}{'&' if fragment else ''}q={quote(encodable(question), safe='')}"

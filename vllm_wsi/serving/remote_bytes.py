@@ -22,7 +22,7 @@ class Interrupted(Exception):
 
 
 class RangesUnfit(FetchError):
-    """What came is not the range that was asked for, or is of another state of the file."""
+    """What came is not the range that was asked for, is of another state of the file, or does not come by ranges."""
 
 
 class RangeTransport(Protocol):
@@ -48,7 +48,7 @@ class RemoteBytes:
         name: as errors name it.
         size: of the file, in bytes.
         seconds: in which each part of `PART_BYTES` must come, its tries included.
-        tries: of each part.
+        tries: of each part, in a row, without a byte.
     """
 
     near_bytes = NEAR_BYTES
@@ -98,29 +98,29 @@ class RemoteBytes:
             self._ahead.stop()
 
     def _fetch(self, offset: int, out: memoryview) -> None:
-        """One part, resumed where it breaks, a bounded number of times."""
-        wanted, begin = len(out), offset
+        """One part, resumed where it breaks, or where a server gives less at once, until its time is over."""
+        wanted, begin, failed, why = len(out), offset, 0, ""
         deadline = min(self._deadline, time.monotonic() + self._seconds)
-        why = "the server ended it"
-        for attempt in range(self._tries):
+        while out:
             if (left := deadline - time.monotonic()) <= 0:
-                break
+                raise FetchError(
+                    f"{self.name}: found {wanted - len(out)} of {wanted} bytes from {begin} on in time, "
+                    "wanted all of them"
+                )
             try:
                 got = self._transport.fetch(offset, out, left)
             except Interrupted as error:
                 got, why = 0, str(error)
             out, offset = out[got:], offset + got
-            if not out:
-                return
-            time.sleep(max(0.0, min(PAUSE_SECONDS * 2**attempt, deadline - time.monotonic())))
-        else:
-            raise FetchError(
-                f"{self.name}: found {wanted - len(out)} of {wanted} bytes from {begin} on after {self._tries} tries "
-                f"({why}), wanted all of them"
-            )
-        raise FetchError(
-            f"{self.name}: found {wanted - len(out)} of {wanted} bytes from {begin} on in time, wanted all of them"
-        )
+            if got:
+                continue
+            failed += 1
+            if failed == self._tries:
+                raise RangesUnfit(
+                    f"{self.name}: found {wanted - len(out)} of {wanted} bytes from {begin} on after {failed} tries "
+                    f"({why or 'the server ended them'}), wanted all of them"
+                )
+            time.sleep(max(0.0, min(PAUSE_SECONDS * 2**failed, deadline - time.monotonic())))
 
 
 class _Stretch:

@@ -15,13 +15,14 @@ from vllm_wsi.errors import FetchError
 from vllm_wsi.slides import FeatureFile, SlideIdentity
 from vllm_wsi.slides.byte_source import NeedsWholeFile, read_bytes
 from vllm_wsi.slides.formats.dispatch import open_source
+from vllm_wsi.slides.formats.rows import RawRows
 
 from . import metrics
 from .http_ranges import HttpRanges
 from .object_ranges import ObjectPlace, ObjectRanges
 from .remote_bytes import RangesUnfit, RangeTransport, RemoteBytes
 from .remote_state import RemoteState
-from .spooled_slide import open_spooled
+from .spooled_slide import hold_coords, open_spooled
 
 SPOOL_BYTES = 8 << 20  # that are fetched and written at once
 MIB = 1 << 20
@@ -46,9 +47,12 @@ class RemoteSlide:
             FetchError: it cannot be had, or is in another state by now.
         """
         try:
-            return open_source(self._bytes(), self.identity, encoder)
+            slide = open_source(self._bytes(), self.identity, encoder)
+            if isinstance(slide.rows, RawRows) and "h5" in slide.format:  # whose coordinates may be in too many pieces
+                hold_coords(slide)
+            return slide
         except NeedsWholeFile:
-            return open_spooled(self._pieces(), self.identity, encoder)
+            return open_spooled(self._pieces(), self.name, self.identity, encoder)
 
     def _bytes(self) -> RemoteBytes:
         tries = max(1, envs.VLLM_MEDIA_FETCH_MAX_RETRIES)  # vLLM counts the first among them
@@ -92,7 +96,7 @@ def object_slide(place: ObjectPlace, seconds: float, charge: Callable[[int], Non
         FetchError: it is not there, may not be read, or is larger than vLLM allows.
         SetupError: obstore is not installed.
     """
-    transport = ObjectRanges(place, charge)
+    transport = ObjectRanges(place, seconds, charge)
     if _is_too_large(transport.size):
         limit = envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB * MIB
         raise FetchError(f"{place.name}: {MediaDownloadSizeExceededError(limit)}; found {transport.size} bytes")

@@ -111,7 +111,7 @@ class SelectionService:
         if request.question is not None and self.questions is None:
             raise SlideError("q: found a question for a checkpoint whose scorer hears none, wanted a URL without it")
         key = SelectionKey(request.identity(), request.encoder, self.scorer, self.start())
-        return k, key, request.digest(key, k)
+        return k, key, request.digest(key, k, self._question(request))
 
     def known(self, request: SlideRequest) -> Future[SelectedSlide] | None:
         """A selection for which the slide's file is not needed: remembered, under way, or stored.
@@ -145,7 +145,9 @@ class SelectionService:
     def select(self, request: SlideRequest) -> SelectedSlide:
         return self.submit(request).result()
 
-    async def select_async(self, request: SlideRequest | Callable[[], SlideRequest]) -> SelectedSlide:
+    async def select_async(
+        self, request: SlideRequest | Callable[[], SlideRequest], elsewhere: bool = False
+    ) -> SelectedSlide:
         """The same, awaited; errors name the file without its folder.
 
         A client that goes away cancels its own wait, not the selection, for which others may wait too.
@@ -153,9 +155,11 @@ class SelectionService:
         Args:
             request: or a function that finds it, for what a mount that does not answer would hold up (paths, stats). It
                 runs on threads of its own: neither the event loop waits, nor vLLM's few threads for all media.
+            elsewhere: it waits for another machine, and so on the threads for such.
         """
         if callable(request):
-            path, future = await asyncio.wrap_future(self._look_ups.submit(self._find_and_submit, request))
+            pool = self._elsewhere if elsewhere else self._look_ups
+            path, future = await asyncio.wrap_future(pool.submit(self._find_and_submit, request))
         else:
             path, future = request.path, self.submit(request)
         with naming_the_file_alone(path):
@@ -220,8 +224,8 @@ class SelectionService:
                     run.key, lambda: self._opened(run), run.k, request.keep_all_scores, self._check_open, question
                 )
             # Not `run.digest` where a GPU left the slide to the CPU: two devices' scores never share a key.
-            digest = request.digest(run.key._replace(scored_on=selection.scored_on), run.k)
-            kept_request = request if request.slide is None else None
+            digest = request.digest(run.key._replace(scored_on=selection.scored_on), run.k, question)
+            kept_request = replace(request, open_told=None) if request.slide is None else None
             done = SelectedSlide(selection, digest, self.scorer, self.default_k, kept_request, source)
             self._remember(run.digest, replace(done, source="memory"))
             if selection.fallback is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.selection.question_selection import Question
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
 from vllm_wsi.store.selection_key import SelectionKey
@@ -46,9 +47,11 @@ class SlideRequest:
         assert self.path is not None
         return SlideIdentity.of_file(self.path)
 
-    def digest(self, key: SelectionKey, k: int) -> str:
+    def digest(self, key: SelectionKey, k: int, question: Question | None) -> str:
         """Of the selection that is asked for; one with the scores of all patches is another one."""
-        return key.of_selection(k, self.question) + ("-all-scores" if self.keep_all_scores else "")
+        return key.of_selection(k, None if question is None else question.digest) + (
+            "-all-scores" if self.keep_all_scores else ""
+        )
 
     def open(self) -> FeatureFile:
         if self.slide is not None:

@@ -13,10 +13,13 @@ BY_VALUE = "slide sent by value"
 HEAD_BYTES = 64
 
 
-def open_spooled(pieces: Iterable[bytes | memoryview], identity: SlideIdentity, encoder: str | None) -> FeatureFile:
+def open_spooled(
+    pieces: Iterable[bytes | memoryview], name: str, identity: SlideIdentity, encoder: str | None
+) -> FeatureFile:
     """Opens what the pieces are in their order.
 
     Args:
+        name: as errors name it.
         identity: which the slide gets.
         encoder: which features, where it holds several.
 
@@ -26,7 +29,7 @@ def open_spooled(pieces: Iterable[bytes | memoryview], identity: SlideIdentity, 
     pieces = iter(pieces)
     first = next(pieces, b"")
     if not first:
-        raise SlideError(f"{BY_VALUE}: found no bytes, wanted a feature file")
+        raise SlideError(f"{name}: found no bytes, wanted a feature file")
     # A CSV table begins with text, perhaps with a byte order mark; binary formats may hold a comma too.
     head = bytes(first[:HEAD_BYTES]).removeprefix(codecs.BOM_UTF8)
     suffix = ".csv" if b"," in head and head.isascii() and min(head) >= ord("\t") else ""
@@ -36,14 +39,19 @@ def open_spooled(pieces: Iterable[bytes | memoryview], identity: SlideIdentity, 
         spool.flush()
         try:
             slide = open_features(spool.name, encoder)
-            try:
-                coords = slide.read_coords()  # while the spool still has a name
-            except BaseException:
-                slide.close()
-                raise
+            hold_coords(slide)  # while the spool still has a name
         except SlideError as error:
-            raise SlideError(str(error).replace(spool.name, BY_VALUE)) from None
+            raise SlideError(str(error).replace(spool.name, name)) from None
+    slide.name, slide.identity = name, identity
+    return slide
+
+
+def hold_coords(slide: FeatureFile) -> None:
+    """Reads the coordinates now, so that later nothing of them is read; what goes wrong closes the slide."""
+    try:
+        coords = slide.read_coords()
+    except BaseException:
+        slide.close()
+        raise
     slide.load_coords = None if coords is None else lambda: coords
     slide.unit_scale = 1.0  # they are in their unit already
-    slide.name, slide.identity = BY_VALUE, identity
-    return slide

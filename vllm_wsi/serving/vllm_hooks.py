@@ -19,6 +19,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -158,7 +159,7 @@ def service_for(
     scorer: str,
     max_slide_tokens: int,
     store: StoreSettings | None = None,
-    questions: Callable[[], QuestionReader] | None = None,
+    questions: partial[QuestionReader] | None = None,
 ) -> SelectionService:
     """The process-wide service of one checkpoint and setting, which also becomes the current one.
 
@@ -170,7 +171,9 @@ def service_for(
     from .service import SelectionService
 
     global _current
-    key = (scorer, selector.num_slide_tokens, selector.device.wanted, selector.max_patches, max_slide_tokens, store)
+    asked_of = None if questions is None else questions.args[1:]  # the checkpoint whose tokens make the queries
+    rules = (selector.num_slide_tokens, selector.device.wanted, selector.max_patches, max_slide_tokens)
+    key = (scorer, *rules, store, asked_of)
     with _lock:
         if key not in _services:
             opened = None if store is None else SelectionStore(*store, metrics.count_store)

@@ -51,6 +51,13 @@ class LocalBytes:
                 )
             out, offset = out[got:], offset + got
 
+    def has_its_name(self) -> bool:
+        """Whether the open file is still the one of that name."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+        except OSError:
+            return False
+
     def close(self) -> None:
         self._file.close()
 
@@ -66,9 +73,16 @@ class NeedsWholeFile(Exception):
 
 
 def local_path(source: ByteSource) -> Path:
-    """Where the file lies on this machine. Raises NeedsWholeFile where it lies elsewhere."""
+    """Where the file lies on this machine, for a library that opens it by its name.
+
+    Raises:
+        NeedsWholeFile: it lies elsewhere.
+        SlideError: another file has its name by now.
+    """
     if not isinstance(source, LocalBytes):
         raise NeedsWholeFile(source.name)
+    if not source.has_its_name():
+        raise SlideError(f"{source.name}: found another file under its name, wanted the one that was opened")
     return source.path
 
 

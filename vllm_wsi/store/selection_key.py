@@ -28,7 +28,7 @@ class SelectionKey(NamedTuple):
     scored_on: str  # a device's name, as `Selection.scored_on` has it
 
     def of_selection(self, k: int, question: str | None = None) -> str:
-        """Digest of the k best, for a question where one is asked."""
+        """Digest of the k best; `question`: of a question's query, where one is asked."""
         return self._digest("selection", k, question)
 
     def of_scores(self) -> str:

@@ -88,7 +88,7 @@ class SelectionStore:
         return found
 
     def load_scores(self, digest: str) -> Tensor | None:
-        """fp32 [N], as they were, NaN and infinities too."""
+        """Scores fp32 [N], or a `QuestionScorer`'s vectors [N, R], as they were, NaN and infinities too."""
         found = self._load("scores", digest, scores_of)
         if found is not None:
             self._count("scores hit", 0)

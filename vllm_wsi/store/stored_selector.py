@@ -104,7 +104,7 @@ class StoredSelector:
             if scores is None:
                 self._save_scores(key, new_scores)
             if self.store is not None:
-                self.store.save_selection(key.of_selection(k, _text(question)), selection)
+                self.store.save_selection(key.of_selection(k, _digest(question)), selection)
         if not keep_all_scores:
             selection = replace(selection, all_scores=None, all_coords=None)
         return Selected(selection, "file" if scores is None else "stored scores")
@@ -115,7 +115,7 @@ class StoredSelector:
         """The k best, where the store has them; the slide is not needed."""
         if self.store is None:
             return None
-        found = self.store.load_selection(key.of_selection(k, _text(question)), count_miss)
+        found = self.store.load_selection(key.of_selection(k, _digest(question)), count_miss)
         if found is not None and (found.features.shape[1] != self.selector.feature_dim or len(found.indices) > k):
             return None
         return found
@@ -165,8 +165,8 @@ class StoredSelector:
             self.store.save_scores(key.of_scores(), scores)
 
 
-def _text(question: Question | None) -> str | None:
-    return None if question is None else question.text
+def _digest(question: Question | None) -> str | None:
+    return None if question is None else question.digest
 
 
 def scorer_name(digest: str, encoder: EncoderCheck, max_patches: int | None) -> str:

@@ -34,6 +34,7 @@ from .judge import Judged, judge, select_all
 from .leakage import measure_leakage
 from .soft import judge_soft, served_gate
 from .study import LEARNED, mean_recall
+from .study_model import study_model
 from .table_numbers import rounded
 
 ARMS: dict[str, dict[str, str]] = {
@@ -147,9 +148,9 @@ def _run_arm(
         }
     )
     renderer = ChatRenderer(AutoTokenizer.from_pretrained(base))
-    model = SparseWSIForConditionalGeneration.from_pretrained(base)
+    model = study_model(base)
     config, device = model.config, model.device
-    model.scorer = seeded_scorer(feature_dim=config.feature_dim, seed=seed, **config.scorer)
+    model.scorer = seeded_scorer(seed=seed, **config.scorer_options)
     set_seed(seed)
     dataset = make_dataset(changed.data, renderer, config, seed, generators)
     began = time.monotonic()

@@ -27,6 +27,7 @@ from .groups import Groups, longest_slide
 from .judge import Judged, best_constant, judge, judge_blind, kept_and_dropped_means, select_all, with_positions
 from .mutual_information import gaussian_mutual_information
 from .soft import judge_soft
+from .study_model import study_model
 from .table_numbers import rounded, significant
 
 LEARNED = "learned"
@@ -85,7 +86,7 @@ class Study:
         encoder_mismatch: Mismatch = "refuse",
     ) -> None:
         with loading(checkpoint):
-            model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint)
+            model = study_model(checkpoint)
             self.renderer = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
         self.model = model.to(device).eval()
         self.groups, self.out, self.seed, self.encoder_mismatch = groups, Path(out), seed, encoder_mismatch

@@ -19,7 +19,6 @@ from vllm_wsi.errors import needs_extra
 from vllm_wsi.files import write_csv
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.checkpoint import loading
-from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.baselines import OraclePolicy, Policy, Selector, UniformPolicy, make_policy
 from vllm_wsi.selection.patch_matrix import Patches
 from vllm_wsi.settings import Settings
@@ -31,6 +30,7 @@ from vllm_wsi.tissue.tissue_patches import tissue_archive
 
 from .origin import write_origin
 from .study import LEARNED, made_diverse
+from .study_model import study_model
 from .tissue_answering import Asked, scored, write_answers
 from .tissue_study import BLIND, EVERY, ORACLE, PROBE, UNTRAINED
 from .tissue_tables import named, with_holm
@@ -134,7 +134,7 @@ def write_class_study(settings: ClassStudySettings) -> list[Path]:
 def _answer_all(settings: ClassStudySettings) -> list[Row]:
     tissue_archive(settings.tissue_dir, KATHER)  # that it is there is told before a decoder is read
     with loading(settings.checkpoint):
-        model = SparseWSIForConditionalGeneration.from_pretrained(settings.checkpoint).eval()
+        model = study_model(settings.checkpoint)
         renderer = ChatRenderer(AutoTokenizer.from_pretrained(settings.checkpoint))
     k = model.config.num_slide_tokens
     learned = model.selector(settings.encoder_mismatch)

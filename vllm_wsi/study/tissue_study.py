@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.checkpoint import loading
-from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.selection.baselines import OraclePolicy, Selector, UniformPolicy, make_policy
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selection_measures import key_patch_recall
@@ -25,6 +24,7 @@ from vllm_wsi.tissue.tissue_patches import IDC_PATCHES, tissue_archive
 from vllm_wsi.tissue.tissue_questions import ask, tissue_item
 
 from .study import LEARNED
+from .study_model import study_model
 from .table_numbers import rounded
 from .tissue_answering import Asked, scored, write_answers
 from .tissue_measures import auc
@@ -60,7 +60,7 @@ class TissueStudy:
     def __init__(self, settings: TissueStudySettings) -> None:
         tissue_archive(settings.tissue_dir, IDC_PATCHES)  # that it is there is told before a decoder is read
         with loading(settings.checkpoint):
-            model = SparseWSIForConditionalGeneration.from_pretrained(settings.checkpoint)
+            model = study_model(settings.checkpoint)
             self.renderer = ChatRenderer(AutoTokenizer.from_pretrained(settings.checkpoint))
         self.model = model.to(settings.device).eval()
         if settings.encoder is None and model.config.encoder:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.model.chat_renderer import ChatRenderer, EncodedChat
+from vllm_wsi.model.chat_renderer import ChatRenderer, EncodedChat, last_answer
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.question_text import question_ids, question_text
 from vllm_wsi.questions.items import QuestionError, SlideItem, SlideSource
@@ -119,6 +119,8 @@ class SlideDataset(Dataset):
                     ids = self.renderer.conversation(item).ids
                     if (found := ids.count(self.renderer.slide_token_id)) != len(item.slides):
                         raise ValueError(f"found {found} slide tokens in its text, wanted {len(item.slides)}")
+                    if self._question(item) == []:
+                        raise ValueError("found no text in its last question, wanted one, which the scorer hears")
                     for source in item.slides:
                         if source not in reasons:
                             reasons[source] = self._reason_against(source, read, memory)
@@ -191,8 +193,11 @@ class SlideDataset(Dataset):
         rng = np.random.default_rng([self.seed, number, self.epoch])
         slides = [self._kept(source, rng) for source in item.slides]
         ids, labels = self.renderer.conversation(item)
+        question = self._question(item)
+        if question is not None:  # the patches are those of the last question
+            labels = last_answer(labels)
         budget = 0 if self.mix_positions and rng.random() < 0.5 else self.config.slide_position_budget
-        return TrainingItem(slides, ids, labels, budget, question=self._question(item))
+        return TrainingItem(slides, ids, labels, budget, question=question)
 
     def _question(self, item: SlideItem) -> list[int] | None:
         if self.config.scorer["kind"] != "question":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vllm_wsi.errors import SettingsError, SlideError
 from vllm_wsi.model.chat_renderer import IGNORED
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.selection.question_scorer import QuestionScorer
 from vllm_wsi.selection.scorer import score_slides
 
 from .shared_prefix import attend_to_shared_prefix, branch_mask
@@ -75,7 +76,7 @@ class SparseLearnModel(nn.Module):
         )
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
         count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return {"loss": total / count}
+        return {"loss": total / count + self._nothing()}
 
     # Many parameters: as `forward`.
     def tail_logits(
@@ -133,6 +134,14 @@ class SparseLearnModel(nn.Module):
             use_cache=False,
         ).logits
         return logits[:, -tail - 1 : -1].float(), labels[:, -tail:]
+
+    def _nothing(self) -> Tensor | float:
+        """0, with a gradient of 0 for each parameter of a `QuestionScorer`. In a step where one of its two queries
+        chooses no patch, the parameters behind that would have no gradient, for which several processes would wait."""
+        scorer = self.model.scorer
+        if self.sparselearn is None or not isinstance(scorer, QuestionScorer):
+            return 0.0
+        return 0.0 * torch.stack([one.sum() for one in scorer.parameters()]).sum()
 
     def _query(self, question_ids: Tensor | None) -> Tensor | None:
         """a(q) [S, R] of the questions about the batch's slides."""

@@ -70,7 +70,7 @@ class Gated(NamedTuple):
     """What the projector receives in training."""
 
     features: Tensor  # fp32 [B, N, d]; whatever at padding
-    alpha: Tensor  # fp32 [B, N], 0 at padding, sums to min(K, patches)
+    alpha: Tensor  # fp32 [B, N], 0 at padding, sums to min(K, patches); to less, where two queries share K
 
 
 class SparseLearn(nn.Module):

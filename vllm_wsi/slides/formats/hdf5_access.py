@@ -49,7 +49,11 @@ class Hdf5Access:
             self._pieces.fetch()
 
     def array(self, key: str) -> NDArray:
-        """All numbers of a dataset."""
+        """All numbers of a dataset.
+
+        Raises:
+            NeedsWholeFile: as `use`.
+        """
         try:
             return self.use(lambda file: np.asarray(file[key][()]))
         except WsiError:

@@ -35,6 +35,7 @@ class Hdf5Rows:
         self._source, self._path = source, local_path(source)
         self._file = h5py.File(self._path, "r", locking=False)
         self._dataset = dataset = local_dataset(source.name, self._file, key)
+        local_path(source)  # nor has it got another between the two
         self._lead = (0,) if dataset.ndim == 3 else ()
         row_bytes = dataset.shape[-1] * dataset.dtype.itemsize
         self.near_rows = (

@@ -116,7 +116,8 @@ async function open(url) {
 
 // The slide's URL as the question's patches are asked for, where the checkpoint's scorer hears it.
 function asked() {
-  if (!state.question || !state.facts?.hears_questions) return state.url;
+  const named = new URLSearchParams(state.url.split("#")[1] ?? "").has("q"); // then the chat hears that one, too
+  if (!state.question || named || !state.facts?.hears_questions) return state.url;
   return `${state.url}${state.url.includes("#") ? "&" : "#"}q=${encodeURIComponent(state.question)}`;
 }
 

@@ -1,4 +1,4 @@
-"""What a scorer that hears the question is worth: `python -m bench.study.question_scorer RUNS --seeds 0 1 2`.
+"""What a scorer that hears the question is worth: `python -m bench.study.topic_scorers RUNS --seeds 0 1 2`.
 
 A world of eight topics (`haystack/topics.py`), one of which a question asks about. For each seed (world, weights and
 data) a small decoder first learns to read short, clean bags; behind it two scorers learn from the answers, by the same
@@ -33,7 +33,7 @@ from vllm_wsi.study.study import DIVERSE, LEARNED, made_diverse
 from vllm_wsi.training.settings import TrainSettings
 from vllm_wsi.training.train import train
 
-CSV = RESULTS / "study" / "question_scorer.csv"
+CSV = RESULTS / "study" / "topic_scorers.csv"
 COLUMNS = (
     "seed", "num_patches", "questions", "k", "arm", "steps", "accuracy", "accuracy_low", "accuracy_high",
     "key_patch_recall", "kept_at_least_one",
