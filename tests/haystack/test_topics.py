@@ -51,6 +51,13 @@ def test_letters_and_topics_are_as_likely():
     assert all(60 < topics.count(topic) < 140 for topic in TOPICS)
 
 
+def test_an_open_question_is_answered_by_the_findings_name():
+    items = topic_items("train", 200, 64, most_share=0.125, open_share=0.5)
+    open_ones = [item for item in items if not item.options]
+    assert 60 < len(open_ones) < 140
+    assert all(item.answer == item.slides[0].finding for item in open_ones)
+
+
 def test_lengths_are_drawn_between_two_numbers():
     lengths = {item.slides[0].num_patches for item in topic_items("train", 60, (32, 40), most_share=0.125)}
     assert lengths == set(range(32, 41))
@@ -60,7 +67,7 @@ def test_lengths_are_drawn_between_two_numbers():
     ("changes", "said"),
     [
         ({"noise": 0.0}, "noise"), ({"feature_dim": 2}, "feature_dim"), ({"most_share": 0.2}, "most_share"),
-        ({"topics": 3}, "wanted some of"),
+        ({"open_share": 1.1}, "open_share"), ({"topics": 3}, "wanted some of"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused(changes, said):

@@ -4,6 +4,8 @@ import gc
 import json
 import pickletools
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -137,3 +139,42 @@ def test_a_slide_that_is_never_closed_is_closed_with_its_last_reference(tmp_path
     del slide
     gc.collect()
     assert open_files_below() == 0
+
+
+SLOW_READER = """
+import sys
+from vllm_wsi.slides import open_features
+try:
+    with open_features(sys.argv[1]) as slide:
+        print("opened", slide.metadata)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("place", ["first object", "free space"])
+def test_an_h5_whose_strings_the_library_would_read_for_ever_is_refused(tmp_path, place):
+    """In a process of its own: the library would hold Python's lock, and with it this one."""
+    path = h5(
+        tmp_path / "endless.h5", features={"data": np.ones((4, 8), "f4")}, coords={"data": np.zeros((4, 2), "i4")}
+    )
+    with h5py.File(path, "a") as file:
+        for i in range(40):
+            file["coords"].attrs[f"name{i}"] = f"value {i} " + "x" * 40
+    good = subprocess.run([sys.executable, "-c", SLOW_READER, str(path)], capture_output=True, text=True, timeout=60)
+    assert "opened" in good.stdout
+    data = bytearray(path.read_bytes())
+    heap = data.index(b"GCOL")
+    size = int.from_bytes(data[heap + 8 : heap + 16], "little")
+    if place == "first object":  # then the next is free space of no size
+        data[heap + 24 : heap + 32] = (8).to_bytes(8, "little")
+        data[heap + 40 : heap + 56] = bytes(16)
+    else:
+        at = heap + 16
+        while int.from_bytes(data[at : at + 2], "little"):
+            at += 16 + -(-int.from_bytes(data[at + 8 : at + 16], "little") // 8) * 8
+        assert at < heap + size
+        data[at + 8 : at + 16] = bytes(8)
+    path.write_bytes(data)
+    found = subprocess.run([sys.executable, "-c", SLOW_READER, str(path)], capture_output=True, text=True, timeout=60)
+    assert "found an HDF5 signature but no readable file" in found.stdout

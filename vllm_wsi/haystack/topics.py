@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import SettingsError
-from vllm_wsi.questions.items import SlideItem, multiple_choice
+from vllm_wsi.questions.items import SLIDE_MARK, SlideItem, multiple_choice
 from vllm_wsi.slides import FeatureFile, features_in_memory
 
 from .generator import LETTERS, SPLITS
@@ -47,6 +47,7 @@ class TopicWorld:
         noise: standard deviation of a patch about its type.
         most_share: of a slide's patches, that one finding has at most; how many it has is drawn log-uniformly from
             four on.
+        open_share: share of questions that name no options and are answered by the name of the finding.
 
     Raises:
         SettingsError: a value out of range.
@@ -56,12 +57,15 @@ class TopicWorld:
     feature_dim: int = 64
     noise: float = 1.0
     most_share: float = 1 / 16
+    open_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.feature_dim < 3:
             raise SettingsError(f"topics: feature_dim: found {self.feature_dim}, wanted at least 3")
         if not 0 < self.noise < np.inf:
             raise SettingsError(f"topics: noise: found {self.noise}, wanted a finite number above 0")
+        if not 0 <= self.open_share <= 1:
+            raise SettingsError(f"topics: open_share: found {self.open_share}, wanted 0 to 1")
         if not 0 < self.most_share * len(TOPICS) <= 1:
             raise SettingsError(f"topics: most_share: found {self.most_share}, wanted above 0, to 1/{len(TOPICS)}")
 
@@ -134,9 +138,11 @@ class TopicSlide:
 
     def item(self) -> SlideItem:
         """The question about the slide. The options stand in a random order, so that each letter is as likely."""
-        options = [TOPICS[self.topic][i] for i in self._rng(2).permutation(len(LETTERS))]
+        rng, text = self._rng(2), f"Which {self.topic} is on this slide?"
+        options = [TOPICS[self.topic][i] for i in rng.permutation(len(LETTERS))]
         letter = LETTERS[options.index(self.finding)]
-        text = f"Which {self.topic} is on this slide?"
+        if rng.random() < self.world.open_share:
+            return SlideItem(self.name, (self,), ((f"{SLIDE_MARK}\n{text}", self.finding),))
         return multiple_choice(self.name, self, text, dict(zip(LETTERS, options, strict=True)), letter)
 
 
