@@ -3,9 +3,11 @@
 A world of eight topics (`haystack/topics.py`), one of which a question asks about. For each seed (world, weights and
 data) a small decoder first learns to read short, clean bags; behind it two scorers learn from the answers, by the same
 SparseLearn, data and steps: one without the question and one that hears it; and the first one with three times the
-steps. (With two seeds, a decoder that was asked by letters alone was at chance after 1,800 steps; half of the questions
-are open ones since. No full run has been made yet.) All are judged on the same test slides at K = 32: random patches, each scorer's, those of the scorers without the
+steps. All are judged on the same test slides at K = 32: random patches, each scorer's, those of the scorers without the
 question made diverse (MMR), and the oracle's (key patches alone). It takes about 15 minutes a seed on one core.
+
+No full run has been made yet. A decoder that was asked by letters alone was at chance after 1,800 steps (two seeds), so
+half of its questions are open ones.
 """
 
 from __future__ import annotations
@@ -75,13 +77,9 @@ def main() -> None:
 def decoder_of(run: Path, seed: int, steps: int) -> Path:
     """A decoder and a projector that read bags of 32 to 64 patches, every topic among them."""
     bags = {
-        "name": "topics",
-        "count": 32 * steps,
-        "num_patches": [32, 64],
-        "most_share": 0.125,
-        "open_share": 0.5,
+        "name": "topics", "count": 32 * steps, "num_patches": [32, 64], "most_share": 0.125, "open_share": 0.5,
         "seed": seed,
-    }
+    }  # fmt: skip
     new = {
         "feature_dim": D, "hidden_size": 128, "num_layers": 2, "max_position_embeddings": 139_264,
         "max_slide_positions": 135_168, "rope_theta": 1e6, "scorer_hidden_size": 128, "initializer_range": 0.05,
