@@ -1,6 +1,7 @@
 """One of two processes of `test_fsdp.py`: a step of the training path, whole and in shards. Prints JSON."""
 
 import json
+import os
 import sys
 
 import torch
@@ -84,6 +85,8 @@ def main() -> None:
             )
         )
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # now and then a thread of torch's is still there when the interpreter ends, which aborts the process
 
 
 main()
