@@ -11,7 +11,7 @@ slide's other patches as they are.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vllm_wsi.errors import SettingsError
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem, multiple_choice
 from vllm_wsi.slides import FeatureFile, features_in_memory, write_features
 
+from .generated import length_of, made_world
 from .patch_types import rotation, type_centres
 
 FINDINGS = ("lymphoma", "melanoma", "sarcoma", "carcinoma")
@@ -296,12 +297,6 @@ def haystack_items(
     Raises:
         SettingsError: an argument that it does not have.
     """
-    known = [one.name for one in fields(HaystackWorld)]
-    if unknown := world.keys() - {*known}:
-        raise SettingsError(f"haystack: found {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
-    if isinstance(num_patches, int):
-        return HaystackWorld(**world).items(split, count, num_patches, first)
-    made = HaystackWorld(**world)
+    made = made_world(HaystackWorld, "haystack", world)
     numbers = range(first, first + count)
-    lengths = [int(np.random.default_rng([number, 11]).integers(*num_patches, endpoint=True)) for number in numbers]
-    return [made.slide(split, number, length).item() for number, length in zip(numbers, lengths, strict=True)]
+    return [made.slide(split, number, length_of(number, num_patches)).item() for number in numbers]

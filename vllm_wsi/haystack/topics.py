@@ -7,7 +7,7 @@ there are 32 kinds of findings on slides of several thousand patches, and a find
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from vllm_wsi.errors import SettingsError
 from vllm_wsi.questions.items import SLIDE_MARK, SlideItem, multiple_choice
 from vllm_wsi.slides import FeatureFile, features_in_memory
 
+from .generated import length_of, made_world
 from .generator import LETTERS, SPLITS
 from .patch_types import type_centres
 
@@ -160,13 +161,6 @@ def topic_items(
     Raises:
         SettingsError: an argument that it does not have.
     """
-    known = [one.name for one in fields(TopicWorld)]
-    if unknown := world.keys() - {*known}:
-        raise SettingsError(f"topics: found {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
-    made = TopicWorld(**world)
-    low, high = (num_patches, num_patches) if isinstance(num_patches, int) else num_patches
-    items = []
-    for number in range(first, first + count):
-        length = int(np.random.default_rng([number, 12]).integers(low, high, endpoint=True))
-        items.append(made.slide(split, number, length).item())
-    return items
+    made = made_world(TopicWorld, "topics", world)
+    numbers = range(first, first + count)
+    return [made.slide(split, number, length_of(number, num_patches)).item() for number in numbers]
