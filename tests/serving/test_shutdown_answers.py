@@ -81,8 +81,9 @@ def test_every_client_is_answered_and_nothing_stays(checkpoint, short_path):
                 asked = [clients.ask(stream) for stream in [False] * 16 + [True] * 4]
                 assert clients.streaming.acquire(timeout=CLIENT_WAITS)  # the answers are being made
                 deadline = time.monotonic() + CLIENT_WAITS
-                while server.metrics().get("vllm:num_requests_running", 0) < 6:  # more than are streamed
+                while server.metrics().get("vllm:num_requests_running", 0) < 12:  # more than are streamed
                     assert time.monotonic() < deadline
+                    time.sleep(0.05)
                 began = time.monotonic()
                 os.kill(server.pid, signal.SIGTERM)
                 assert server.terminate(CLIENT_WAITS) == 0, server.log_tail()  # the second SIGTERM changes nothing
