@@ -5,9 +5,6 @@ data) a small decoder first learns to read short, clean bags; behind it two scor
 SparseLearn, data and steps: one without the question and one that hears it; and the first one with three times the
 steps. All are judged on the same test slides at K = 32: random patches, each scorer's, those of the scorers without the
 question made diverse (MMR), and the oracle's (key patches alone). It takes about 15 minutes a seed on one core.
-
-No full run has been made yet. A decoder that was asked by letters alone was at chance after 1,800 steps (two seeds), so
-half of its questions are open ones.
 """
 
 from __future__ import annotations
@@ -45,17 +42,14 @@ K, D = 32, 64
 TEST = {4096: 128, 16_384: 64}
 PATCH = {"kind": "patch", "hidden_size": 128}
 QUESTION = {"kind": "question", "hidden_size": 128, "rank": 16, "free_tokens": 8}
-TEXTS = [
-    *(f"user\nWhich {topic} is on this slide?\n" + "\n".join(findings) for topic, findings in TOPICS.items()),
-    "assistant\nA.\nB.\nC.\nD.",
-]
+TEXTS = [*(f"user\nWhich {topic} is on this slide?\nassistant\n" + "\n".join(names) for topic, names in TOPICS.items())]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="directory of the training runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--decoder-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=240, help="of the scorers (default 240)")
     parser.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
     args = parser.parse_args()
@@ -77,8 +71,7 @@ def main() -> None:
 def decoder_of(run: Path, seed: int, steps: int) -> Path:
     """A decoder and a projector that read bags of 32 to 64 patches, every topic among them."""
     bags = {
-        "name": "topics", "count": 32 * steps, "num_patches": [32, 64], "most_share": 0.125, "open_share": 0.5,
-        "seed": seed,
+        "name": "topics", "count": 32 * steps, "num_patches": [32, 64], "most_share": 0.125, "seed": seed,
     }  # fmt: skip
     new = {
         "feature_dim": D, "hidden_size": 128, "num_layers": 2, "max_position_embeddings": 139_264,

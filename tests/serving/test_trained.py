@@ -88,6 +88,6 @@ def test_the_trained_checkpoint_answers_the_same_in_vllm_and_in_transformers(tra
         wanted = model.generate(prompt, [selection], max_new_tokens=2, do_sample=False)[0].tolist()
         assert list(found.token_ids) == wanted
         (choice,) = choose(model, encoder, [slide.item()], [[selection]])
-        assert found.text == choice.letter
-        right += choice.letter == slide.item().answer
+        assert found.text == choice.option
+        right += choice.option == slide.item().answer
     assert right >= 7

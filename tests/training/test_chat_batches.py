@@ -152,7 +152,7 @@ def test_letters_are_the_tokens_that_their_answers_begin_with():
     for texts in ([], ["assistant\nA. Apple\nB. Bee B C D"] * 9):
         tokenizer = byte_tokenizer(texts)
         chat = ChatRenderer(tokenizer)
-        for letter, token in zip("ABCD", chat.letter_ids("ABCD"), strict=True):
+        for letter, token in zip("ABCD", chat.first_ids("ABCD"), strict=True):
             ids, labels = chat.conversation(talk("<image>\nWhich?", letter))
             assert [ids[i] for i, label in enumerate(labels) if label != IGNORED] == [token, tokenizer.eos_token_id]
 
@@ -409,15 +409,15 @@ def test_choices_in_a_batch_are_those_of_each_question_alone(checkpoint):
     assert len(together) == 36
     for number in (0, 6, 11, 35):
         (alone,) = choose(model, chat, items[number : number + 1], selections[number : number + 1])
-        assert alone.letter == together[number].letter
+        assert alone.option == together[number].option
         assert alone.logprobs == pytest.approx(together[number].logprobs, abs=1e-4)
     for item, selected, choice in zip(items, selections, together, strict=True):
         embeddings, positions = model.prepare(torch.tensor(chat.question(item)), selected)
         with torch.no_grad():
             logits = model(inputs_embeds=embeddings, position_ids=positions).logits[0, -1]
-        wanted = logits[chat.letter_ids("ABC")].log_softmax(dim=0)
+        wanted = logits[chat.first_ids("ABC")].log_softmax(dim=0)
         assert list(choice.logprobs.values()) == pytest.approx(wanted.tolist(), abs=1e-4)
-        assert choice.letter == max(choice.logprobs, key=lambda letter: choice.logprobs[letter])
+        assert choice.option == max(choice.logprobs, key=lambda letter: choice.logprobs[letter])
         assert sum(np.exp(list(choice.logprobs.values()))) == pytest.approx(1, abs=1e-5)
 
 

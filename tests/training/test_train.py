@@ -220,7 +220,7 @@ def test_what_a_checkpoint_runs_knows_nothing_of_the_gate(whole_run, monkeypatch
         scores = model.scorer(torch.from_numpy(slide.read_rows(0, 200))[None], torch.ones(1, 200, dtype=torch.bool))[0]
     assert selection.indices.tolist() == scores.topk(4).indices.sort().values.tolist()
     (choice,) = choose(model, encoder, [item], [[selection]])
-    assert choice.letter in item.options
+    assert choice.option in item.options
 
 
 def test_gradient_checkpointing_changes_no_weight_by_more_than_rounding(whole_run, tmp_path):

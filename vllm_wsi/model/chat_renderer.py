@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -94,9 +95,16 @@ class ChatRenderer:
         after = [one for one in self._ids(whole.removeprefix(prompt)) if one in special]
         return sorted({*after[:1], self.tokenizer.eos_token_id} - {None})
 
-    def letter_ids(self, letters: str) -> list[int]:
-        """The token that an answer of one letter begins with, for each letter."""
-        return [self._ids(letter)[0] for letter in letters]
+    def first_ids(self, answers: Sequence[str]) -> list[int]:
+        """The token that each of these answers begins with.
+
+        Raises:
+            ValueError: two of them begin with the same one.
+        """
+        first = [self._ids(answer)[0] for answer in answers]
+        if len(set(first)) < len(first):
+            raise ValueError(f"answers: found {', '.join(answers)}, wanted answers that differ in their first token")
+        return first
 
     def _user(self, text: str) -> dict[str, Any]:
         pieces = [piece.strip("\n") for piece in text.split(SLIDE_MARK)]

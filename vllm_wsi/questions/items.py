@@ -31,9 +31,8 @@ class SlideItem:
     where: str  # file and row, as errors name it
     slides: tuple[SlideSource, ...]  # in the order of their marks, all in the first question
     turns: tuple[tuple[str, str], ...]  # (question, answer)
-    options: Mapping[str, str] = field(
-        default_factory=dict
-    )  # letter -> text, where the first question is one of choice
+    # The possible answers of a question of choice and what they mean: letter -> text, or each name -> itself.
+    options: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def question(self) -> str:

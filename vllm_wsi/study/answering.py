@@ -1,4 +1,4 @@
-"""Answers of a transformers model to multiple-choice questions, in batches: the letter with the highest probability."""
+"""Answers of a transformers model to multiple-choice questions, in batches: the option with the highest probability."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BATCH = 32
 class Choice(NamedTuple):
     """One answer."""
 
-    letter: str
-    logprobs: dict[str, float]  # over the option letters alone
+    option: str  # a key of the question's options
+    logprobs: dict[str, float]  # over the options alone
 
 
 @torch.no_grad()
@@ -31,11 +31,14 @@ def choose(
     items: Sequence[SlideItem],
     selections: Sequence[Sequence[Selection]],
 ) -> list[Choice]:
-    """The option letter that the model finds most likely at the first place of its answer.
+    """The option whose first token the model finds most likely at the first place of its answer.
 
     Args:
-        items: multiple-choice questions.
+        items: multiple-choice questions; the options of one begin with different tokens.
         selections: for each item, one for each of its slides.
+
+    Raises:
+        ValueError: two options of a question begin with the same token.
     """
     choices: list[Choice] = []
     for start in range(0, len(items), BATCH):
@@ -52,7 +55,7 @@ def choose(
             use_cache=False,
         ).logits[:, -1]
         for row, item in enumerate(part):
-            letters = "".join(item.options)
-            found = logits[row, renderer.letter_ids(letters)].float().log_softmax(dim=0)
-            choices.append(Choice(letters[int(found.argmax())], dict(zip(letters, found.tolist(), strict=True))))
+            options = list(item.options)
+            found = logits[row, renderer.first_ids(options)].float().log_softmax(dim=0)
+            choices.append(Choice(options[int(found.argmax())], dict(zip(options, found.tolist(), strict=True))))
     return choices

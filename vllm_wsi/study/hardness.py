@@ -81,7 +81,7 @@ def hardness_rows(
     rows = []
     for name, selections in chosen.items():
         answers = choose(study.model, study.renderer, items, selections)
-        right = [answer.letter == item.answer for answer, item in zip(answers, items, strict=True)]
+        right = [answer.option == item.answer for answer, item in zip(answers, items, strict=True)]
         row = {"knob": knob, "length": length, "policy": name, "k": study.k, "questions": len(items)}
         share = proportion_interval(sum(right), len(right))
         row |= dict(zip(("accuracy", "low", "high"), map(rounded, share), strict=True))

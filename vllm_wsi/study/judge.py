@@ -77,7 +77,7 @@ def judge(
             recalls.append(key_patch_recall(chosen[0].indices.numpy(), rows, k))
     repeats = [np.mean([redundancy(one.features.float().numpy()) for one in chosen]) for chosen in selections]
     return Judged(
-        np.array([choice.letter == item.answer for choice, item in zip(choices, items, strict=True)]),
+        np.array([choice.option == item.answer for choice, item in zip(choices, items, strict=True)]),
         np.array(recalls) if len(recalls) == len(items) else None,
         np.array(repeats),
         selections,
@@ -93,7 +93,7 @@ def judge_blind(
         for item in items
     ]
     choices = choose(model, renderer, blind, [[] for _ in blind])
-    return np.array([choice.letter == item.answer for choice, item in zip(choices, items, strict=True)])
+    return np.array([choice.option == item.answer for choice, item in zip(choices, items, strict=True)])
 
 
 def best_constant(items: Iterable[SlideItem]) -> tuple[str, NDArray[np.bool_]]:

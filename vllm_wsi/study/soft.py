@@ -60,9 +60,9 @@ def judge_soft(
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             logits, wanted = wrapped.tail_logits(**batch)
             first = int((wanted[0] != IGNORED).int().argmax())
-            letters = "".join(item.options)
-            best = logits[0, first, renderer.letter_ids(letters)].argmax()
-            correct.append(letters[int(best)] == item.answer)
+            options = list(item.options)
+            best = logits[0, first, renderer.first_ids(options)].argmax()
+            correct.append(options[int(best)] == item.answer)
             alpha = wrapped.last_alpha
             assert alpha is not None
             served = [
