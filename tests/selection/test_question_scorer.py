@@ -163,5 +163,5 @@ def test_another_scorer_has_another_digest():
 def test_no_patch_is_chosen_twice_where_both_queries_want_the_same():
     made = scorer()
     vectors = torch.randn(50, 4).half()
-    rows, _ = best_by_question(made, vectors, K, made.free_query.detach().clone())
+    rows, *_ = best_by_question(made, vectors, K, made.free_query.detach().clone())
     assert len(set(rows.tolist())) == K

@@ -19,6 +19,7 @@ from vllm_wsi import __version__
 from vllm_wsi.errors import WsiError
 
 from .assemble import assemble
+from .calibrate import calibrate
 from .compile import compile_kernels
 from .convert import convert
 from .demo import demo
@@ -55,6 +56,7 @@ for name, command, text in (
     ("demo", demo, "a slide, a real server, an answer and the patches behind it"),
     ("init-checkpoint", init_checkpoint, "write a small checkpoint with random weights"),
     ("train", train, "train a checkpoint (extra: train)"),
+    ("calibrate", calibrate, "how far a checkpoint's scores and answers can be trusted (extras: train, eval)"),
     ("assemble", assemble, "trained parts and their decoder to a checkpoint that vllm serves"),
     ("compile", compile_kernels, "a checkpoint's kernels for a GPU that is not there, into Triton's cache"),
     ("study", study, "tables and figures: what a selection is worth (extra: study)"),

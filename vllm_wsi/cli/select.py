@@ -50,14 +50,17 @@ def select(
     from vllm_wsi.slides.places import Said
 
     with open_features(file, encoder) as opened:
-        from vllm_wsi.model.checkpoint import load_selector  # after the file's own errors: it imports torch
+        # After the file's own errors: these import torch.
+        from vllm_wsi.model.checkpoint import load_calibration, load_selector
         from vllm_wsi.model.question_reader import question_query
+        from vllm_wsi.selection.calibration import Trust
 
         selector = load_selector(checkpoint, device, encoder_mismatch=encoder_mismatch)
         query = None if question is None else question_query(selector, checkpoint, question)
         selection = selector.select(opened, k, keep_all_scores=heatmap is not None, query=query)
     said = Said(mpp, patch_size_level0, coord_unit, accept_guess)
-    record = selection.record(str(file), said)
+    trust = Trust.of(load_calibration(checkpoint, selector.scorer), selection)
+    record = selection.record(str(file), said) | trust._asdict()
     if geojson or heatmap or montage:
         with needs_extra("slides"):
             from vllm_wsi.rendering.overlay import SelectionOverlay

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import cached_file
 
 from vllm_wsi.errors import CheckpointError, WsiError
-from vllm_wsi.selection.scorer import FrozenScorer, Scorer, build_scorer, frozen_scorer
+from vllm_wsi.selection.calibration import Calibration
+from vllm_wsi.selection.scorer import FrozenScorer, Scorer, build_scorer, frozen_scorer, scorer_digest
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides.encoder_names import Mismatch
 
@@ -17,6 +21,7 @@ from .config import SparseWSIConfig
 from .weight_files import weight_files
 
 SCORER_PREFIX = "scorer."
+CALIBRATION = "calibration.json"
 
 
 @contextmanager
@@ -77,6 +82,24 @@ def trained_scorer(model: str, revision: str | None = None) -> Scorer:
             f"{model}: {SCORER_PREFIX}*: found other weights than config.json describes: {reason}"
         ) from error
     return scorer
+
+
+def load_calibration(model: str, scorer: FrozenScorer, revision: str | None = None) -> Calibration | None:
+    """What was fitted to a checkpoint on validation; None where nothing was.
+
+    Raises:
+        CheckpointError: it is damaged, or was fitted to another scorer.
+    """
+    with loading(model):
+        path = cached_file(model, CALIBRATION, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            return None
+        found = Calibration.of(json.loads(Path(path).read_text("utf-8")), CALIBRATION)
+    if found.scorer != (wanted := scorer_digest(scorer)):
+        raise CheckpointError(
+            f"{model}: {CALIBRATION}: scorer: found {found.scorer}, wanted {wanted}; run vllm-wsi calibrate again"
+        )
+    return found
 
 
 def load_selector(

@@ -61,8 +61,16 @@ def slide_vectors(reader: ChunkReader, scorer: QuestionScorer, place: Place) -> 
     return vectors
 
 
-def best_by_question(scorer: QuestionScorer, vectors: Tensor, k: int, query: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The kept patches of a slide, and the scores of all.
+class BestByQuestion(NamedTuple):
+    """The kept patches of a slide, and the scores of all."""
+
+    rows: Tensor  # int64 [m], ascending, m = min(k, patches with a finite score)
+    scores: Tensor  # fp32 [N], by the query
+    free: Tensor  # fp32 [N], by the query that asks nothing
+
+
+def best_by_question(scorer: QuestionScorer, vectors: Tensor, k: int, query: Tensor | None) -> BestByQuestion:
+    """Keeps the best k patches of a slide for a question.
 
     The best by the query come first; the last `free_of(k)` places go to the best of the others by the query that asks
     nothing. That one chooses all where there is no question.
@@ -70,19 +78,16 @@ def best_by_question(scorer: QuestionScorer, vectors: Tensor, k: int, query: Ten
     Args:
         vectors: [N, R], of `slide_vectors`.
         query: fp32 [R], or None.
-
-    Returns:
-        (int64 [m], ascending, m = min(k, patches with a finite score); fp32 [N], by the query).
     """
     free_query = scorer.free_query.detach().cpu()
     scores, free = _scores(vectors, free_query if query is None else query, free_query)
     if query is None:
-        return _best(free, k), free
+        return BestByQuestion(_best(free, k), free, free)
     num_free = scorer.free_of(k)
     rows = _best(scores, k - num_free)
     if num_free:
         rows = torch.cat((rows, _best(free.index_fill(0, rows, -torch.inf), num_free))).sort().values
-    return rows, scores
+    return BestByQuestion(rows, scores, free)
 
 
 def _scores(vectors: Tensor, *queries: Tensor) -> tuple[Tensor, ...]:

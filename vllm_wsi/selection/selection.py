@@ -16,6 +16,8 @@ from vllm_wsi.slides.places import PatchSize, Said, guesses, patch_size, settle
 from vllm_wsi.slides.regions import Level0Rects, level0_rects
 from vllm_wsi.slides.units import Unit
 
+from .score_summary import ScoreSummary
+
 NOTHING_SAID = Said()
 
 
@@ -39,6 +41,7 @@ class Selection:
     all_coords: NDArray | None = None  # [N, 2], beside `all_scores`
     encoder_match: EncoderMatch | None = None  # with the checkpoint's encoder; None: no checkpoint selected
     scored_on: str = "cpu"  # or the name of a GPU, its architecture and versions
+    summary: ScoreSummary | None = None  # of all scores; None: they are not a scorer's
     fallback: str | None = None  # why the CPU scored what a GPU should have; None: no such thing
 
     @property

@@ -23,6 +23,7 @@ from vllm_wsi.slides.encoder_names import EncoderCheck, EncoderMatch
 from .chunk_reader import ChunkReader, read_tensor_rows
 from .question_scorer import QuestionScorer
 from .question_selection import SlideVectors, best_by_question, slide_vectors
+from .score_summary import score_summary
 from .scorer import ContextScorer, FrozenScorer
 from .scoring_device import Cpu, Place, ScoringDevice
 from .selection import Selection
@@ -123,7 +124,7 @@ class SlideSelector:
             kept, scores = _select_in_stream(reader, scorer, k, place)
         seconds = time.perf_counter() - began
         counts = {"read_seconds": reader.read_seconds, "score_seconds": seconds - reader.read_seconds}
-        return _selection(slide, kept, scores, scored_on=place.name, **counts)
+        return _selection(slide, kept, scores, summary=score_summary(scores), scored_on=place.name, **counts)
 
     def select_of_vectors(self, slide: FeatureFile, found: SlideVectors, k: int, query: Tensor | None) -> Selection:
         """As `select`, of a slide that `read_vectors` has just read. With all scores."""
@@ -179,13 +180,15 @@ class SlideSelector:
             raise SlideError(f"{slide.name}: scores: found {len(scores)}, wanted one for each of {slide.num_patches}")
         began = time.perf_counter()
         if isinstance(self.scorer, QuestionScorer):
-            rows, scores = best_by_question(self.scorer, scores, k, query)
+            rows, scores, free = best_by_question(self.scorer, scores, k, query)
             kept = _Kept(rows, scores[rows], read_tensor_rows(slide, rows))
+            summary = score_summary(scores, free)
         else:
             kept = _kept_by_scores(slide, scores, k)
+            summary = score_summary(scores)
         seconds = time.perf_counter() - began
         counts = {"read_seconds": seconds, "scored_on": scored_on, "encoder_match": encoder_match}
-        return _selection(slide, kept, scores, **counts)
+        return _selection(slide, kept, scores, summary=summary, **counts)
 
     def _scorer_on(self, place: Place) -> FrozenScorer:
         if isinstance(place, Cpu):

@@ -27,9 +27,10 @@ from vllm.multimodal.processing import (
 )
 
 from vllm_wsi.errors import SettingsError
-from vllm_wsi.model.checkpoint import load_scorer
+from vllm_wsi.model.checkpoint import load_calibration, load_scorer
 from vllm_wsi.model.config import SLIDE_TOKEN, SparseWSIConfig
 from vllm_wsi.model.question_reader import QuestionReader
+from vllm_wsi.selection.calibration import Calibration
 from vllm_wsi.selection.question_scorer import QuestionScorer
 from vllm_wsi.selection.scorer import FrozenScorer, scorer_digest
 from vllm_wsi.selection.selection import Selection
@@ -84,7 +85,7 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         if not 1 <= k <= room:
             raise SettingsError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
-        scorer, digest = _scorer(model.model, model.revision)
+        scorer, digest, calibration = _scorer(model.model, model.revision)
         encoder = config.encoder_check(options.get("encoder_mismatch", "refuse"))
         selector = SlideSelector(
             scorer, k, device, config.max_patches, encoder=encoder, max_slide_tokens=self.max_slide_tokens
@@ -95,7 +96,7 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         questions = None
         if isinstance(scorer, QuestionScorer):
             questions = partial(QuestionReader, scorer, model.model, model.revision)
-        self.service = vllm_hooks.service_for(selector, name, self.max_slide_tokens, store, questions)
+        self.service = vllm_hooks.service_for(selector, name, self.max_slide_tokens, store, questions, calibration)
 
     def _check_tokenizer(self, config: SparseWSIConfig) -> None:
         tokenizer = self.ctx.tokenizer
@@ -222,7 +223,8 @@ def use_slide_connector() -> None:
 
 
 @lru_cache(maxsize=4)
-def _scorer(model: str, revision: str | None) -> tuple[FrozenScorer, str]:
-    """A checkpoint's scorer and its digest, read once: vLLM makes a processor for every chat request."""
+def _scorer(model: str, revision: str | None) -> tuple[FrozenScorer, str, Calibration | None]:
+    """A checkpoint's scorer, its digest and what was fitted to it, read once: vLLM makes a processor for every chat
+    request."""
     scorer = load_scorer(model, revision)
-    return scorer, scorer_digest(scorer)
+    return scorer, scorer_digest(scorer), load_calibration(model, scorer, revision)

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.model.question_reader import QuestionReader
+from vllm_wsi.selection.calibration import Calibration
 from vllm_wsi.selection.question_selection import Question
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import FeatureFile
@@ -48,6 +49,7 @@ class SelectionService:
         max_slide_tokens: largest K that one request may ask for.
         store: selections that outlive this process; None: there are none.
         questions: of a checkpoint whose scorer hears the question; None: it hears none.
+        calibration: what was fitted to the checkpoint on validation; None: nothing was.
         threads: slides that are read and scored at once.
         cache_bytes: bound of the finished selections that are remembered.
     """
@@ -59,12 +61,14 @@ class SelectionService:
         max_slide_tokens: int,
         store: SelectionStore | None = None,
         questions: QuestionReader | None = None,
+        calibration: Calibration | None = None,
         threads: int = THREADS,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.selector, self.scorer, self.max_slide_tokens = selector, scorer, max_slide_tokens
         self.default_k = selector.num_slide_tokens
         self._stored, self.questions = StoredSelector(selector, scorer, store), questions
+        self.calibration = calibration
         self._pool = StallingPool("wsi-selection", threads)
         self._elsewhere = StallingPool("wsi-remote", threads)  # so that slow servers hold up no slide of this machine
         self._look_ups = StallingPool("wsi-look-up", LOOK_UP_THREADS)

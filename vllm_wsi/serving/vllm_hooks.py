@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from vllm_wsi.model.question_reader import QuestionReader
+    from vllm_wsi.selection.calibration import Calibration
     from vllm_wsi.selection.selector import SlideSelector
     from vllm_wsi.store.store_settings import StoreSettings
 
@@ -160,6 +161,7 @@ def service_for(
     max_slide_tokens: int,
     store: StoreSettings | None = None,
     questions: partial[QuestionReader] | None = None,
+    calibration: Calibration | None = None,
 ) -> SelectionService:
     """The process-wide service of one checkpoint and setting, which also becomes the current one.
 
@@ -178,7 +180,7 @@ def service_for(
         if key not in _services:
             opened = None if store is None else SelectionStore(*store, metrics.count_store)
             _services[key] = SelectionService(
-                selector, scorer, max_slide_tokens, opened, None if questions is None else questions()
+                selector, scorer, max_slide_tokens, opened, None if questions is None else questions(), calibration
             )
         _current = _services[key]
         return _current

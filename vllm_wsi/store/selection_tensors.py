@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_wsi.selection.score_summary import LEVELS, ScoreSummary
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.slides.encoder_names import EncoderMatch
 from vllm_wsi.slides.places import PatchSize
@@ -22,7 +23,10 @@ def selection_tensors(chosen: Selection) -> tuple[dict[str, Tensor], dict[str, A
     tensors = {"indices": chosen.indices, "scores": chosen.scores, "features": chosen.features}
     if chosen.coords is not None:
         tensors["coords"] = torch.from_numpy(_native(chosen.coords))
+    if chosen.summary is not None:
+        tensors["quantiles"] = chosen.summary.quantiles
     facts = {
+        "best": None if chosen.summary is None else chosen.summary.best,
         "num_patches": chosen.num_patches,
         "num_nonfinite": chosen.num_nonfinite,
         "coord_unit": chosen.coord_unit,
@@ -46,7 +50,7 @@ def scores_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
 def selection_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Selection:
     """Raises ValueError, KeyError or TypeError where they do not make a selection."""
     _check(tensors, facts["num_patches"])
-    patch_size, encoder_match = facts.pop("patch_size"), facts.pop("encoder_match")
+    patch_size, encoder_match, best = (facts.pop(name) for name in ("patch_size", "encoder_match", "best"))
     return Selection(
         indices=tensors["indices"],
         scores=tensors["scores"],
@@ -54,6 +58,7 @@ def selection_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Selection
         coords=tensors["coords"].numpy() if "coords" in tensors else None,
         patch_size=None if patch_size is None else PatchSize(*patch_size),
         encoder_match=None if encoder_match is None else EncoderMatch(*encoder_match),
+        summary=None if best is None else ScoreSummary(best, tensors["quantiles"]),
         **facts,
     )
 
@@ -69,6 +74,9 @@ def _check(tensors: dict[str, Tensor], num_patches: int) -> None:
         raise ValueError("scores: found other than one finite score for each row, wanted float32")
     if features.ndim != 2 or len(features) != len(indices) or not features.is_floating_point():
         raise ValueError(f"features: found shape {tuple(features.shape)}, wanted one row for each of {len(indices)}")
+    quantiles = tensors.get("quantiles")
+    if quantiles is not None and (quantiles.dtype != torch.float32 or quantiles.shape != (len(LEVELS),)):
+        raise ValueError(f"quantiles: found shape {tuple(quantiles.shape)}, wanted ({len(LEVELS)},)")
     coords = tensors.get("coords")
     if coords is not None and coords.shape != (len(indices), 2):
         raise ValueError(f"coords: found shape {tuple(coords.shape)}, wanted ({len(indices)}, 2)")

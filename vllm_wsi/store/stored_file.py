@@ -14,7 +14,7 @@ from typing import Any, Literal
 import safetensors.torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 """Changes with the meaning of what is stored; part of every digest, so that no file of another format is read."""
 NAME = "vllm_wsi"
 

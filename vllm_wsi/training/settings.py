@@ -80,6 +80,11 @@ class DataSettings(Settings):
             raise ValueError("found questions without features, wanted the directory of feature files")
         return self
 
+    def place_beside(self, path: Path) -> None:
+        """Makes paths of a settings file relative to it."""
+        self.questions = [path.parent / name for name in self.questions]
+        self.features = None if self.features is None else path.parent / self.features
+
 
 class LoraSettings(Settings):
     """Low-rank adapters on the decoder, merged into it at the end."""
@@ -173,6 +178,14 @@ class TrainSettings(Settings):
         return [*(self.scorer_run.all_stages() if self.scorer_run is not None else []), *self.stages]
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises SettingsError where it is none."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: found no YAML: {' '.join(str(error).split())}") from error
+
+
 def load_settings(path: str | Path) -> TrainSettings:
     """Reads a YAML file; paths in it are relative to it.
 
@@ -180,11 +193,7 @@ def load_settings(path: str | Path) -> TrainSettings:
         SettingsError: the file is no YAML, or one sentence for each key that does not fit.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: found no YAML: {' '.join(str(error).split())}") from error
-    settings = TrainSettings.of(raw, str(path))
+    settings = TrainSettings.of(read_yaml(path), str(path))
     runs = [settings]
     while runs[-1].scorer_run is not None:
         runs.append(runs[-1].scorer_run)
@@ -193,9 +202,7 @@ def load_settings(path: str | Path) -> TrainSettings:
         if run.scorer_run is None:
             run.model.scorer_from = _beside(path, run.model.scorer_from)
     for stage in settings.all_stages():
-        data = stage.data
-        data.questions = [path.parent / name for name in data.questions]
-        data.features = None if data.features is None else path.parent / data.features
+        stage.data.place_beside(path)
     return settings
 
 

@@ -145,9 +145,15 @@ def _checked_datasets(
 def make_dataset(
     data: DataSettings, renderer: ChatRenderer, config: SparseWSIConfig, seed: int, generators: Generators
 ) -> SlideDataset:
-    """The items of one stage's data, unread.
+    """The items of one stage's data, unread. Errors as of `items_of`."""
+    return _dataset(items_of(data, generators), data, renderer, config, seed)
+
+
+def items_of(data: DataSettings, generators: Generators) -> Sequence[SlideItem]:
+    """The questions of some settings, generated or from files.
 
     Raises:
+        SettingsError: no such generator, or arguments that it does not have.
         QuestionError: names every bad item of all question files.
     """
     if data.generate is not None:
@@ -160,7 +166,7 @@ def make_dataset(
             inspect.signature(make).bind(**options)
         except TypeError as error:
             raise SettingsError(f"generate: {name}: {error}") from error
-        return _dataset(make(**options), data, renderer, config, seed)
+        return make(**options)
     assert data.features is not None
     items: list[SlideItem] = []
     problems: list[str] = []
@@ -172,7 +178,7 @@ def make_dataset(
             problems += error.problems
     if problems:
         raise QuestionError(problems, items)
-    return _dataset(items, data, renderer, config, seed)
+    return items
 
 
 def _dataset(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cachetools import LRUCache
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.rendering.geojson import geojson
+from vllm_wsi.selection.calibration import Trust
+from vllm_wsi.selection.selection import Selection
 from vllm_wsi.serving.client_errors import naming_the_file_alone
 from vllm_wsi.serving.connector import SlideConnector, parse_fragment
 from vllm_wsi.serving.slide_request import SelectedSlide
@@ -24,9 +26,6 @@ from vllm_wsi.slides.units import positive_number
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
 from .slide_facts import Found, ImageFacts, digest_of, finite_size, mpp_of, place_patches
 from .slide_folder import image_of, image_suffixes, list_slides, qc_picture_of
-
-if TYPE_CHECKING:
-    pass
 
 BOUNDS = "openslide.bounds-"
 PICTURE_CACHE_BYTES = 32 << 20
@@ -65,7 +64,7 @@ class SlideView:
         chosen, image = selected.selection, found.image
         name = _name(selected)
         record = chosen.record(name, said) | {"encoder": _encoder(url, chosen.metadata), "rects": None}
-        record["source"] = selected.source
+        record |= {"source": selected.source, **_trust(chosen)._asdict()}
         record |= {"extent_px": None, "guesses": chosen.guesses(name, said)}
         try:
             rects = chosen.rects(name, _said_with_image(said, chosen.metadata, image))
@@ -245,6 +244,11 @@ class SlideView:
 def _name(selected: SelectedSlide) -> str:
     request = selected.request
     return BY_VALUE if request is None else request.name
+
+
+def _trust(chosen: Selection) -> Trust:
+    service = current_service()
+    return Trust.of(None if service is None else service.calibration, chosen)
 
 
 def _hears_questions() -> bool:

@@ -89,6 +89,7 @@ async function open(url) {
   setHeat(0);
   at("remark").hidden = at("geojson").hidden = at("accept").hidden = at("qc").hidden = true;
   at("kept-note").textContent = "";
+  at("trust").hidden = true;
   at("title").textContent = "";
   at("empty").hidden = false;
   at("empty").textContent = "Opening …";
@@ -164,6 +165,7 @@ async function showSelection(url, signal) {
   const nan = chosen.num_nonfinite ? `, ${chosen.num_nonfinite} without a finite score` : "";
   const why = asked() === url ? "" : ` for “${state.question}”`;
   at("kept-note").textContent = `${patches.length} of ${chosen.num_patches.toLocaleString("en")}${nan}${why}`;
+  showTrust(chosen);
   if (chosen.rects_missing) {
     at("remark").textContent = chosen.rects_missing;
     at("remark").hidden = false;
@@ -171,6 +173,15 @@ async function showSelection(url, signal) {
   at("geojson").hidden = !chosen.rects;
   if (state.facts.extent_px) overlay.show(patches);
   listPatches();
+}
+
+// What the checkpoint's calibration says of the slide, in words; nothing where it has none.
+function showTrust({ sufficiency, in_distribution, warnings }) {
+  const usual = "The patches stand out enough for an answer, and the slide is like those the model was checked on";
+  const numbers = `(sufficiency ${sufficiency?.toFixed(2)}, in distribution ${in_distribution?.toFixed(2)})`;
+  at("trust").hidden = sufficiency === null;
+  at("trust").textContent = warnings.length ? `${warnings.join(" ")} ${numbers}` : `${usual} ${numbers}.`;
+  at("trust").classList.toggle("warning", warnings.length > 0);
 }
 
 async function showHeat(url, facts, signal) {

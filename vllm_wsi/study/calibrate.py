@@ -1,0 +1,237 @@
+"""Fits `Calibration` to a checkpoint: temperature and sufficiency on validation, usual scores on training slides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+from vllm_wsi.errors import SettingsError, needs_extra
+from vllm_wsi.files import write_atomically
+from vllm_wsi.model.chat_renderer import ChatRenderer
+from vllm_wsi.model.checkpoint import CALIBRATION, loading
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
+from vllm_wsi.model.question_text import question_ids, question_text
+from vllm_wsi.questions.items import SlideItem
+from vllm_wsi.selection.calibration import Calibration, distances
+from vllm_wsi.selection.score_summary import LEVELS, sampled_scores
+from vllm_wsi.selection.scorer import scorer_digest
+from vllm_wsi.selection.selection import Selection
+from vllm_wsi.settings import Settings
+from vllm_wsi.training.settings import DataSettings, read_yaml
+
+from .answering import choose
+
+SHOWS_ENOUGH = 0.95
+"""Share of the validation slides with evidence whose sufficiency is at least `Calibration.enough`."""
+SAMPLED = 2048
+"""Scores of each training slide that the usual scores are taken from."""
+KEPT_DISTANCES = 200
+"""Of validation slides: so many tell p-values down to 1 / 201."""
+MAX_LOG_TEMPERATURE = 3.0
+RIDGE = 1e-3
+"""On the weights of the logistic fit, which would otherwise not be determined where all lengths are equal."""
+
+
+class CalibrateSettings(Settings):
+    """The YAML file of `vllm-wsi calibrate`."""
+
+    training: DataSettings  # slides as those that the scorer was trained on
+    validation: DataSettings  # multiple-choice questions, each about one slide, that no training and no test sees
+    absent: str  # text of the option that is right where the slide does not show what is asked for
+
+
+def load_calibrate_settings(path: Path) -> CalibrateSettings:
+    """Reads a YAML file; paths in it are relative to it.
+
+    Raises:
+        SettingsError: the file is no YAML, or one sentence for each key that does not fit.
+    """
+    settings = CalibrateSettings.of(read_yaml(path), str(path))
+    for data in (settings.training, settings.validation):
+        data.place_beside(path)
+    return settings
+
+
+class Asked(NamedTuple):
+    """One validation question, its slide selected and its answer read."""
+
+    selection: Selection
+    logprobs: NDArray[np.float64]  # over the options
+    right: int  # place of the right option
+    shows: bool  # whether the slide shows what is asked for
+
+
+def calibrate(
+    checkpoint: Path, training: Sequence[SlideItem], validation: Sequence[SlideItem], absent: str
+) -> tuple[Calibration, Path]:
+    """Writes `calibration.json` into a checkpoint's directory; returns what it holds, and its path.
+
+    Args:
+        training: questions about slides as those that the scorer was trained on; their slides alone count.
+        validation: multiple-choice questions that neither training nor any test sees, about one slide each.
+        absent: the text of the option that is right where a slide does not show what is asked for. Questions with and
+            without such an answer are needed.
+
+    Raises:
+        SettingsError: no training slide, too few questions, or all of them with the same kind of answer.
+        CheckpointError, SlideError: the checkpoint or a slide cannot be used.
+    """
+    name = str(checkpoint)
+    with loading(name):
+        model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).eval()
+        renderer = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
+    asked = ask(model, renderer, validation, absent)
+    found = fitted(scorer_digest(model.selector().scorer), usual_scores(model, training), asked)
+    path = checkpoint / CALIBRATION
+    write_atomically(path, (found.model_dump_json(indent=1) + "\n").encode())
+    return found, path
+
+
+def ask(
+    model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, items: Sequence[SlideItem], absent: str
+) -> list[Asked]:
+    """Selects and answers every question.
+
+    Raises:
+        SettingsError: a question without options, or about other than one slide.
+    """
+    for item in items:
+        if len(item.slides) != 1 or not item.options:
+            raise SettingsError(f"{item.where}: found no question of choice about one slide, wanted only such")
+    selections = [selected(model, renderer, item) for item in items]
+    choices = choose(model, renderer, items, [[one] for one in selections])
+    return [
+        Asked(
+            selection,
+            np.array([choice.logprobs[option] for option in item.options]),
+            list(item.options).index(item.answer),
+            item.options[item.answer] != absent,
+        )
+        for item, selection, choice in zip(items, selections, choices, strict=True)
+    ]
+
+
+@torch.no_grad()
+def selected(
+    model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, item: SlideItem, keep_all_scores: bool = False
+) -> Selection:
+    """The selection of an item's first slide, for its question where the scorer hears it."""
+    query = model.query(torch.tensor(question_ids(renderer.tokenizer, question_text([item.question]))))
+    with item.slides[0].open() as slide:
+        return model.selector().select(slide, keep_all_scores=keep_all_scores, query=query)
+
+
+def usual_scores(model: SparseWSIForConditionalGeneration, items: Sequence[SlideItem]) -> NDArray[np.float64]:
+    """The scores of training slides at `LEVELS`, each slide with as many of them.
+
+    Raises:
+        SettingsError: there is no slide.
+    """
+    selector, sampled = model.selector(), []
+    for item in items:
+        for source in item.slides:
+            with source.open() as slide:  # without a question: these scores are the same whatever is asked
+                scores = selector.select(slide, keep_all_scores=True).all_scores
+            assert scores is not None
+            sampled.append(sampled_scores(scores, SAMPLED).numpy())
+    if not sampled:
+        raise SettingsError("training: found no slide, wanted some")
+    return np.quantile(np.concatenate(sampled).astype(np.float64), LEVELS)
+
+
+def fitted(scorer: str, training_scores: NDArray, asked: Sequence[Asked]) -> Calibration:
+    """The calibration that these answers give.
+
+    Raises:
+        SettingsError: all slides show what is asked for, or none does.
+    """
+    shows = np.array([one.shows for one in asked])
+    if len(set(shows.tolist())) < 2:
+        found = f"{int(shows.sum())} of {len(shows)}" if len(shows) else "no question"
+        raise SettingsError(f"validation: found {found} whose slide shows what is asked for, wanted some and not all")
+    summaries = [one.selection.summary for one in asked]
+    assert all(summary is not None for summary in summaries)
+    known = [summary for summary in summaries if summary is not None]
+    patches = np.array([one.selection.num_patches for one in asked])
+    weights = logistic_fit(np.stack([[one.best for one in known], np.log(patches)], axis=1), shows)
+    away = [distances(one.quantiles.numpy(), training_scores.tolist()) for one in known]
+    values: dict[str, Any] = {
+        "scorer": scorer,
+        "temperature": temperature_fit([one.logprobs for one in asked], [one.right for one in asked]),
+        **dict(zip(("best_weight", "log_patches_weight", "bias"), weights, strict=True)),
+        "training_scores": training_scores.tolist(),
+        "body_distances": _spread(one.body for one in away),
+        "tail_distances": _spread(one.tail for one in away),
+        "num_slides": len(asked),
+        "num_patches": (int(patches.min()), int(patches.max())),
+    }
+    unset = Calibration(**values, enough=0.0)
+    told = [unset.sufficiency(one, n) for one, n, has in zip(known, patches.tolist(), shows, strict=True) if has]
+    return unset.changed(enough=float(np.quantile(told, 1 - SHOWS_ENOUGH)))
+
+
+def temperature_fit(logprobs: Sequence[NDArray], right: Sequence[int]) -> float:
+    """The T for which softmax(logprobs / T) gives the right options the highest likelihood (Guo et al., On Calibration
+    of Modern Neural Networks, 2017), with one further question whose answer is wrong: n right answers of n are no proof
+    of certainty. Within [1 / 20, 20].
+    """
+    with needs_extra("eval"):
+        from scipy.optimize import minimize_scalar
+
+    wrong = 1 / (len(right) + 2)
+
+    def loss(log_temperature: float) -> float:
+        total = 0.0
+        for one, place in zip(logprobs, right, strict=True):
+            logs = one * math.exp(-log_temperature)
+            logs = logs - np.logaddexp.reduce(logs)
+            others = (logs.sum() - logs[place]) / max(1, len(logs) - 1)
+            total -= (1 - wrong) * logs[place] + wrong * others
+        return float(total)
+
+    bounds = (-MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE)
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
+
+
+def logistic_fit(features: NDArray, shows: NDArray) -> tuple[float, float, float]:
+    """(weight of the best scores, weight of ln N, bias).
+
+    By Platt's smoothed targets, so that data that a threshold parts give a finite slope. Higher scores never tell of
+    less: the first weight is at least 0.
+
+    Args:
+        features: [n, 2], mean of the best scores and ln N.
+        shows: bool [n].
+    """
+    with needs_extra("eval"):
+        from scipy.optimize import minimize
+
+    mean, scale = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
+    x = np.c_[(features - mean) / scale, np.ones(len(features))]
+    positive = shows.sum()
+    targets = np.where(shows, (positive + 1) / (positive + 2), 1 / (len(shows) - positive + 2))
+
+    def loss(weights: NDArray) -> tuple[float, NDArray]:
+        logits = x @ weights
+        value = (np.logaddexp(0, logits) - targets * logits).sum() + RIDGE * (weights[:2] ** 2).sum()
+        slope = x.T @ (1 / (1 + np.exp(-logits)) - targets)
+        return value, slope + 2 * RIDGE * np.r_[weights[:2], 0]
+
+    best = minimize(loss, np.zeros(3), jac=True, method="L-BFGS-B", bounds=[(0, None), (None, None), (None, None)]).x
+    weights = best[:2] / scale
+    return float(weights[0]), float(weights[1]), float(best[2] - weights @ mean)
+
+
+def _spread(values: Iterable[float]) -> list[float]:
+    """Ascending; of many the `KEPT_DISTANCES` that stand for all."""
+    ordered = np.sort(np.fromiter(values, dtype=np.float64))
+    if len(ordered) <= KEPT_DISTANCES:
+        return ordered.tolist()
+    return np.quantile(ordered, (np.arange(KEPT_DISTANCES) + 0.5) / KEPT_DISTANCES).tolist()
