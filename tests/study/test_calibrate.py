@@ -67,8 +67,8 @@ def copied(tmp_path):
 def test_the_command_writes_what_a_selection_then_says(copied, tmp_path, capsys):
     slides = {"name": "haystack", "num_patches": [512, 2048]}
     settings = {
-        "training": {"generate": slides | {"count": 12}},
-        "validation": {"generate": slides | {"split": "validation", "count": 48, "empty_share": 0.3}},
+        "training": [{"generate": slides | {"count": 12}}],
+        "validation": [{"generate": slides | {"split": "validation", "count": 48, "empty_share": 0.3}}],
         "absent": "none",
     }
     config = tmp_path / "fit.yaml"

@@ -28,7 +28,10 @@ def calibrate(
 
     settings = load_calibrate_settings(CALIBRATE_HAYSTACK if config == "haystack" else Path(config))
     generators = {**GENERATORS, **TISSUE_GENERATORS}
-    training, validation = (items_of(data, generators) for data in (settings.training, settings.validation))
+    training, validation = (
+        [item for one in data for item in items_of(one, generators)]
+        for data in (settings.training, settings.validation)
+    )
     found, path = fit(checkpoint, training, validation, settings.absent)
     print(
         f"{path}: {found.num_slides} validation slides of {found.num_patches[0]} to {found.num_patches[1]} patches; "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from transformers import AutoTokenizer
 
 from vllm_wsi.errors import SettingsError, needs_extra
@@ -42,8 +43,10 @@ RIDGE = 1e-3
 class CalibrateSettings(Settings):
     """The YAML file of `vllm-wsi calibrate`."""
 
-    training: DataSettings  # slides as those that the scorer was trained on
-    validation: DataSettings  # multiple-choice questions, each about one slide, that no training and no test sees
+    training: list[DataSettings] = Field(min_length=1)  # slides as those that the scorer was trained on
+    # Multiple-choice questions, each about one slide, that no training and no test sees; of all lengths that are served,
+    # as the scores of short slides vary more.
+    validation: list[DataSettings] = Field(min_length=1)
     absent: str  # text of the option that is right where the slide does not show what is asked for
 
 
@@ -54,7 +57,7 @@ def load_calibrate_settings(path: Path) -> CalibrateSettings:
         SettingsError: the file is no YAML, or one sentence for each key that does not fit.
     """
     settings = CalibrateSettings.of(read_yaml(path), str(path))
-    for data in (settings.training, settings.validation):
+    for data in (*settings.training, *settings.validation):
         data.place_beside(path)
     return settings
 
