@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vllm_wsi.model.checkpoint import load_selector
+from vllm_wsi.model.checkpoint import CALIBRATION, load_calibration, load_selector
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.model.question_reader import QuestionReader
 from vllm_wsi.model.question_text import question_ids, question_text
 from vllm_wsi.model.tiny_settings import TinySettings
+from vllm_wsi.selection.calibration import Calibration, Trust
 from vllm_wsi.selection.scorer import scorer_digest
 from vllm_wsi.serving import vllm_hooks
 from vllm_wsi.serving.question_hook import with_question
@@ -40,6 +41,17 @@ def checkpoint(tmp_path_factory):
         feature_dim=D, hidden_size=64, scorer_hidden_size=32, num_slide_tokens=K, scorer_kind="question", seed=3
     )
     init_checkpoint(path, settings)
+    slide = make_slide(tmp_path_factory.mktemp("usual") / "usual.safetensors", N, seed=9)
+    selector = load_selector(str(path))
+    with open_features(slide) as opened:
+        usual = selector.select(opened).summary
+    fitted = Calibration(
+        scorer=scorer_digest(selector.scorer), temperature=1.5, best_weight=3.0, log_patches_weight=-0.1,
+        bias=0.5 - 3 * usual.best, enough=0.5, training_scores=usual.quantiles.tolist(),
+        body_distances=[0.1 * i for i in range(300)], tail_distances=[0.1 * i for i in range(300)],
+        num_slides=300, num_patches=(100, N),
+    )  # fmt: skip
+    (path / CALIBRATION).write_text(fitted.model_dump_json())
     return path
 
 
@@ -154,6 +166,28 @@ def test_without_a_question_the_free_query_chooses_and_embeddings_without_one_ar
 
 
 @pytest.mark.server
+def test_what_the_calibration_says_of_a_slide_follows_the_question_and_outlives_the_file(
+    server, folder, model, checkpoint
+):
+    path = make_slide(folder / "trusted.safetensors", N, seed=10)
+    calibration = load_calibration(str(checkpoint), model.selector().scorer)
+    said = []
+    for question in ASKED:
+        url = f"{path.as_uri()}#q={quote(question)}"
+        found, again, more = select(server, url), select(server, url), select(server, f"{url}&k=64")
+        wanted = Trust.of(calibration, selected(model, checkpoint, path, question))
+        for one in (found, again, more):  # also out of memory, and for another K
+            assert {name: one[name] for name in Trust._fields} == wanted._asdict() | {"warnings": list(wanted.warnings)}
+        said.append(found)
+    assert again["source"] == "memory"
+    assert said[0]["sufficiency"] != said[1]["sufficiency"]
+    assert said[0]["in_distribution"] == said[1]["in_distribution"]  # whatever is asked
+    long = make_slide(folder / "long.safetensors", N + 1, seed=10)
+    unchecked = f"Slides of {N + 1} patches were not checked (100 to {N} were)."
+    assert select(server, long.as_uri())["warnings"][-1] == unchecked
+
+
+@pytest.mark.server
 @pytest.mark.browser
 def test_the_page_shows_the_patches_of_each_question(chromium, server, folder):  # noqa: F811
     path = make_slide(folder / "seen.safetensors", N, seed=6)
@@ -171,6 +205,9 @@ def test_the_page_shows_the_patches_of_each_question(chromium, server, folder): 
         scores = sorted(select(server, f"{path.as_uri()}#q={quote(question)}")["scores"], reverse=True)
         wanted = [f"{rank}{score:.3f}" for rank, score in enumerate(scores, start=1)]
         assert page.locator("#patches button").all_text_contents() == wanted
+        trust = select(server, f"{path.as_uri()}#q={quote(question)}")
+        expect(page.locator("#trust")).to_contain_text(f"sufficiency {trust['sufficiency']:.2f}")
+        expect(page.locator("#trust")).to_contain_text(" ".join(trust["warnings"]) or "stand out enough for an answer")
         expect(page.locator("#send")).to_be_visible(timeout=30_000)
     page.close()
     assert not problems

@@ -44,8 +44,8 @@ class CalibrateSettings(Settings):
     """The YAML file of `vllm-wsi calibrate`."""
 
     training: list[DataSettings] = Field(min_length=1)  # slides as those that the scorer was trained on
-    # Multiple-choice questions, each about one slide, that no training and no test sees; of all lengths that are served,
-    # as the scores of short slides vary more.
+    # Multiple-choice questions, each about one slide, that no training and no test sees; of all lengths that are
+    # served, as the scores of short slides vary more.
     validation: list[DataSettings] = Field(min_length=1)
     absent: str  # text of the option that is right where the slide does not show what is asked for
 
