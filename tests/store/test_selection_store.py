@@ -15,6 +15,7 @@ import torch
 
 from vllm_wsi.errors import SettingsError, SlideError
 from vllm_wsi.selection.scorer import seeded_scorer
+from vllm_wsi.selection.score_summary import ScoreSummary
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import open_features, write_features
@@ -75,6 +76,10 @@ def assert_equal(found: Selection, wanted: Selection):
         assert one.dtype == other.dtype
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), name
     assert found.record() == wanted.record()
+    assert (found.summary is None) == (wanted.summary is None)
+    if wanted.summary is not None:
+        assert found.summary.best == wanted.summary.best
+        assert torch.equal(found.summary.quantiles, wanted.summary.quantiles)
     assert (found.coords is None) == (wanted.coords is None)
     if wanted.coords is not None:
         assert (found.coords.dtype, found.coords.tolist()) == (wanted.coords.dtype, wanted.coords.tolist())
@@ -345,6 +350,7 @@ def test_coordinates_of_every_dtype_are_stored(dtype, tmp_path):
         {"features": torch.zeros(3, D, dtype=torch.int32)},
         {"coords": np.zeros((3, 3))},
         {"num_patches": 2},
+        {"summary": ScoreSummary(0.0, torch.zeros(2))},
     ],
     ids=str,
 )
