@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from vllm_wsi.errors import SettingsError, SlideError
-from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.score_summary import ScoreSummary
+from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import open_features, write_features
