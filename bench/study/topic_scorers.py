@@ -24,18 +24,15 @@ from bench.common.record import RESULTS, append_row, check_header
 from vllm_wsi.haystack.recipe import GENERATORS
 from vllm_wsi.haystack.topics import NUM_COMMON, TOPICS, TopicWorld, topic_items
 from vllm_wsi.model.chat_renderer import ChatRenderer
-from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
-from vllm_wsi.model.question_text import question_ids, question_text
-from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.baselines import Policy, make_policy
 from vllm_wsi.selection.patch_matrix import Patches
-from vllm_wsi.selection.selection import Selection
 from vllm_wsi.stats import mean_interval
+from vllm_wsi.study.calibrate import selected
 from vllm_wsi.study.judge import judge, select_all
 from vllm_wsi.study.study import DIVERSE, LEARNED, made_diverse
-from vllm_wsi.training.settings import TrainSettings
-from vllm_wsi.training.train import train
+
+from .scorer_arms import begin_with, trained
 
 CSV = RESULTS / "study" / "topic_scorers.csv"
 COLUMNS = (
@@ -87,7 +84,7 @@ def decoder_of(run: Path, seed: int, steps: int) -> Path:
         "name": "decoder", "data": data(bags), "train": ["projector", "decoder"], "steps": steps, "batch_size": 32,
         "warmup_steps": 50, "learning_rate": {"projector": 1e-3, "decoder": 1e-3},
     }  # fmt: skip
-    return trained(run, {"new": new}, stage, seed)
+    return trained(run, {"new": new}, [stage], seed, GENERATORS)
 
 
 def scorer_of(run: Path, decoder: Path, scorer: dict[str, Any], seed: int, steps: int) -> Path:
@@ -98,33 +95,12 @@ def scorer_of(run: Path, decoder: Path, scorer: dict[str, Any], seed: int, steps
         "sparselearn": {"num_slide_tokens": K, "k_start": 256, "k_end": 8},
         "learning_rate": {"scorer": 2e-3, "denoiser": 2e-3, "projector": 1e-3},
     }  # fmt: skip
-    start = run.parent / f"start-{scorer['kind']}"
-    if not start.is_dir():
-        begin_with(start, decoder, scorer, seed)
-    return trained(run, {"checkpoint": str(start)}, stage, seed)
+    start = begin_with(run.parent / f"start-{scorer['kind']}", decoder, scorer, seed)
+    return trained(run, {"checkpoint": str(start)}, [stage], seed, GENERATORS)
 
 
 def data(generate: dict[str, Any]) -> dict[str, Any]:
     return {"generate": generate | {"feature_dim": D}, "stretch_positions": 131_072, "mix_positions": True}
-
-
-def trained(run: Path, model: dict[str, Any], stage: dict[str, Any], seed: int) -> Path:
-    checkpoint = run / "checkpoint"
-    if not checkpoint.is_dir():
-        train(TrainSettings.model_validate({"seed": seed, "model": model, "stages": [stage]}), run, GENERATORS)
-    return checkpoint
-
-
-def begin_with(out: Path, decoder: Path, scorer: dict[str, Any], seed: int) -> None:
-    """Writes that checkpoint with a new scorer of another kind."""
-    read = SparseWSIForConditionalGeneration.from_pretrained(decoder)
-    config = SparseWSIConfig.from_dict(read.config.to_dict() | {"scorer": scorer})
-    torch.manual_seed(seed)
-    model = SparseWSIForConditionalGeneration(config, language_model=read.language_model)
-    model.projector.load_state_dict(read.projector.state_dict())
-    model.generation_config = read.generation_config
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(decoder).save_pretrained(out)
 
 
 def judged(checkpoint: Path, arm: str, seed: int) -> list[dict[str, Any]]:
@@ -135,7 +111,7 @@ def judged(checkpoint: Path, arm: str, seed: int) -> list[dict[str, Any]]:
     for num_patches, count in TEST.items():
         items = topic_items("test", count, num_patches, feature_dim=D, seed=seed)
         if arm == "question":
-            chosen = {arm: [by_question(model, renderer, item) for item in items]}
+            chosen = {arm: [[selected(model, renderer, item)] for item in items]}
         else:
             policies = {LEARNED: model.selector(), "random": make_policy("random", K)} | made_diverse(model, K)
             policies[IDEAL] = EachTopic(K, TopicWorld(seed=seed, feature_dim=D))
@@ -175,14 +151,6 @@ class EachTopic(Policy):
             ratio[best] = -torch.inf
             best += ratio.topk(k // len(TOPICS)).indices.tolist()
         return torch.tensor(best), torch.zeros(len(best))
-
-
-def by_question(model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, item: SlideItem) -> list[Selection]:
-    ids = question_ids(renderer.tokenizer, question_text([item.question]))
-    with torch.no_grad():
-        query = model.query(torch.tensor(ids))
-    with item.slides[0].open() as slide:
-        return [model.selector().select(slide, query=query)]
 
 
 if __name__ == "__main__":

@@ -5,13 +5,23 @@ import pytest
 import torch
 
 from vllm_wsi.errors import SettingsError
-from vllm_wsi.selection.calibration import Calibration, Trust, distances
+from vllm_wsi.selection.calibration import TRAINING_LEVELS, Calibration, Trust, UsualScores, distances
 from vllm_wsi.selection.score_summary import LEVELS, SAMPLED, score_summary
 from vllm_wsi.selection.selection import Selection
 
 
+def usual(**changes):
+    levels = np.array(TRAINING_LEVELS)
+    values = {
+        "max_patches": 10_000,
+        "training_scores": (2 * levels - 1).tolist(),  # of scores that are spread evenly over -1 .. 1
+        "body_distances": np.linspace(0.01, 0.1, 199).tolist(),
+        "tail_distances": np.linspace(0.01, 0.5, 199).tolist(),
+    }
+    return UsualScores(**values | changes)
+
+
 def calibration(**changes):
-    levels = torch.tensor(LEVELS, dtype=torch.float64)
     values = {
         "scorer": "abc",
         "temperature": 2.0,
@@ -19,9 +29,7 @@ def calibration(**changes):
         "log_patches_weight": 0.0,
         "bias": -8.0,
         "enough": 0.5,
-        "training_scores": (2 * levels - 1).tolist(),  # of scores that are spread evenly over -1 .. 1
-        "body_distances": np.linspace(0.01, 0.1, 199).tolist(),
-        "tail_distances": np.linspace(0.01, 0.5, 199).tolist(),
+        "usual": (usual(),),
         "num_slides": 199,
         "num_patches": (100, 10_000),
     }
@@ -68,8 +76,8 @@ def test_many_scores_have_nearly_the_quantiles_of_all(n):
 
 def test_a_slide_like_the_training_slides_is_near_them_and_a_shifted_one_far():
     model = calibration()
-    near = model.in_distribution(score_summary(even_scores()))
-    far = model.in_distribution(score_summary(even_scores() * 0.5 + 1))
+    near = model.in_distribution(score_summary(even_scores()), 4000)
+    far = model.in_distribution(score_summary(even_scores() * 0.5 + 1), 4000)
     assert near > 0.5
     assert far == 2 / 200
 
@@ -77,10 +85,10 @@ def test_a_slide_like_the_training_slides_is_near_them_and_a_shifted_one_far():
 def test_look_alikes_in_the_upper_tail_alone_are_seen():
     scores = even_scores()
     scores[:200] = 1.5
-    found = distances(score_summary(scores).quantiles.numpy(), calibration().training_scores)
-    usual = distances(score_summary(even_scores()).quantiles.numpy(), calibration().training_scores)
-    assert found.tail > 20 * usual.tail
-    assert calibration().in_distribution(score_summary(scores)) == 2 / 200
+    found = distances(score_summary(scores).quantiles.numpy(), usual().training_scores)
+    plain = distances(score_summary(even_scores()).quantiles.numpy(), usual().training_scores)
+    assert found.tail > 20 * plain.tail
+    assert calibration().in_distribution(score_summary(scores), 4000) == 2 / 200
 
 
 def test_sufficiency_rises_with_the_best_scores_and_falls_with_n_where_the_fit_says_so():
@@ -101,7 +109,7 @@ def test_what_is_wrong_is_said_in_words_and_nothing_where_nothing_is():
     assert calibration().warnings(score_summary(good), 50) == [
         "Slides of 50 patches were not checked (100 to 10000 were)."
     ]
-    low = calibration(body_distances=np.linspace(0.01, 0.1, 999).tolist())
+    low = calibration(usual=(usual(body_distances=np.linspace(0.01, 0.1, 999).tolist()),))
     assert [text[:20] for text in low.warnings(shifted, 4000)] == ["This slide is unlike"]
 
 
@@ -120,9 +128,7 @@ def test_trust_says_nothing_where_nothing_was_fitted_or_no_scorer_scored():
     [
         ({"temperature": 0.0}, "temperature: found 0.0, wanted above 0"),
         ({"best_weight": -1.0}, "best_weight: found -1.0, wanted at least 0"),
-        ({"training_scores": (0.0,)}, "training_scores"),
-        ({"body_distances": (2.0, 1.0)}, "body_distances: found numbers out of order"),
-        ({"tail_distances": ()}, "tail_distances"),
+        ({"usual": ()}, "usual"),
         ({"bias": float("nan")}, "bias: found nan, wanted a finite number"),
         ({"more": 1}, "more: found 1, wanted no key of this name"),
     ],
@@ -130,3 +136,25 @@ def test_trust_says_nothing_where_nothing_was_fitted_or_no_scorer_scored():
 def test_a_calibration_that_cannot_be_is_refused(changes, said):
     with pytest.raises(SettingsError, match=said):
         calibration(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training_scores": (0.0,)}, "training_scores"),
+        ({"body_distances": (2.0, 1.0)}, "body_distances: found numbers out of order"),
+        ({"tail_distances": ()}, "tail_distances"),
+        ({"max_patches": 0}, "max_patches: found 0, wanted at least 1"),
+    ],
+)
+def test_what_cannot_be_usual_is_refused(changes, said):
+    with pytest.raises(SettingsError, match=said):
+        usual(**changes)
+
+
+@pytest.mark.parametrize(("n", "group"), [(1, 0), (100, 0), (101, 1), (10_000, 1), (10_001, 1)])
+def test_a_slide_is_compared_with_those_of_its_length(n, group):
+    groups = usual(max_patches=100), usual(body_distances=[1.0] * 199, tail_distances=[9.0] * 199)
+    summary = score_summary(even_scores() + 0.1)
+    assert calibration(usual=groups).in_distribution(summary, n) == groups[group].share_as_far(summary)
+    assert groups[0].share_as_far(summary) != groups[1].share_as_far(summary)

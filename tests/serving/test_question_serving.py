@@ -17,7 +17,7 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.model.question_reader import QuestionReader
 from vllm_wsi.model.question_text import question_ids, question_text
 from vllm_wsi.model.tiny_settings import TinySettings
-from vllm_wsi.selection.calibration import Calibration, Trust
+from vllm_wsi.selection.calibration import Calibration, Trust, UsualScores
 from vllm_wsi.selection.scorer import scorer_digest
 from vllm_wsi.serving import vllm_hooks
 from vllm_wsi.serving.question_hook import with_question
@@ -47,9 +47,13 @@ def checkpoint(tmp_path_factory):
         usual = selector.select(opened).summary
     fitted = Calibration(
         scorer=scorer_digest(selector.scorer), temperature=1.5, best_weight=3.0, log_patches_weight=-0.1,
-        bias=0.5 - 3 * usual.best, enough=0.5, training_scores=usual.quantiles.tolist(),
-        body_distances=[0.1 * i for i in range(300)], tail_distances=[0.1 * i for i in range(300)],
-        num_slides=300, num_patches=(100, N),
+        bias=0.5 - 3 * usual.best, enough=0.5, num_slides=300, num_patches=(100, N),
+        usual=(
+            UsualScores(
+                max_patches=N, training_scores=[*usual.quantiles.tolist(), *[usual.best] * 4],
+                body_distances=[0.1 * i for i in range(300)], tail_distances=[0.1 * i for i in range(300)],
+            ),
+        ),
     )  # fmt: skip
     (path / CALIBRATION).write_text(fitted.model_dump_json())
     return path

@@ -26,6 +26,9 @@ RAY_HELP = (
     "this machine is a node (extra: ray)"
 )
 Ray = Annotated[str | None, option("--ray", metavar="ADDRESS", help=RAY_HELP)]
+TissueDir = Annotated[
+    Path | None, option("--tissue-dir", metavar="DIR", help="the folder of the labelled tissue (docs/tissue.md)")
+]
 EncoderMismatch = Annotated[Mismatch, option("--encoder-mismatch", help=MISMATCH_HELP)]
 
 

@@ -9,7 +9,7 @@ import typer
 
 from vllm_wsi.errors import SettingsError, needs_extra
 
-from .options import EncoderMismatch, hide_transformers_progress, option
+from .options import EncoderMismatch, TissueDir, hide_transformers_progress, option
 
 SLIDES = "1000:192,4000:96,16000:48,100000:24"
 TISSUE_SLIDES = "256:10,1024:10,all:5,4096:5,natural:20"
@@ -68,9 +68,7 @@ def study(
         Literal["haystack", "tissue", "kather"],
         option("--data", help="virtual slides, or real labelled tissue, which needs --tissue-dir and --checkpoint"),
     ] = "haystack",
-    tissue_dir: Annotated[
-        Path | None, option("--tissue-dir", metavar="DIR", help="the folder of the labelled tissue (docs/tissue.md)")
-    ] = None,
+    tissue_dir: TissueDir = None,
     fold: Annotated[int, option("--fold", help="of tissue's patients, which the checkpoint never saw (default 0)")] = 0,
     leave_out: Annotated[
         str, option("--leave-out", metavar="SLIDE", help="of kather, which the checkpoint never saw (default 01)")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from vllm_wsi.errors import SettingsError, needs_extra
 
-from .options import EncoderMismatch, argument, hide_transformers_progress, option
+from .options import EncoderMismatch, TissueDir, argument, hide_transformers_progress, option
 
 if TYPE_CHECKING:
     from vllm_wsi.training.settings import TrainSettings
@@ -24,9 +24,7 @@ def train(
     out: Annotated[Path, option("--out", metavar="DIR", help="a run that was stopped there goes on")],
     encoder_mismatch: EncoderMismatch = "refuse",
     seed: Annotated[int | None, option("--seed", help="instead of the configuration's")] = None,
-    tissue_dir: Annotated[
-        Path | None, option("--tissue-dir", metavar="DIR", help="the folder of the labelled tissue (docs/tissue.md)")
-    ] = None,
+    tissue_dir: TissueDir = None,
     fold: Annotated[int | None, option("--fold", help="of tissue's patients, which training does not see")] = None,
     leave_out: Annotated[
         str | None, option("--leave-out", metavar="SLIDE", help="of kather, which training does not see")

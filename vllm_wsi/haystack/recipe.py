@@ -16,7 +16,7 @@ DEMO_CHECKPOINT = Path(__file__).with_name("demo_checkpoint")
 It answers questions about haystack's virtual slides alone.
 """
 
-CALIBRATE_HAYSTACK = Path(__file__).with_name("calibrate.yaml")
+CALIBRATE_HAYSTACK = Path(__file__).with_name("calibrate_haystack.yaml")
 """What the demo checkpoint's calibration was fitted to."""
 
 GENERATORS = {"haystack": haystack_items, "topics": topic_items}

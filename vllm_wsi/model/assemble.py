@@ -15,7 +15,7 @@ from vllm_wsi.files import new_folder, refuse_content
 from vllm_wsi.parts.fetch import cache_folder, file_sha256, locked
 from vllm_wsi.parts.smollm2 import resolve_decoder
 
-from .checkpoint import SCORER_PREFIX, loading
+from .checkpoint import CALIBRATION, SCORER_PREFIX, loading
 from .lora import merge_lora, write_lora
 from .modeling import SparseWSIForConditionalGeneration
 from .slide_token import add_slide_token
@@ -73,8 +73,10 @@ def assemble(
     with new_folder(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        if (Path(parts) / CARD).is_file():
-            shutil.copyfile(Path(parts) / CARD, partial / CARD)
+        # What was fitted to the answers of one decoder is not true of another's.
+        for name in (CARD, CALIBRATION) if sha256 == found.base.sha256 else (CARD,):
+            if (Path(parts) / name).is_file():
+                shutil.copyfile(Path(parts) / name, partial / name)
         if found.lora and not merge:
             (partial / ADAPTER_FOLDER).mkdir()
             write_lora(partial / ADAPTER_FOLDER, found.lora, found.base.name)

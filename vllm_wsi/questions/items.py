@@ -31,7 +31,8 @@ class SlideItem:
     where: str  # file and row, as errors name it
     slides: tuple[SlideSource, ...]  # in the order of their marks, all in the first question
     turns: tuple[tuple[str, str], ...]  # (question, answer)
-    # The possible answers of a question of choice and what they mean: letter -> text, or each name -> itself.
+    # The possible answers of a question of choice and what they mean: letter -> text, «Yes.» -> «yes», or each name ->
+    # itself. They begin with different tokens.
     options: Mapping[str, str] = field(default_factory=dict)
 
     @property

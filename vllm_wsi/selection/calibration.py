@@ -9,7 +9,8 @@ Two numbers are said of a slide, beside its selection:
   this slide's do: a conformal p-value (Vovk et al., Algorithmic Learning in a Random World, 2005). Below 0.01 at most
   one in a hundred slides like those of validation would be told to be unlike them. Two distances are looked at, and the
   smaller p counts, doubled: of the body (Anderson and Darling's weighted mean square), and of the upper tail, where
-  look-alikes of a finding are.
+  look-alikes of a finding are. A slide is compared with those of its own length alone (a Mondrian conformal p-value):
+  the few patches of a finding are a large share of a short slide's tail.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from .selection import Selection
 
 USUAL = 0.01
 """Slides with a lower `in_distribution` are called unlike those of validation."""
+TRAINING_LEVELS = (*LEVELS, 0.995, 0.998, 0.999, 1.0)
+"""Of the training scores' quantiles: a slide's own lie beyond those of the same level, too."""
 LEAST_SHARE = 1e-4
 """Of the training scores beyond a quantile, below which shares are not told apart."""
 
@@ -40,6 +43,29 @@ class Distances(NamedTuple):
     tail: float
 
 
+class UsualScores(Settings, frozen=True):
+    """What is usual among slides of some length."""
+
+    max_patches: int = Field(ge=1)  # of these slides; the last group is that of all longer ones too
+    # At `TRAINING_LEVELS`.
+    training_scores: tuple[float, ...] = Field(min_length=len(TRAINING_LEVELS), max_length=len(TRAINING_LEVELS))
+    body_distances: tuple[float, ...] = Field(min_length=1)  # of validation slides, ascending
+    tail_distances: tuple[float, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> UsualScores:
+        for name in ("body_distances", "tail_distances"):
+            if list(getattr(self, name)) != sorted(getattr(self, name)):
+                raise ValueError(f"{name}: found numbers out of order, wanted ascending ones")
+        return self
+
+    def share_as_far(self, summary: ScoreSummary) -> float:
+        """The p-value, in (0, 1], of a slide that is like those of validation."""
+        found = distances(summary.quantiles.numpy(), self.training_scores)
+        shares = _share_beyond(found.body, self.body_distances), _share_beyond(found.tail, self.tail_distances)
+        return min(1.0, 2 * min(shares))
+
+
 class Calibration(Settings, frozen=True):
     """What was fitted on validation; a checkpoint without it says neither number."""
 
@@ -49,36 +75,24 @@ class Calibration(Settings, frozen=True):
     log_patches_weight: float
     bias: float
     enough: float = Field(ge=0, le=1)  # sufficiency of 95 % of the validation slides that show what is asked for
-    training_scores: tuple[float, ...] = Field(min_length=len(LEVELS), max_length=len(LEVELS))  # at `LEVELS`
-    body_distances: tuple[float, ...] = Field(min_length=1)  # of validation slides, ascending
-    tail_distances: tuple[float, ...] = Field(min_length=1)
+    usual: tuple[UsualScores, ...] = Field(min_length=1)  # the shortest slides first
     num_slides: int = Field(ge=1)  # of validation
     num_patches: tuple[int, int]  # of the shortest and of the longest validation slide
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Calibration:
-        for name in ("body_distances", "tail_distances"):
-            if list(getattr(self, name)) != sorted(getattr(self, name)):
-                raise ValueError(f"{name}: found numbers out of order, wanted ascending ones")
-        return self
 
     def sufficiency(self, summary: ScoreSummary, num_patches: int) -> float:
         """The probability, in (0, 1), that a slide of N patches shows what is asked for."""
         logit = self.best_weight * summary.best + self.log_patches_weight * math.log(num_patches) + self.bias
         return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))
 
-    def in_distribution(self, summary: ScoreSummary) -> float:
-        """The p-value, in (0, 1], of a slide that is like those of validation."""
-        found = distances(summary.quantiles.numpy(), self.training_scores)
-        shares = (
-            _share_beyond(found.body, self.body_distances),
-            _share_beyond(found.tail, self.tail_distances),
-        )
-        return min(1.0, 2 * min(shares))
+    def in_distribution(self, summary: ScoreSummary, num_patches: int) -> float:
+        """The p-value, in (0, 1], of a slide that is like those of validation of about its length."""
+        fitting = [one for one in self.usual if num_patches <= one.max_patches]
+        return (fitting[0] if fitting else self.usual[-1]).share_as_far(summary)
 
     def warnings(self, summary: ScoreSummary, num_patches: int) -> list[str]:
         """In words, what both numbers mean where they mean trouble."""
-        sufficiency, usual, found = self.sufficiency(summary, num_patches), self.in_distribution(summary), []
+        found = []
+        sufficiency, usual = self.sufficiency(summary, num_patches), self.in_distribution(summary, num_patches)
         if usual < USUAL:
             found.append("This slide is unlike those that the model was checked on: trust neither answer nor patches.")
         if sufficiency < self.enough:
@@ -105,7 +119,7 @@ class Trust(NamedTuple):
             return cls()
         return cls(
             round(calibration.sufficiency(summary, n), 4),
-            round(calibration.in_distribution(summary), 4),
+            round(calibration.in_distribution(summary, n), 4),
             round(calibration.temperature, 4),
             tuple(calibration.warnings(summary, n)),
         )
@@ -117,8 +131,8 @@ def distances(quantiles: NDArray, training_scores: Sequence[float]) -> Distances
     Body: sqrt(mean over `BODY_LEVELS` u of (F - u)^2 / (u (1 - u))), where F is the share of training scores below the
     slide's u-quantile. Tail: the largest |ln((1 - F) / (1 - u))| at `TAIL_LEVELS`.
     """
-    order = np.argsort(LEVELS, kind="stable")
-    levels = np.array(LEVELS)
+    order = np.argsort(TRAINING_LEVELS, kind="stable")
+    levels = np.array(TRAINING_LEVELS)
     below = np.interp(quantiles, np.array(training_scores)[order], levels[order], left=0.0, right=1.0)
     body, tail = np.array(BODY_LEVELS), np.array(TAIL_LEVELS)
     squares = (below[:NUM_BODY] - body) ** 2 / (body * (1 - body))

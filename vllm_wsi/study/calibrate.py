@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,8 @@ from vllm_wsi.model.checkpoint import CALIBRATION, loading
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.model.question_text import question_ids, question_text
 from vllm_wsi.questions.items import SlideItem
-from vllm_wsi.selection.calibration import Calibration, distances
-from vllm_wsi.selection.score_summary import LEVELS, sampled_scores
+from vllm_wsi.selection.calibration import TRAINING_LEVELS, Calibration, UsualScores, distances
+from vllm_wsi.selection.score_summary import ScoreSummary, sampled_scores
 from vllm_wsi.selection.scorer import scorer_digest
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.settings import Settings
@@ -35,6 +35,11 @@ SAMPLED = 2048
 """Scores of each training slide that the usual scores are taken from."""
 KEPT_DISTANCES = 200
 """Of validation slides: so many tell p-values down to 1 / 201."""
+GROUP_SLIDES = 200
+"""Validation slides of about one length, from which on they are compared with one another alone."""
+MAX_GROUPS = 4
+DIGITS = 5
+"""Decimals of what is stored of scores and distances."""
 MAX_LOG_TEMPERATURE = 3.0
 RIDGE = 1e-3
 """On the weights of the logistic fit, which would otherwise not be determined where all lengths are equal."""
@@ -91,7 +96,7 @@ def calibrate(
         model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).eval()
         renderer = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
     asked = ask(model, renderer, validation, absent)
-    found = fitted(scorer_digest(model.selector().scorer), usual_scores(model, training), asked)
+    found = fitted(scorer_digest(model.selector().scorer), sampled_slides(model, training), asked)
     path = checkpoint / CALIBRATION
     write_atomically(path, (found.model_dump_json(indent=1) + "\n").encode())
     return found, path
@@ -122,17 +127,29 @@ def ask(
 
 
 @torch.no_grad()
-def selected(
-    model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, item: SlideItem, keep_all_scores: bool = False
-) -> Selection:
+def selected(model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, item: SlideItem) -> Selection:
     """The selection of an item's first slide, for its question where the scorer hears it."""
-    query = model.query(torch.tensor(question_ids(renderer.tokenizer, question_text([item.question]))))
     with item.slides[0].open() as slide:
-        return model.selector().select(slide, keep_all_scores=keep_all_scores, query=query)
+        return model.selector().select(slide, query=question_query(model, renderer, item))
 
 
-def usual_scores(model: SparseWSIForConditionalGeneration, items: Sequence[SlideItem]) -> NDArray[np.float64]:
-    """The scores of training slides at `LEVELS`, each slide with as many of them.
+@torch.no_grad()
+def question_query(
+    model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, item: SlideItem
+) -> torch.Tensor | None:
+    """fp32 [R], what a scorer that hears the question makes of an item's first one; None for other scorers."""
+    return model.query(torch.tensor(question_ids(renderer.tokenizer, question_text([item.question]))))
+
+
+class SampledSlide(NamedTuple):
+    """Some scores of one training slide."""
+
+    num_patches: int
+    scores: NDArray[np.float32]  # at most `SAMPLED`
+
+
+def sampled_slides(model: SparseWSIForConditionalGeneration, items: Sequence[SlideItem]) -> list[SampledSlide]:
+    """Scores of training slides, of each as many.
 
     Raises:
         SettingsError: there is no slide.
@@ -143,13 +160,13 @@ def usual_scores(model: SparseWSIForConditionalGeneration, items: Sequence[Slide
             with source.open() as slide:  # without a question: these scores are the same whatever is asked
                 scores = selector.select(slide, keep_all_scores=True).all_scores
             assert scores is not None
-            sampled.append(sampled_scores(scores, SAMPLED).numpy())
+            sampled.append(SampledSlide(len(scores), sampled_scores(scores, SAMPLED).numpy()))
     if not sampled:
         raise SettingsError("training: found no slide, wanted some")
-    return np.quantile(np.concatenate(sampled).astype(np.float64), LEVELS)
+    return sampled
 
 
-def fitted(scorer: str, training_scores: NDArray, asked: Sequence[Asked]) -> Calibration:
+def fitted(scorer: str, training: Sequence[SampledSlide], asked: Sequence[Asked]) -> Calibration:
     """The calibration that these answers give.
 
     Raises:
@@ -164,20 +181,40 @@ def fitted(scorer: str, training_scores: NDArray, asked: Sequence[Asked]) -> Cal
     known = [summary for summary in summaries if summary is not None]
     patches = np.array([one.selection.num_patches for one in asked])
     weights = logistic_fit(np.stack([[one.best for one in known], np.log(patches)], axis=1), shows)
-    away = [distances(one.quantiles.numpy(), training_scores.tolist()) for one in known]
     values: dict[str, Any] = {
         "scorer": scorer,
         "temperature": temperature_fit([one.logprobs for one in asked], [one.right for one in asked]),
         **dict(zip(("best_weight", "log_patches_weight", "bias"), weights, strict=True)),
-        "training_scores": training_scores.tolist(),
-        "body_distances": _spread(one.body for one in away),
-        "tail_distances": _spread(one.tail for one in away),
+        "usual": usual_scores(training, known, patches),
         "num_slides": len(asked),
         "num_patches": (int(patches.min()), int(patches.max())),
     }
     unset = Calibration(**values, enough=0.0)
     told = [unset.sufficiency(one, n) for one, n, has in zip(known, patches.tolist(), shows, strict=True) if has]
     return unset.changed(enough=float(np.quantile(told, 1 - SHOWS_ENOUGH)))
+
+
+def usual_scores(
+    training: Sequence[SampledSlide], summaries: Sequence[ScoreSummary], patches: NDArray[np.int64]
+) -> list[UsualScores]:
+    """What is usual, for each group of validation slides of about one length.
+
+    Args:
+        summaries, patches: of the validation slides.
+    """
+    groups = max(1, min(MAX_GROUPS, len(patches) // GROUP_SLIDES))
+    ends = sorted({int(one) for one in np.quantile(patches, np.arange(1, groups + 1) / groups, method="higher")})
+    found, begin = [], 0
+    for end in ends:
+        of_length = [one.scores for one in training if begin < one.num_patches <= end]
+        scores = np.concatenate(of_length or [one.scores for one in training]).astype(np.float64)
+        usual = np.quantile(scores, TRAINING_LEVELS).round(DIGITS).tolist()
+        inside = [one for one, n in zip(summaries, patches, strict=True) if begin < n <= end]
+        away = [distances(one.quantiles.numpy(), usual) for one in inside]
+        body, tail = (_spread(values) for values in zip(*away, strict=True))
+        found.append(UsualScores(max_patches=end, training_scores=usual, body_distances=body, tail_distances=tail))
+        begin = end
+    return found
 
 
 def temperature_fit(logprobs: Sequence[NDArray], right: Sequence[int]) -> float:
@@ -232,9 +269,9 @@ def logistic_fit(features: NDArray, shows: NDArray) -> tuple[float, float, float
     return float(weights[0]), float(weights[1]), float(best[2] - weights @ mean)
 
 
-def _spread(values: Iterable[float]) -> list[float]:
+def _spread(values: Sequence[float]) -> list[float]:
     """Ascending; of many the `KEPT_DISTANCES` that stand for all."""
-    ordered = np.sort(np.fromiter(values, dtype=np.float64))
-    if len(ordered) <= KEPT_DISTANCES:
-        return ordered.tolist()
-    return np.quantile(ordered, (np.arange(KEPT_DISTANCES) + 0.5) / KEPT_DISTANCES).tolist()
+    ordered = np.sort(values)
+    if len(ordered) > KEPT_DISTANCES:
+        ordered = np.quantile(ordered, (np.arange(KEPT_DISTANCES) + 0.5) / KEPT_DISTANCES)
+    return ordered.round(DIGITS).tolist()

@@ -147,7 +147,7 @@ class KatherSlide(TissueSlide):
             self.name,
             (self,),
             ((f"{SLIDE_MARK}\n{asked.text}", asked.answer),),
-            dict(asked.options) if asked.kind == "tissue_choice" else {},
+            asked.texts,
             asked=asked,
             tissue=tissue,
             key_patches=np.flatnonzero(labels == tissue),

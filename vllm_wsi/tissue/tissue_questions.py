@@ -93,6 +93,11 @@ class TissueQuestion(NamedTuple):
         """The right answer, as training teaches it."""
         return self.answers[self.gold]
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """Whole answer -> text of its option, as `SlideItem.options` has it."""
+        return {answer: self.options[label] for label, answer in self.answers.items()}
+
 
 @dataclass(frozen=True)
 class TissueItem(SlideItem):
@@ -144,6 +149,4 @@ def _by_letter(kind: str, stem: str, texts: Sequence[str], right: int, rng: np.r
 
 def tissue_item(where: str, slide: SlideSource, asked: TissueQuestion) -> TissueItem:
     """The question as a conversation."""
-    is_choice = asked.answer == asked.gold
-    turns = ((f"{SLIDE_MARK}\n{asked.text}", asked.answer),)
-    return TissueItem(where, (slide,), turns, dict(asked.options) if is_choice else {}, asked=asked)
+    return TissueItem(where, (slide,), ((f"{SLIDE_MARK}\n{asked.text}", asked.answer),), asked.texts, asked=asked)
