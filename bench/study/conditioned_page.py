@@ -1,0 +1,88 @@
+"""Writes the tables of `docs/conditioned.md`, between its `<!-- conditioned:NAME -->` marks.
+
+    python -m bench.study.conditioned_page
+
+All numbers come from the CSV files in `bench/results/study/`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from bench.common.record import RESULTS, ROOT
+from bench.common.tables import interval, read_rows, table, write_tables
+
+PAGE = ROOT / "docs" / "conditioned.md"
+ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
+Row = dict[str, str]
+
+
+def main() -> None:
+    tables = {
+        "topics": topics(), "tissue": tissue(), "trust": trust("trust"), "trust-tissue": trust("trust_tissue"),
+    }  # fmt: skip
+    write_tables(PAGE, {f"conditioned:{name}": made for name, made in tables.items()})
+
+
+def topics() -> str:
+    """A line for each arm, a column for each length and seed."""
+    cells: dict[tuple[str, str], dict[tuple[int, int], Row]] = defaultdict(dict)
+    for row in read_rows(RESULTS / "study" / "topic_scorers.csv"):
+        fixed = row["arm"] in ("random", "oracle", "ideal, question-free")
+        steps = "-" if fixed else row["steps"]
+        cells[row["arm"], steps].setdefault((int(row["num_patches"]), int(row["seed"])), row)
+    columns = sorted({place for of_arm in cells.values() for place in of_arm})
+    head = ["chosen by", "steps", *(f"N = {n:,}, seed {seed}" for n, seed in columns)]
+    lines = []
+    for (arm, steps), of_arm in cells.items():
+        shown = [of_arm.get(place) for place in columns]
+        lines.append(
+            [arm, steps, *("-" if one is None else f"{interval(one, *ACCURACY)} ({_kept(one)})" for one in shown)]
+        )
+    return table(head, lines)
+
+
+def tissue() -> str:
+    """A line for each arm and K: the mean over the slides that were left out, and each of them."""
+    of_arm: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in read_rows(RESULTS / "study" / "tissue_questions.csv"):
+        of_arm[row["k"], row["arm"]].append(row)
+    lines = []
+    for (k, arm), rows in of_arm.items():
+        each = "; ".join(f"{row['left_out']}: {interval(row, *ACCURACY)}" for row in rows)
+        means = [np.mean([float(row[name]) for row in rows]) for name in ("accuracy", "asked_tiles_kept")]
+        kept = np.mean([float(row["kept_at_least_one"]) for row in rows])
+        lines.append([k, arm, f"{means[0]:.2f}", each, f"{means[1]:.2f}", f"{kept:.2f}"])
+    return table(["K", "chosen by", "right", "by slide left out", "asked tiles kept", "at least one"], lines)
+
+
+def trust(name: str) -> str:
+    """A line for each world and length."""
+    head = [
+        "world", "N", "right", "confidence", "calibration error", "AURC", "wrong of the surest 80 %",
+        "sufficiency: AUROC", "enough, shown / lacking", "told unlike",
+    ]  # fmt: skip
+    lines = []
+    for row in read_rows(RESULTS / "study" / f"{name}.csv"):
+        enough = f"{_two(row, 'enough_of_shown')} / {_two(row, 'enough_of_lacking')}"
+        numbers = [
+            _two(row, one)
+            for one in ("confidence", "calibration_error", "aurc", "risk_at_80", "sufficiency_auroc")
+        ]  # fmt: skip
+        right = interval(row, *ACCURACY)
+        lines.append([row["world"], f"{int(row['num_patches']):,}", right, *numbers, enough, _two(row, "told_unlike")])
+    return table(head, lines)
+
+
+def _kept(row: Row) -> str:
+    return _two(row, "kept_at_least_one")
+
+
+def _two(row: Row, name: str) -> str:
+    return f"{float(row[name]):.2f}"
+
+
+if __name__ == "__main__":
+    main()
