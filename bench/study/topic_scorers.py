@@ -21,6 +21,7 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.common.record import RESULTS, append_row, check_header
+from vllm_wsi.haystack.generator import NONE
 from vllm_wsi.haystack.recipe import GENERATORS
 from vllm_wsi.haystack.topics import NUM_COMMON, TOPICS, TopicWorld, topic_items
 from vllm_wsi.model.chat_renderer import ChatRenderer
@@ -70,15 +71,16 @@ def main() -> None:
                 append_row(args.csv, {"seed": seed, "k": K, "steps": steps} | row)
 
 
-def decoder_of(run: Path, seed: int, steps: int) -> Path:
+def decoder_of(run: Path, seed: int, steps: int, absent_share: float = 0.0) -> Path:
     """A decoder and a projector that read bags of 32 to 64 patches, every topic among them."""
     bags = {
         "name": "topics", "count": 32 * steps, "num_patches": [32, 64], "most_share": 0.125, "seed": seed,
+        "absent_share": absent_share,
     }  # fmt: skip
     new = {
         "feature_dim": D, "hidden_size": 128, "num_layers": 2, "max_position_embeddings": 139_264,
         "max_slide_positions": 135_168, "rope_theta": 1e6, "scorer_hidden_size": 128, "initializer_range": 0.05,
-        "num_slide_tokens": K, "texts": TEXTS,
+        "num_slide_tokens": K, "texts": [*TEXTS, *([NONE] if absent_share else [])],
     }  # fmt: skip
     stage = {
         "name": "decoder", "data": data(bags), "train": ["projector", "decoder"], "steps": steps, "batch_size": 32,
@@ -87,9 +89,13 @@ def decoder_of(run: Path, seed: int, steps: int) -> Path:
     return trained(run, {"new": new}, [stage], seed, GENERATORS)
 
 
-def scorer_of(run: Path, decoder: Path, scorer: dict[str, Any], seed: int, steps: int) -> Path:
+# Many parameters: what is trained, behind what, on what.
+def scorer_of(
+    run: Path, decoder: Path, scorer: dict[str, Any], seed: int, steps: int, absent_share: float = 0.0
+) -> Path:
     """That decoder with a scorer that learned from the answers."""
     slides = {"name": "topics", "count": 16 * steps, "first": 1_000_000, "num_patches": 512, "seed": seed}
+    slides["absent_share"] = absent_share
     stage = {
         "name": "scorer", "data": data(slides), "train": ["scorer", "projector"], "steps": steps, "batch_size": 16,
         "sparselearn": {"num_slide_tokens": K, "k_start": 256, "k_end": 8},

@@ -51,6 +51,23 @@ def test_findings_and_topics_are_as_likely():
     assert all(150 < count < 250 for count in np.bincount(places))
 
 
+def test_some_slides_show_nothing_of_the_topic_asked_and_all_else_stays():
+    items = topic_items("train", 400, 64, most_share=0.125, absent_share=0.3)
+    plain = topic_items("train", 400, 64, most_share=0.125)
+    absent = [item.answer == "none" for item in items]
+    assert 80 < sum(absent) < 160
+    for item, other, lacks in zip(items, plain, absent, strict=True):
+        slide, wanted = item.slides[0], other.slides[0]
+        assert list(item.options) == [*other.options, "none"]
+        assert item.question == other.question
+        kinds = {KINDS[kind][0] for kind in slide._types[slide._types >= NUM_COMMON] - NUM_COMMON}
+        assert (slide.topic in kinds) != lacks
+        assert len(kinds) == 8 - lacks
+        assert slide.key_patches.tolist() == ([] if lacks else wanted.key_patches.tolist())
+        changed = np.flatnonzero(slide._types != wanted._types)
+        assert set(changed) <= (set(wanted.key_patches) if lacks else set())
+
+
 def test_lengths_are_drawn_between_two_numbers():
     lengths = {item.slides[0].num_patches for item in topic_items("train", 60, (32, 40), most_share=0.125)}
     assert lengths == set(range(32, 41))
@@ -60,7 +77,7 @@ def test_lengths_are_drawn_between_two_numbers():
     ("changes", "said"),
     [
         ({"noise": 0.0}, "noise"), ({"feature_dim": 2}, "feature_dim"), ({"most_share": 0.2}, "most_share"),
-        ({"topics": 3}, "wanted some of"),
+        ({"topics": 3}, "wanted some of"), ({"absent_share": 1.1}, "absent_share"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused(changes, said):

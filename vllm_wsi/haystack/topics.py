@@ -1,5 +1,5 @@
-"""Slides about which many questions can be asked: each shows one finding of each of eight topics, a question asks about
-one topic.
+"""Slides about which many questions can be asked: each shows one finding of each of eight topics, or of seven; a question
+asks about one topic.
 
 No set of K patches that is chosen without the question holds the key patches of the topic that is asked about for sure:
 there are 32 kinds of findings on slides of several thousand patches, and a finding may have as few as four patches.
@@ -19,7 +19,7 @@ from vllm_wsi.questions.items import SLIDE_MARK, SlideItem
 from vllm_wsi.slides import FeatureFile, features_in_memory
 
 from .generated import length_of, made_world
-from .generator import SPLITS
+from .generator import NONE, SPLITS
 from .patch_types import type_centres
 
 TOPICS: dict[str, tuple[str, str, str, str]] = {
@@ -48,6 +48,8 @@ class TopicWorld:
         noise: standard deviation of a patch about its type.
         most_share: of a slide's patches, that one finding has at most; how many it has is drawn log-uniformly from
             four on.
+        absent_share: share of slides without any finding of the topic that is asked about; the right answer is "none",
+            which is then among the options of every question.
 
     Raises:
         SettingsError: a value out of range.
@@ -57,12 +59,15 @@ class TopicWorld:
     feature_dim: int = 64
     noise: float = 1.0
     most_share: float = 1 / 16
+    absent_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.feature_dim < 3:
             raise SettingsError(f"topics: feature_dim: found {self.feature_dim}, wanted at least 3")
         if not 0 < self.noise < np.inf:
             raise SettingsError(f"topics: noise: found {self.noise}, wanted a finite number above 0")
+        if not 0 <= self.absent_share <= 1:
+            raise SettingsError(f"topics: absent_share: found {self.absent_share}, wanted 0 to 1")
         if not 0 < self.most_share * len(TOPICS) <= 1:
             raise SettingsError(f"topics: most_share: found {self.most_share}, wanted above 0, to 1/{len(TOPICS)}")
 
@@ -85,8 +90,8 @@ class TopicSlide:
     number: int
     num_patches: int
     topic: str = field(init=False)  # that is asked about
-    finding: str = field(init=False)  # of that topic
-    key_patches: NDArray[np.int64] = field(init=False, repr=False)  # of that finding; ascending
+    finding: str = field(init=False)  # of that topic, or `NONE`
+    key_patches: NDArray[np.int64] = field(init=False, repr=False)  # of that finding; ascending, [0] where it is `NONE`
     _types: NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -106,7 +111,11 @@ class TopicSlide:
             types[rows] = NUM_COMMON + KINDS.index((topic, finding))
             shown[topic] = finding, np.sort(rows)
         topic = list(TOPICS)[rng.integers(len(TOPICS))]
-        for name, value in (("topic", topic), ("finding", shown[topic][0]), ("key_patches", shown[topic][1])):
+        (finding, key), lots = shown[topic], self._rng(3)
+        if lots.random() < self.world.absent_share:
+            types[key] = lots.integers(NUM_COMMON, size=len(key))
+            finding, key = NONE, key[:0]
+        for name, value in (("topic", topic), ("finding", finding), ("key_patches", key)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_types", types)
 
@@ -138,7 +147,8 @@ class TopicSlide:
         a small decoder learns to name a finding in a third of the steps that it needs to find its letter in a list.
         """
         turn = f"{SLIDE_MARK}\nWhich {self.topic} is on this slide?", self.finding
-        return SlideItem(self.name, (self,), (turn,), {name: name for name in TOPICS[self.topic]})
+        names = [*TOPICS[self.topic], *([NONE] if self.world.absent_share else [])]
+        return SlideItem(self.name, (self,), (turn,), {name: name for name in names})
 
 
 def topic_items(
