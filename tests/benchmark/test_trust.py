@@ -53,7 +53,7 @@ def test_rows_hold_what_the_server_says_of_their_slide_and_baselines_its_tempera
     assert not {"confidence_aurc", "sufficiency_aurc"} & set(found["choice", "constant B"])
     said = (bench / "out/summary.md").read_text()
     assert "| choice | slide | confidence | 18 | 38.9 | 38.9 | 38.9 |" in said
-    assert "choice slide: 9 of 9 slides are unlike those that the model was checked on" in said
+    assert "choice slide: 9 of 9 slides are unlike those of validation" in said
     assert "confidence_aurc" in (bench / "out/table.csv").read_text().splitlines()[0]
 
 

@@ -60,16 +60,16 @@ def trust_section(table: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     if not lines:
         return []
-    risks = " | ".join(f"wrong of {coverage} %" for coverage in COVERAGES)
+    risks = " | ".join(f"risk at {coverage} %" for coverage in COVERAGES)
     text = [
         "## How far the answers can be trusted",
         "",
         "Confidence: the probability of the named option among the options. Sufficiency: what the checkpoint's "
-        "calibration says of the slide, the probability that it shows what is asked for. «Wrong of 80 %»: the share of "
-        "wrong answers among the 80 % that are trusted most by that number. AURC: the mean of this share over all such "
-        "percentages. Calibration error: how far confidence lies from the share of right answers, on average over ten "
-        "equal parts of the answers. Of all four, less is better; all are in %. A question without an answer, or whose "
-        "answer names no option, counts as wrong with confidence 0.",
+        "calibration says of the slide, the probability that it shows what is asked for. Risk at 80 %: the share of "
+        "wrong answers among the 80 % that are trusted most by that number. AURC: the mean risk over all such "
+        "percentages, the area under the risk-coverage curve. Calibration error: how far confidence lies from the "
+        "share of right answers, on average over ten equal parts of the answers. Of all four, less is better; all are "
+        "in %. A question without an answer, or whose answer names no option, counts as wrong with confidence 0.",
         "",
         f"| mode | run | trusted by | answers | AURC | {risks} | calibration error |",
         "|---|---|---|--:|--:|" + "--:|" * (len(COVERAGES) + 1),
@@ -80,7 +80,7 @@ def trust_section(table: Sequence[Mapping[str, Any]]) -> list[str]:
         if row.get("slides_told"):
             text += [
                 f"{row['mode']} {row['arm']}: {row['slides_unlike']} of {row['slides_told']} slides are unlike those "
-                "that the model was checked on; trust no answer about them.",
+                "of validation, on which the checkpoint was checked.",
                 "",
             ]
     return text
