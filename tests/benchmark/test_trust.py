@@ -10,7 +10,7 @@ from vllm_wsi.benchmark.report import constant_rows, table
 from vllm_wsi.benchmark.report_page import page
 from vllm_wsi.benchmark.report_trust import trust_measures, trust_section
 from vllm_wsi.benchmark.results import ResultsFile, Row, read_results
-from vllm_wsi.benchmark.trust import SlideTrust, confidence
+from vllm_wsi.benchmark.slide_trust import SlideTrust, confidence
 from vllm_wsi.cli.app import main
 
 from .test_runner import FakeServer, bench, command, lines  # noqa: F401 - a fixture

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from vllm_wsi.benchmark.results import read_results
-from vllm_wsi.benchmark.trust import confidence
+from vllm_wsi.benchmark.slide_trust import confidence
 from vllm_wsi.cli.app import main
 from vllm_wsi.haystack.generator import LETTERS, HaystackWorld
 from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT

@@ -17,8 +17,8 @@ from .prepared import BAD_RESPONSE, PreparedQuestion, error_text
 from .recorder import Recorder
 from .results import Row
 from .runner import Arm, Evaluation
+from .slide_trust import SlideTrust
 from .tasks import Question
-from .trust import SlideTrust
 
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 """Errors that every further question would meet, too."""

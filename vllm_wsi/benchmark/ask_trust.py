@@ -9,8 +9,8 @@ from typing import Any
 import openai
 
 from .prepared import BAD_RESPONSE, error_text
+from .slide_trust import SlideTrust
 from .tasks import Question, to_messages
-from .trust import SlideTrust
 
 NO_ROUTE = (404, 405)
 HEARS_NONE = "hears none"

@@ -13,8 +13,8 @@ from typing import Any
 from .chat_request import Answer, Mode, needs_structure, read_answer, request_body
 from .results import Row, Status
 from .slide_files import SlideFile
+from .slide_trust import SlideTrust, confidence
 from .tasks import Question
-from .trust import SlideTrust, confidence
 
 BAD_RESPONSE = (KeyError, TypeError, ValueError, IndexError)
 """What `read_answer` raises on the JSON of a server that does not answer as OpenAI's does."""
