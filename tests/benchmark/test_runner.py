@@ -22,10 +22,15 @@ from vllm_wsi.stats import holm
 
 
 class FakeServer:
-    """Answers `answer`; every `drop`-th connection is dropped without a word."""
+    """Answers `answer`; every `drop`-th connection is dropped without a word.
 
-    def __init__(self, answer="B", drop=0, delay=0.0, logprobs=True):
+    Args:
+        select: (status, JSON) for each POST /v1/wsi/select, of its body; None: as most servers, it has no such route.
+    """
+
+    def __init__(self, answer="B", drop=0, delay=0.0, logprobs=True, select=None):
         self.asked, self.bodies, self._lock, count = Counter(), [], threading.Lock(), iter(range(1, 10**9))
+        self.selected = []  # bodies of /v1/wsi/select
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -34,6 +39,10 @@ class FakeServer:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/v1/wsi/select":
+                    fake.selected.append(body)
+                    self._reply(*((404, {"detail": "Not Found"}) if select is None else select(body)))
+                    return
                 with fake._lock:
                     number = next(count)
                 if drop and number % drop == 0:
@@ -125,6 +134,13 @@ def test_a_whole_run_with_baselines(bench, capsys):
     assert line["chance"] == pytest.approx(1 / 3)
     rows = lines(bench / "out/choice.slide.jsonl")
     assert "run" in rows[0]
+    assert len(server.selected) == 1  # a server without the route is asked once, whatever arms and modes there are
+    trust = [(row["confidence"], row["sufficiency"], row["in_distribution"]) for row in rows[1:] if row["logprobs"]]
+    both = 2 * np.exp(-2)
+    assert trust == [(pytest.approx(both / (both + np.exp(-1.9))), None, None)] * 18
+    assert "sufficiency_aurc" not in line
+    assert line["confidence_answers"] == 18
+    assert line["confidence_aurc"] == pytest.approx(7 / 18)  # the same confidence everywhere
     assert rows[1]["logprobs"]["B"] == pytest.approx(-2 + np.log(2))
     assert "C" not in rows[1]["logprobs"]
     bins = [line["group"] for line in summary["table"] if (line["by"], line["mode"], line["arm"]) == ("patches", "generate", "slide")]  # fmt: skip  # noqa: E501

@@ -167,6 +167,7 @@ def test_questions_are_asked_of_engines_on_the_nodes(cluster, tmp_path, capfd):
     _, found = read_results(tmp_path / "out/generate.slide.jsonl")
     assert [row.status for row in found.values()] == ["answered"] * 4
     assert sum(row.correct for row in found.values()) >= 3
+    assert all(0 <= row.sufficiency <= 1 and row.in_distribution > 0 for row in found.values())  # of the demo's slides
     before = (tmp_path / "out/generate.slide.jsonl").read_bytes()
     assert main([*command, "--ray", cluster.address]) == 0  # nothing is left to ask
     assert (tmp_path / "out/generate.slide.jsonl").read_bytes() == before

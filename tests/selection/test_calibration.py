@@ -1,11 +1,14 @@
 """Summaries of scores, and what a calibration says of a slide by them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from vllm_wsi.errors import SettingsError
-from vllm_wsi.selection.calibration import TRAINING_LEVELS, Calibration, Trust, UsualScores, distances
+from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
+from vllm_wsi.selection.calibration import TRAINING_LEVELS, USUAL, Calibration, Trust, UsualScores, distances
 from vllm_wsi.selection.score_summary import LEVELS, SAMPLED, score_summary
 from vllm_wsi.selection.selection import Selection
 
@@ -121,6 +124,13 @@ def test_trust_says_nothing_where_nothing_was_fitted_or_no_scorer_scored():
     assert found.answer_temperature == 2.0
     assert 0 <= found.sufficiency <= 1
     assert 0 < found.in_distribution <= 1
+
+
+def test_a_slide_that_is_told_to_be_unlike_the_others_has_a_number_below_the_limit():
+    model = Calibration.of(json.loads((DEMO_CHECKPOINT / "calibration.json").read_text()), "calibration.json")
+    found = Trust.of(model, chosen(even_scores() + 1000))
+    assert found.warnings[0].startswith("This slide is unlike")
+    assert found.in_distribution < USUAL
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,15 @@ import threading
 import time
 from collections import Counter
 
+import httpx
 import pytest
 
 from vllm_wsi.benchmark.results import read_results
+from vllm_wsi.benchmark.slide_trust import confidence
 from vllm_wsi.cli.app import main
 from vllm_wsi.haystack.generator import LETTERS, HaystackWorld
 from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
+from vllm_wsi.selection.calibration import USUAL
 from vllm_wsi.serving.server_process import VllmServer
 
 pytestmark = pytest.mark.server
@@ -78,6 +81,16 @@ def overall(out, part="closed"):
             if line["by"] == "all" and line["part"] == part}  # fmt: skip
 
 
+def assert_trust_is_the_servers(bench, server, rows):
+    """The numbers of each slide are those of /v1/wsi/select, and its confidence is at the checkpoint's temperature."""
+    for row in rows.values():
+        url = (bench / f"features/{row.slide}.safetensors").as_uri()
+        said = httpx.post(f"{server.api}/wsi/select", json={"url": url}, timeout=60).json()
+        assert (row.sufficiency, row.in_distribution) == (said["sufficiency"], said["in_distribution"])
+        assert 0 <= row.sufficiency <= 1
+        assert row.confidence == confidence(row.label, row.logprobs, said["answer_temperature"])
+
+
 def test_both_modes_and_all_baselines(bench, server, tmp_path):
     out = tmp_path / "out"
     assert main(command(bench, out, "--endpoint", server.api, "--mode", "both")) == 0
@@ -93,6 +106,20 @@ def test_both_modes_and_all_baselines(bench, server, tmp_path):
     assert summary["encoders"][0].startswith("haystack@0")
     _, rows = read_results(out / "choice.slide.jsonl")
     assert all(row.rule == "logprobs" and set(row.logprobs) == set("ABCD") for row in rows.values())
+    assert_trust_is_the_servers(bench, server, rows)
+    assert all(0.25 <= row.confidence <= 1 for row in rows.values())
+    in_distribution = [row.in_distribution for row in rows.values()]
+    assert_trust_is_the_servers(bench, server, read_results(out / "generate.slide.jsonl")[1])
+    for baseline in ("blind", "random-32", "uniform-32"):
+        _, rows = read_results(out / f"choice.{baseline}.jsonl")
+        assert all(row.sufficiency is row.in_distribution is None for row in rows.values())
+        assert all(0.25 <= row.confidence <= 1 for row in rows.values())
+    asked, blind = found["choice", "slide"], found["choice", "blind"]
+    assert asked["confidence_answers"] == asked["sufficiency_answers"] == asked["slides_told"] == SLIDES
+    assert asked["slides_unlike"] == sum(one < USUAL for one in in_distribution) < SLIDES / 2  # of the same generator
+    assert asked["confidence_aurc"] < blind["confidence_aurc"]
+    assert 0 <= asked["calibration_error"] <= 1
+    assert "| choice | slide | confidence | 12 |" in (out / "summary.md").read_text()
 
 
 @pytest.mark.parametrize("task", ["slidebench-bcnb", "wsi-vqa", "wsi-bench", "csv", "multipathqa"])
@@ -198,9 +225,11 @@ def test_run_batch_end_to_end(bench, tmp_path):
     assert found["choice", "blind"]["accuracy"] <= 9 / 12
     _, rows = read_results(out / "generate.slide.jsonl")
     assert Counter(row.status for row in rows.values()) == {"answered": SLIDES}
+    _, rows = read_results(out / "choice.slide.jsonl")
+    assert all(row.logprobs and row.confidence is row.sufficiency is None for row in rows.values())
 
 
-def test_offline(bench, tmp_path):
+def test_offline(bench, server, tmp_path):
     out = tmp_path / "out"
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 8}
     args = ["--offline", str(DEMO_CHECKPOINT), "--mode", "both", "--baselines", "blind", "--engine-args"]
@@ -213,3 +242,8 @@ def test_offline(bench, tmp_path):
         assert found[mode, "blind"]["accuracy"] <= 9 / 12
     _, rows = read_results(out / "choice.slide.jsonl")
     assert all(set(row.logprobs) == set("ABCD") for row in rows.values())
+    assert_trust_is_the_servers(bench, server, rows)
+    assert_trust_is_the_servers(bench, server, read_results(out / "generate.slide.jsonl")[1])
+    _, rows = read_results(out / "choice.blind.jsonl")
+    assert all(row.confidence and row.sufficiency is None for row in rows.values())
+    assert (done.stdout + done.stderr).count(f"selected 32 of {PATCHES} patches") == SLIDES  # each is read once

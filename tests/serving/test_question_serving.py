@@ -1,6 +1,8 @@
 """A checkpoint whose scorer hears the question, served: by unmodified clients, and read once in a slide's life."""
 
+import csv
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from urllib.parse import quote
@@ -11,6 +13,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from vllm_wsi.benchmark.results import read_results
+from vllm_wsi.benchmark.tasks import read_task
+from vllm_wsi.cli.app import main
 from vllm_wsi.model.checkpoint import CALIBRATION, load_calibration, load_selector
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
@@ -20,6 +25,7 @@ from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.selection.calibration import Calibration, Trust, UsualScores
 from vllm_wsi.selection.scorer import scorer_digest
 from vllm_wsi.serving import vllm_hooks
+from vllm_wsi.serving.engine import OfflineEngine
 from vllm_wsi.serving.question_hook import with_question
 from vllm_wsi.serving.server_process import VllmServer
 from vllm_wsi.serving.slide_request import SlideRequest
@@ -87,6 +93,27 @@ def test_served_tokens_equal_transformers_and_follow_the_question(model, checkpo
             assert ask_vllm(llm, several, question)[0] == wanted, (question, len(several))
     with pytest.raises(ValueError, match="without its question"):
         llm.generate({"prompt": "<|slide|> x", "multi_modal_data": {"image": open_features(paths[0])}})
+
+
+@pytest.mark.engine
+def test_an_offline_engine_says_of_each_response_what_its_own_selection_says(model, checkpoint, tmp_path):
+    path = make_slide(tmp_path / "a.safetensors", N, seed=30)
+    bare = shutil.copytree(checkpoint, tmp_path / "bare")
+    (bare / CALIBRATION).unlink()
+    settings = {"temperature": 0.0, "max_tokens": 2}
+    messages = [slide_message(path.as_uri(), question=question) for question in ASKED] + [slide_message()]
+    calibration = load_calibration(str(checkpoint), model.selector().scorer)
+    wanted = [Trust.of(calibration, selected(model, checkpoint, path, question)) for question in ASKED]
+    assert wanted[0].sufficiency != wanted[1].sufficiency
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
+    engines = [OfflineEngine(str(one), **options, allowed_local_media_path=str(tmp_path)) for one in (checkpoint, bare)]
+    for engine, trusts in zip(engines, ([*wanted, Trust(answer_temperature=1.5)], [Trust()] * 3), strict=True):
+        responses = engine.complete([{"messages": message, **settings} for message in messages])
+        assert json.loads(json.dumps(responses)) == responses  # as a worker of a cluster hands them over
+        for response, trust in zip(responses, trusts, strict=True):
+            assert response["slide_trust"] == trust._asdict() | {"warnings": list(trust.warnings)}
+        gone = engine._trust(slide_message((tmp_path / "gone.safetensors").as_uri()))["slide_trust"]
+        assert gone == responses[2]["slide_trust"]  # after its answer: that is kept, without the slide's numbers
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +216,39 @@ def test_what_the_calibration_says_of_a_slide_follows_the_question_and_outlives_
     long = make_slide(folder / "long.safetensors", N + 1, seed=10)
     unchecked = f"Slides of {N + 1} patches were not checked (100 to {N} were)."
     assert select(server, long.as_uri())["warnings"][-1] == unchecked
+
+
+@pytest.mark.server
+def test_an_evaluation_says_of_each_answer_what_its_own_selection_says_and_no_slide_is_read_twice(
+    server, folder, tmp_path
+):
+    features = folder / "evaluated"
+    features.mkdir()
+    paths = [make_slide(features / f"{n}.safetensors", N, seed=20 + n) for n in range(2)]
+    rows = [(path.stem, f" {question} ", *"xy", "A") for path in paths for question in ASKED]
+    with open(tmp_path / "q.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("Slide", "Question", "A", "B", "Answer"), *rows])
+    args = ["eval", "--task", "csv", "--data", str(tmp_path / "q.csv"), "--features", str(features), "--mode", "both",
+            "--out", str(tmp_path / "out"), "--baselines", "blind", "--max-tokens", "8"]  # fmt: skip
+    before, log = server.metrics(), server.log_path.read_text()
+    assert main([*args, "--endpoint", server.api]) == 0
+    after = server.metrics()
+    for counter, wanted in {"selections": 2, "patches_read": 2 * N}.items():
+        name = f"vllm_wsi:{counter}_total"
+        assert after[name] - before[name] == wanted, counter
+    # One for each answer, and none of them is refused.
+    assert server.log_path.read_text()[len(log) :].count('POST /v1/wsi/select HTTP/1.1" 200') == 8
+    said = {}
+    for question in read_task("csv", tmp_path / "q.csv"):
+        url = (features / f"{question.slide}.safetensors").as_uri()
+        said[question.key] = select(server, f"{url}#q={quote(question_text([question.text]))}")
+        assert said[question.key]["source"] == "memory"
+    assert len({one["sufficiency"] for one in said.values()}) == 4
+    for mode in ("generate", "choice"):
+        _, found = read_results(tmp_path / f"out/{mode}.slide.jsonl")
+        assert {key: (row.sufficiency, row.in_distribution) for key, row in found.items()} == {
+            key: (one["sufficiency"], one["in_distribution"]) for key, one in said.items()
+        }
 
 
 @pytest.mark.server

@@ -11,11 +11,13 @@ import openai
 
 from vllm_wsi.errors import SetupError
 
+from .ask_trust import TrustRequests
 from .chat_request import Answer, Mode, needs_structure, read_answer, request_body
-from .prepared import BAD_RESPONSE, error_text
+from .prepared import BAD_RESPONSE, PreparedQuestion, error_text
 from .recorder import Recorder
 from .results import Row
 from .runner import Arm, Evaluation
+from .slide_trust import SlideTrust
 from .tasks import Question
 
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
@@ -41,6 +43,7 @@ class Endpoint:
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self.url = url
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout)
+        self.trust = TrustRequests(self._client)
         self._model = model
         self._refuses_logprobs = False  # once the server has said so
 
@@ -113,9 +116,12 @@ async def ask_endpoint(evaluation: Evaluation, endpoint: Endpoint) -> None:
         SetupError: the server is not there, refuses the key or the model, or has stopped answering.
     """
     model, found = await endpoint.model(), await endpoint.version()
-    for arm in evaluation.arms:
-        with evaluation.recorder(arm, model, endpoint.url, {"server": found}) as recorder:
-            await _ask_arm(evaluation, endpoint, arm, recorder)
+    try:
+        for arm in evaluation.arms:
+            with evaluation.recorder(arm, model, endpoint.url, {"server": found}) as recorder:
+                await _ask_arm(evaluation, endpoint, arm, recorder)
+    finally:
+        endpoint.trust.log()
 
 
 async def _ask_arm(evaluation: Evaluation, endpoint: Endpoint, arm: Arm, recorder: Recorder) -> None:
@@ -144,8 +150,9 @@ async def _ask_arm(evaluation: Evaluation, endpoint: Endpoint, arm: Arm, recorde
                         "what was answered is kept, the same command goes on"
                     ) from None
             else:
-                unreachable = 0
-                recorder.record(ready.answered(answer, round(time.monotonic() - began, 3)))
+                unreachable, seconds = 0, round(time.monotonic() - began, 3)
+                trust = await _trust(evaluation, endpoint, ready, answer)
+                recorder.record(ready.answered(answer, trust, seconds))
 
     workers = [asyncio.create_task(work()) for _ in range(concurrency)]
     try:
@@ -154,3 +161,14 @@ async def _ask_arm(evaluation: Evaluation, endpoint: Endpoint, arm: Arm, recorde
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def _trust(evaluation: Evaluation, endpoint: Endpoint, ready: PreparedQuestion, answer: Answer) -> SlideTrust:
+    """What the server says beside an answer; of a baseline the checkpoint's temperature alone."""
+    if ready.is_selected:
+        assert ready.url is not None
+        return await endpoint.trust.of_slide(ready.question, ready.url)
+    if answer.logprobs is None:
+        return SlideTrust()
+    whole = evaluation.files.url(ready.slide)
+    return SlideTrust(answer_temperature=await endpoint.trust.temperature(ready.question, whole))

@@ -13,6 +13,7 @@ from typing import Any
 from .chat_request import Answer, Mode, needs_structure, read_answer, request_body
 from .results import Row, Status
 from .slide_files import SlideFile
+from .slide_trust import SlideTrust, confidence
 from .tasks import Question
 
 BAD_RESPONSE = (KeyError, TypeError, ValueError, IndexError)
@@ -27,6 +28,9 @@ class PreparedQuestion:
     mode: Mode
     slide: SlideFile
     url: str | None  # that the request names; None: no slide is shown
+    # Whether the patches are the scorer's choice. Of a baseline's 32 patches, chosen otherwise, the calibration knows
+    # nothing: their scores are not those of the whole slide.
+    is_selected: bool
 
     def request(self, model: str, max_tokens: int) -> dict[str, Any]:
         """The body of the one request that is made where no second one can follow.
@@ -37,17 +41,22 @@ class PreparedQuestion:
         return request_body(self.question, self.url, self.mode, model, max_tokens, structured)
 
     def responded(self, response: Mapping[str, Any]) -> Row:
-        """The row of the response to `request`; an error where it cannot be read."""
+        """The row of the response to `request`; an error where it cannot be read.
+
+        Args:
+            response: of a chat completion, with the fields of `SlideTrust` in "slide_trust" where they are known.
+        """
         try:
             answer = read_answer(self.question, self.mode, response, needs_structure(self.question))
         except BAD_RESPONSE as error:
             return self.failed(error_text(error))
-        return self.answered(answer)
+        return self.answered(answer, SlideTrust.of(response.get("slide_trust")))
 
-    def answered(self, answer: Answer, seconds: float | None = None) -> Row:
+    def answered(self, answer: Answer, trust: SlideTrust, seconds: float | None = None) -> Row:
         """The row of an answer.
 
         Args:
+            trust: what is said of the slide that the request names.
             seconds: from the question to its answer, with retries; None where it was not asked alone.
         """
         score = answer.score
@@ -59,6 +68,9 @@ class PreparedQuestion:
             other=dict(score.other),
             output=answer.output,
             logprobs=None if answer.logprobs is None else dict(answer.logprobs),
+            confidence=confidence(score.label, answer.logprobs, trust.answer_temperature),
+            sufficiency=trust.sufficiency if self.is_selected else None,
+            in_distribution=trust.in_distribution if self.is_selected else None,
             finish_reason=answer.finish_reason,
             seconds=seconds,
         )

@@ -19,6 +19,7 @@ from vllm_wsi.stats import holm, mean_interval, paired_interval, paired_p
 
 from .report_figure import draw_lengths
 from .report_page import page
+from .report_trust import trust_measures
 from .results import Row, read_results
 from .runner import MAIN, Arm, Evaluation
 
@@ -124,6 +125,7 @@ def constant_rows(rows: Iterable[Row]) -> tuple[str, list[Row]]:
     label = max(sorted(counts), key=lambda one: counts[one])
     answer: dict[str, Any] = {"status": "answered", "label": label, "rule": "constant", "output": label}
     unset: dict[str, Any] = {"other": {}, "logprobs": None, "error": None}
+    unset |= {"confidence": None, "sufficiency": None, "in_distribution": None}
     return label, [replace(row, correct=row.gold == label, **answer, **unset) for row in closed]
 
 
@@ -170,14 +172,18 @@ def measure(rows: Sequence[Row], seed: int) -> dict[str, Any]:
 
 
 def table(runs: Runs, seed: int) -> list[dict[str, Any]]:
-    """A row for each run, part (closed, open) and group: all questions, each category, each bin of slide length."""
+    """A row for each run, part (closed, open) and group: all questions, each category, each bin of slide length.
+
+    The rows of all closed questions hold `trust_measures` too.
+    """
     lines = []
     for (mode, arm), rows in runs.items():
         parts = {"closed": [row for row in rows if row.options], "open": [row for row in rows if not row.options]}
         for part, members in parts.items():
             for (by, group), of_group in _groups(members).items():
                 line = {"mode": mode, "arm": arm, "part": part, "by": by, "group": group}
-                lines.append({**line, **measure(of_group, seed)})
+                trust = trust_measures(of_group) if (part, by) == ("closed", "all") else {}
+                lines.append({**line, **measure(of_group, seed), **trust})
     return lines
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from vllm_wsi.stats import p_text
 
+from .report_trust import trust_section
+
 MAX_SLIDES_NAMED = 10
 
 
@@ -15,6 +17,7 @@ def page(summary: Mapping[str, Any]) -> str:
     lines = _head(summary)
     lines += _overall(summary, "closed", "Multiple choice")
     lines += _overall(summary, "open", "Open questions (words equal; F1 of words)")
+    lines += trust_section(summary["table"])
     lines += _by_group(summary)
     lines += _comparisons(summary)
     return "\n".join(lines)

@@ -32,6 +32,10 @@ class Row:
     other: Mapping[str, float] = field(default_factory=dict)  # further measures, in [0, 1]
     output: str = ""
     logprobs: Mapping[str, float] | None = None  # label -> log-probability at the first token of the answer
+    confidence: float | None = None  # probability of the label among the options; None where it is not known
+    # What the checkpoint's calibration says of the slide; None where it has none, or was not asked.
+    sufficiency: float | None = None
+    in_distribution: float | None = None
     categories: Mapping[str, str] = field(default_factory=dict)
     options: int = 0  # their number; 0: an open question
     num_patches: int | None = None

@@ -160,7 +160,7 @@ class Evaluation:
             url = self._url(slide, arm) if is_to_be_asked else None
         except (SlideError, OSError) as error:
             return missing_row(question, str(error))
-        return PreparedQuestion(question, arm.mode, slide, url)
+        return PreparedQuestion(question, arm.mode, slide, url, is_selected=arm.arm == MAIN)
 
     def _url(self, slide: SlideFile, arm: Arm) -> str | None:
         if arm.arm == "blind":

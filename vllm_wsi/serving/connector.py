@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, unquote
 import vllm.envs as envs
 from torch import Tensor
 from urllib3.util import parse_url
+from vllm.config import ModelConfig
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
 from vllm.multimodal.media.connector import global_thread_pool
 
@@ -217,6 +218,15 @@ class SlideConnector(MediaConnector):
         if url[:5].lower() == "data:" and not url.partition(",")[0].endswith(";base64"):
             raise SlideError(f"data URL: found {url[:32]!r}, wanted data:[media type];base64,...")
         return service, url, SlideMediaIO(**parse_fragment(fragment), keep_all_scores=keep_all_scores)
+
+
+def slide_connector(model: ModelConfig) -> SlideConnector:
+    """A connector with the rules for paths and domains that a model's chat messages are under."""
+    return MEDIA_CONNECTOR_REGISTRY.load(
+        CONNECTOR,
+        allowed_local_media_path=model.allowed_local_media_path,
+        allowed_media_domains=model.allowed_media_domains,
+    )
 
 
 def _is_web(url: str) -> bool:

@@ -7,7 +7,6 @@ from argparse import Namespace
 from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from vllm_wsi.model.config import SparseWSIConfig
 
@@ -42,12 +41,6 @@ class SelectEndpoint:
         assert service is not None  # made with the engine client's processor
         rank = engine_client.vllm_config.parallel_config._api_process_rank
         service.start(max(0, rank))  # -1: the only one
-        from .connector import CONNECTOR
+        from .connector import slide_connector
 
-        # The same rules for paths and domains as for chat messages.
-        connector = MEDIA_CONNECTOR_REGISTRY.load(
-            CONNECTOR,
-            allowed_local_media_path=model.allowed_local_media_path,
-            allowed_media_domains=model.allowed_media_domains,
-        )
-        state.wsi_slide_view = SlideView(connector)
+        state.wsi_slide_view = SlideView(slide_connector(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,15 @@ import vllm
 from vllm import LLM, SamplingParams
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import StructuredOutputsParams
+
+from vllm_wsi.model.config import SparseWSIConfig
+from vllm_wsi.selection.calibration import Trust
+
+from .connector import slide_connector
+from .question_hook import with_question
+from .vllm_hooks import current_service
+
+logger = logging.getLogger(__name__)
 
 
 class OfflineEngine:
@@ -23,14 +33,43 @@ class OfflineEngine:
 
     def __init__(self, checkpoint: str, **engine_args: Any) -> None:
         self._llm = LLM(checkpoint, **engine_args)
+        model = self._llm.model_config
+        self._connector = slide_connector(model) if isinstance(model.hf_config, SparseWSIConfig) else None
 
     def complete(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The responses to chat completion requests, in their order; all run in one batch."""
+        """The responses to chat completion requests, in their order; all run in one batch.
+
+        Beside what the API answers, a response of a slide model holds in "slide_trust" what POST /v1/wsi/select answers
+        of the request's slide: the fields of `Trust`.
+        """
         if not bodies:
             return []
         params = [_sampling(body) for body in bodies]
         outputs = self._llm.chat([body["messages"] for body in bodies], params, use_tqdm=False)
-        return [_response(output.outputs[0]) for output in outputs]
+        return [
+            _response(output.outputs[0]) | self._trust(body["messages"])
+            for output, body in zip(outputs, bodies, strict=True)
+        ]
+
+    def _trust(self, messages: Sequence[Any]) -> dict[str, Any]:
+        """Of the only slide of some messages, whose selection the service remembers from their answer."""
+        service = current_service()
+        if self._connector is None or service is None:
+            return {}
+        calibration = service.calibration
+        trust = Trust() if calibration is None else Trust(answer_temperature=round(calibration.temperature, 4))
+        slides = _slide_urls(messages if service.questions is None else with_question(messages))
+        if calibration is not None and len(slides) == 1:
+            try:
+                trust = Trust.of(calibration, self._connector.fetch_image(slides[0]).selection)
+            except Exception as error:  # whatever it is, the answer is there and must not be lost
+                logger.warning("%s: found no selection after its answer: %s", slides[0], error)
+        return {"slide_trust": trust._asdict() | {"warnings": list(trust.warnings)}}
+
+
+def _slide_urls(messages: Sequence[Any]) -> list[str]:
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return [part["image_url"]["url"] for parts in contents for part in parts if part["type"] == "image_url"]
 
 
 def _sampling(body: Mapping[str, Any]) -> SamplingParams:
