@@ -47,7 +47,7 @@ def topics() -> str:
 def tissue() -> str:
     """A line for each arm and K: the mean over the slides that were left out, and each of them."""
     of_arm: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in read_rows(RESULTS / "study" / "tissue_questions.csv"):
+    for row in read_rows(RESULTS / "study" / "tissue_scorers.csv"):
         of_arm[row["k"], row["arm"]].append(row)
     lines = []
     for (k, arm), rows in of_arm.items():

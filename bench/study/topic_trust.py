@@ -1,6 +1,6 @@
 """«Not on this slide» by a scorer that hears the question: `python -m bench.study.topic_trust RUNS --seeds 0 1 2`.
 
-Slides of eight topics (`haystack/topics.py`), of which a fifth of those to train on, and three of ten of the others, show
+Slides of eight topics (`haystack/topics.py`). A fifth of those to train on, and three of ten of the others, show
 nothing of the topic that is asked about. A decoder and a scorer that hears the question learn as in `topic_scorers.py`,
 are calibrated on validation slides, and asked about test slides: in their own world, and in worlds that they have not
 seen. It takes about ten minutes a seed on one core.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -26,7 +27,7 @@ from .trust import COLUMNS, EMPTY, measures
 
 CSV = RESULTS / "study" / "topic_trust.csv"
 TRAINING_ABSENT = 0.2
-WORLDS: dict[str, dict[str, float]] = {"its own": {}, "noise 1.5": {"noise": 1.5}, "noise 2.0": {"noise": 2.0}}
+WORLDS: dict[str, dict[str, Any]] = {"its own": {}, "noise 1.5": {"noise": 1.5}, "noise 2.0": {"noise": 2.0}}
 OTHER_SEED = 1000  # of another world's patch types
 LENGTHS = (1000, 4096)
 
@@ -45,8 +46,8 @@ def main() -> None:
         runs = args.runs / str(seed)
         decoder = decoder_of(runs / "decoder", seed, args.decoder_steps, TRAINING_ABSENT)
         checkpoint = scorer_of(runs / "question", decoder, QUESTION, seed, args.steps, TRAINING_ABSENT)
-        training = [item for n in LENGTHS for item in questions("train", 100, n, seed, first=2_000_000)]
-        validation = [item for n in LENGTHS for item in questions("validation", 250, n, seed)]
+        training = [item for n in LENGTHS for item in questions("train", 100, n, 2_000_000, seed=seed)]
+        validation = [item for n in LENGTHS for item in questions("validation", 250, n, seed=seed)]
         calibration, _ = calibrate(checkpoint, training, validation, "none")
         model = SparseWSIForConditionalGeneration.from_pretrained(checkpoint).eval()
         renderer = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
@@ -59,11 +60,9 @@ def main() -> None:
                 print(row | measures(calibration, asked), flush=True)
 
 
-def questions(
-    split: str, count: int, num_patches: int, seed: int, first: int = 0, **knobs: float
-) -> Sequence[SlideItem]:
+def questions(split: str, count: int, num_patches: int, first: int = 0, **world: Any) -> Sequence[SlideItem]:
     """Three of ten of them about a slide that shows nothing of the topic."""
-    return topic_items(split, count, num_patches, first, feature_dim=D, seed=seed, absent_share=EMPTY, **knobs)
+    return topic_items(split, count, num_patches, first, feature_dim=D, absent_share=EMPTY, **world)
 
 
 if __name__ == "__main__":

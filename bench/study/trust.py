@@ -79,7 +79,7 @@ def haystack(count: int) -> Iterator[tuple[str, int, str, Sequence[SlideItem]]]:
 def tissue(folder: Path, count: int) -> Iterator[tuple[str, int, str, Sequence[SlideItem]]]:
     """The same, of patients of fold 0's test side that `calibrate_tissue.yaml` leaves for tests."""
     for world, knobs in TISSUE.items():
-        for num_patches in (256, 1024):
+        for num_patches in (256, 900):
             recipe = {
                 "data": folder, "side": "test", "part": (0.5, 1), "questions": ["presence"], "count": count,
                 "num_patches": num_patches, "shares": [0, (0.02, 0.35)], "first": 500_000,

@@ -1,5 +1,5 @@
-"""Slides about which many questions can be asked: each shows one finding of each of eight topics, or of seven; a question
-asks about one topic.
+"""Slides about which many questions can be asked: each shows one finding of each of eight topics, or of seven. A
+question asks about one topic.
 
 No set of K patches that is chosen without the question holds the key patches of the topic that is asked about for sure:
 there are 32 kinds of findings on slides of several thousand patches, and a finding may have as few as four patches.

@@ -175,7 +175,7 @@ def service_for(
     global _current
     asked_of = None if questions is None else questions.args[1:]  # the checkpoint whose tokens make the queries
     rules = (selector.num_slide_tokens, selector.device.wanted, selector.max_patches, max_slide_tokens)
-    key = (scorer, *rules, store, asked_of)
+    key = (scorer, *rules, store, asked_of, calibration)
     with _lock:
         if key not in _services:
             opened = None if store is None else SelectionStore(*store, metrics.count_store)

@@ -1,4 +1,4 @@
-"""Tiles of a slide that are chosen for the question, on real tissue: `python -m bench.study.tissue_questions RUNS
+"""Tiles of a slide that are chosen for the question, on real tissue: `python -m bench.study.tissue_scorers RUNS
 --tissue-dir DIR`.
 
 The eight tissue classes of Kather et al. 2016 (docs/tissue.md). One slide is left out of training at a time. A decoder
@@ -34,7 +34,7 @@ from vllm_wsi.tissue.tissue_recipe import TISSUE_RECIPES
 
 from .scorer_arms import begin_with, trained
 
-CSV = RESULTS / "study" / "tissue_questions.csv"
+CSV = RESULTS / "study" / "tissue_scorers.csv"
 COLUMNS = (
     "left_out", "seed", "num_patches", "k", "arm", "slides", "questions", "accuracy", "accuracy_low", "accuracy_high",
     "asked_tiles_kept", "kept_at_least_one",
