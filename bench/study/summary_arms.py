@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,11 @@ class Arm(NamedTuple):
     told: bool = False  # whether each token says how many patches it stands for
 
     @property
+    def clusters(self) -> str:
+        """The kind of k-means that it needs."""
+        return self.rest.removesuffix(" by size").removeprefix("nearest to ")
+
+    @property
     def name(self) -> str:
         return f"{self.rest}{', told' if self.told else ''}"
 
@@ -38,6 +44,7 @@ ARMS = (
     Arm("k-means by size", 8), Arm("k-means of phi", 8, True),
     Arm("k-means of equal size", 8), Arm("k-means of equal size", 16),
     Arm("mean of all", 1), Arm("means of stretches", 8),
+    Arm("nearest to k-means of equal size", 8), Arm("nearest to k-means of equal size", 16),
 )  # fmt: skip
 
 
@@ -49,7 +56,7 @@ class Shown(NamedTuple):
 
 
 @torch.no_grad()
-def shown(features: Tensor, scorer: ScorerWeights, arms: tuple[Arm, ...], seed: int) -> list[Shown]:
+def shown(features: Tensor, scorer: ScorerWeights, arms: Sequence[Arm], seed: int) -> list[Shown]:
     """What each arm shows of a slide.
 
     The best patches come first, in their order on the slide, then the S others: patches in their order, stretches in
@@ -74,27 +81,30 @@ def shown(features: Tensor, scorer: ScorerWeights, arms: tuple[Arm, ...], seed: 
             else:
                 places = evenly_spaced(arm.s, len(rows)) if arm.s else rows[:0]
             more, counts = x[rows[places]], torch.ones(arm.s)
-        else:
-            if arm.rest in ("mean of all", "means of stretches"):
-                pools = pooled(x[rows], torch.arange(len(rows)) * arm.s // len(rows), arm.s)
-            else:
-                whole, of = labels[arm.rest.removesuffix(" by size"), arm.s]
-                pools = whole.without(x[kept], of[kept])
-            if arm.rest == "k-means by size":
-                largest = pools.counts.argsort(descending=True, stable=True)
-                pools = Pools(pools.sums[largest], pools.counts[largest])
+        elif arm.rest in ("mean of all", "means of stretches"):
+            pools = pooled(x[rows], torch.arange(len(rows)) * arm.s // len(rows), arm.s)
             more, counts = normalised(pools.means()), pools.counts.float()
+        else:
+            whole, of = labels[arm.clusters, arm.s]
+            pools = whole.without(x[kept], of[kept])
+            more, counts = normalised(pools.means()), pools.counts.float()
+            if arm.rest.endswith(" by size"):
+                largest = counts.argsort(descending=True, stable=True)
+                more, counts = more[largest], counts[largest]
+            elif arm.rest.startswith("nearest to "):
+                distances = torch.cdist(more, x).masked_fill(of[None] != torch.arange(arm.s)[:, None], torch.inf)
+                more = x[distances.index_fill(1, kept, torch.inf).argmin(dim=1)]
         found.append(Shown(torch.cat((x[kept], more)), torch.cat((torch.ones(len(kept)), counts))))
     return found
 
 
 def _labels(
-    x: Tensor, features: Tensor, scorer: ScorerWeights, arms: tuple[Arm, ...]
+    x: Tensor, features: Tensor, scorer: ScorerWeights, arms: Sequence[Arm]
 ) -> dict[tuple[str, int], tuple[Pools, Tensor]]:
     """(Kind of k-means, S) -> the pools of all patches, and each patch's pool."""
     found = {}
     sample = evenly_spaced(SAMPLE, len(x))
-    for rest, s in {(arm.rest.removesuffix(" by size"), arm.s) for arm in arms if arm.rest.startswith("k-means")}:
+    for rest, s in {(arm.clusters, arm.s) for arm in arms if "k-means" in arm.rest}:
         space = hidden_vectors(features, scorer) if rest == "k-means of phi" else x
         labels = labels_of(space, sample_centres(space[sample], s, rest.endswith("equal size")))
         found[rest, s] = pooled(x, labels, s), labels

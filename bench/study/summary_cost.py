@@ -62,7 +62,7 @@ def main() -> None:
 def measured(slide: FeatureFile, rounds: int) -> list[dict[str, object]]:
     scorer = frozen_scorer(seeded_scorer("patch", slide.feature_dim, HIDDEN, seed=0))
     selector = SlideSelector(scorer, K)
-    cases = [("k-means", 4), ("k-means", 8), ("k-means", 16), ("stretches", 8)]
+    cases = [("k-means", 4), ("k-means", 8), ("k-means", 16), ("k-means of equal size", 8), ("stretches", 8)]
     selections: list[float] = []
     seconds: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
     same = dict.fromkeys(cases, True)
@@ -70,9 +70,9 @@ def measured(slide: FeatureFile, rounds: int) -> list[dict[str, object]]:
         selections.append(cpu_seconds(lambda: selector.select(slide)))
         for rest, s in cases:
             centres, began = None, time.process_time()
-            if rest == "k-means":
+            if rest != "stretches":
                 rows = read_tensor_rows(slide, evenly_spaced(SAMPLE, slide.num_patches))
-                centres = sample_centres(normalised(rows), s)
+                centres = sample_centres(normalised(rows), s, rest.endswith("equal size"))
             found = time.process_time() - began
             (first, in_pass), (second, _) = (one_pass(slide, centres, s, rows) for rows in CHUNK_ROWS)
             same[rest, s] &= torch.equal(first.sums, second.sums) and torch.equal(first.counts, second.counts)

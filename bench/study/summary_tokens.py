@@ -69,9 +69,9 @@ def main() -> None:
     torch.set_num_threads(1)
     check_header(args.csv, COLUMNS)
     args.runs.mkdir(parents=True, exist_ok=True)
-    train = Slides.made(args.runs, "train", args.training_slides, args.variation)
-    test = Slides.made(args.runs, "test", len(KINDS) * args.questions, args.variation)
     arms = [ARMS[number] for number in args.arms]
+    train = Slides.made(args.runs, "train", args.training_slides, args.variation, arms)
+    test = Slides.made(args.runs, "test", len(KINDS) * args.questions, args.variation, arms)
     right: dict[Arm, list[NDArray[np.bool_]]] = {arm: [] for arm in arms}
     told = {"num_patches": NUM_PATCHES, "variation": args.variation, "k": K}
     told |= {"steps": args.steps, "training_slides": args.training_slides}
@@ -91,37 +91,37 @@ def main() -> None:
 
 
 class Slides:
-    """Questions about slides, and the tokens that each arm shows of them.
+    """Questions about slides, and what arms show of them.
 
     Args:
-        tokens: fp16 [slides, arms, K, d], in the order of `ARMS`.
-        counts: fp32 [slides, arms, K].
+        shown: of each arm, tokens fp16 [slides, K, d] and counts fp32 [slides, K].
     """
 
-    def __init__(self, items: list[SlideItem], tokens: Tensor, counts: Tensor) -> None:
-        self.items, self.tokens, self.counts = items, tokens, counts
+    def __init__(self, items: list[SlideItem], shown: dict[Arm, tuple[Tensor, Tensor]]) -> None:
+        self.items, self._shown = items, shown
 
     @classmethod
-    def made(cls, runs: Path, split: str, count: int, variation: float) -> Slides:
-        """Reads the tokens from RUNS, or makes them and keeps them there."""
-        path = runs / f"{split}-{count}-{variation}.pt"
+    def made(cls, runs: Path, split: str, count: int, variation: float, arms: Sequence[Arm]) -> Slides:
+        """Reads the tokens from RUNS; those that are not there are made, and kept there."""
         slides = [ShareSlide(split, number, NUM_PATCHES, variation) for number in range(count)]
-        if not path.exists():
+        paths = {arm: runs / f"{split}-{count}-{variation}-{arm.rest}-{arm.s}.pt" for arm in arms}
+        missing = [arm for arm in arms if not paths[arm].exists()]
+        if missing:
             scorer = frozen_scorer(trained_scorer(str(DEMO_CHECKPOINT)))
             assert isinstance(scorer, ScorerWeights)
-            tokens = torch.empty(count, len(ARMS), K, WORLD.feature_dim, dtype=torch.float16)
-            counts = torch.empty(count, len(ARMS), K)
+            tokens = torch.empty(len(missing), count, K, WORLD.feature_dim, dtype=torch.float16)
+            counts = torch.empty(len(missing), count, K)
             for number, slide in enumerate(slides):
-                features = torch.from_numpy(slide.features())
-                for place, one in enumerate(shown(features, scorer, ARMS, number)):
-                    tokens[number, place], counts[number, place] = one.tokens, one.counts
-            torch.save((tokens, counts), path)
-        return cls([slide.item() for slide in slides], *torch.load(path, mmap=True))
+                for place, one in enumerate(shown(torch.from_numpy(slide.features()), scorer, missing, number)):
+                    tokens[place, number], counts[place, number] = one.tokens, one.counts
+            for place, arm in enumerate(missing):
+                torch.save((tokens[place].clone(), counts[place].clone()), paths[arm])
+        return cls([slide.item() for slide in slides], {arm: torch.load(path) for arm, path in paths.items()})
 
     def of_arm(self, arm: Arm) -> Tensor:
         """fp32 [slides, K, d + 2]."""
-        place = ARMS.index(arm)
-        return with_counts(self.tokens[:, place].float(), self.counts[:, place], arm.told)
+        tokens, counts = self._shown[arm]
+        return with_counts(tokens.float(), counts, arm.told)
 
 
 def trained(arm: Arm, slides: Slides, steps: int, seed: int) -> tuple[SparseLearnModel, ChatRenderer]:
