@@ -45,6 +45,7 @@ ARMS = (
     Arm("k-means of equal size", 8), Arm("k-means of equal size", 16),
     Arm("mean of all", 1), Arm("means of stretches", 8),
     Arm("nearest to k-means of equal size", 8), Arm("nearest to k-means of equal size", 16),
+    Arm("means of stretches", 4), Arm("means of stretches", 16), Arm("means of interleaved rows", 8),
 )  # fmt: skip
 
 
@@ -81,8 +82,10 @@ def shown(features: Tensor, scorer: ScorerWeights, arms: Sequence[Arm], seed: in
             else:
                 places = evenly_spaced(arm.s, len(rows)) if arm.s else rows[:0]
             more, counts = x[rows[places]], torch.ones(arm.s)
-        elif arm.rest in ("mean of all", "means of stretches"):
-            pools = pooled(x[rows], torch.arange(len(rows)) * arm.s // len(rows), arm.s)
+        elif arm.rest in ("mean of all", "means of stretches", "means of interleaved rows"):
+            place = torch.arange(len(rows))
+            of = place % arm.s if arm.rest == "means of interleaved rows" else place * arm.s // len(rows)
+            pools = pooled(x[rows], of, arm.s)
             more, counts = normalised(pools.means()), pools.counts.float()
         else:
             whole, of = labels[arm.clusters, arm.s]
