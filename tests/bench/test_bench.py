@@ -111,3 +111,17 @@ print(max(sizes), sorted(sizes)[16], sorted(sizes)[-2] < 200_000, [picks.count(i
     first, second, last = map(int, counts.strip(" []\n").split(","))
     assert 0.8 < first / second / 2 < 1.25
     assert 0.8 < first / last / 10 < 1.25
+
+
+def test_summary_tokens_are_trained_judged_and_compared_on_questions_of_share(tmp_path):
+    sizes = ("--steps", 2, "--training-slides", 32, "--questions", 4, "--seeds", 0, 1, "--arms", 0, 9)
+    run("-m", "bench.study.summary_tokens", tmp_path, *sizes, "--csv", tmp_path / "rows.csv")
+    rows = rows_of(tmp_path / "rows.csv")
+    assert {row["question"] for row in rows} == {"prevalence", "counting", "finding"}
+    assert [row["questions"] for row in rows if row["kind"] == "pooled"] == ["8"] * 6
+    assert all((row["less_k_best"] != "") == (row["kind"] == "pooled") for row in rows)
+
+
+def test_pooled_means_have_the_same_bits_in_chunks_of_two_sizes(tmp_path):
+    run("-m", "bench.study.summary_cost", "--quick", "--csv", tmp_path / "rows.csv")
+    assert {row["same_bits"] for row in rows_of(tmp_path / "rows.csv")} == {"True"}
