@@ -114,7 +114,11 @@ def asked(checkpoint: Path, arm: str, slides: list[KatherSlide], k: int) -> list
                 queries = [question_query(model, renderer, item) for item in of_slide]
                 chosen.setdefault(arm, []).extend(selector.select(opened, k, query=query) for query in queries)
                 continue
-            policies = {arm: selector, "random": make_policy("random", k), "equal shares": class_oracle(slide.tissues, k)}
+            policies = {
+                arm: selector,
+                "random": make_policy("random", k),
+                "equal shares": class_oracle(slide.tissues, k),
+            }
             policies |= {f"{arm}, MMR": one for one in made_diverse(model, k).values()}
             for name, policy in policies.items():
                 chosen.setdefault(name, []).extend([policy.select(opened, k)] * len(of_slide))
