@@ -12,6 +12,7 @@ from vllm_wsi.errors import SettingsError, SlideError
 from vllm_wsi.haystack.recipe import GENERATORS
 from vllm_wsi.model.chat_renderer import IGNORED, ChatRenderer
 from vllm_wsi.model.init_checkpoint import new_model
+from vllm_wsi.model.question_text import question_ids, question_text
 from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.slides import FeatureFile, features_in_memory
@@ -100,6 +101,35 @@ def test_the_loss_of_a_hard_stage_is_that_of_the_served_prompt(mode, make, score
     with torch.no_grad():
         found, wanted = SparseLearnModel(model, None)(**batch)["loss"], served_loss(model, chat, slides)
     assert abs(float(found - wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["original", "packed"])
+@pytest.mark.parametrize("n", [1, K - 1, K, K + 1, 41, 2100])
+def test_each_question_about_a_slide_has_the_patches_that_service_shows_it(mode, n):
+    model, chat, tokenizer = start(mode, "question")
+    model.requires_grad_(False)
+    slide = Slide(normal(n))
+    items = [SlideItem(text, (slide,), ((f"<image>\n{text}", "B"),)) for text in ("Which?", "Is it red, and where?")]
+    data = SlideDataset(items, chat, model.config, 5000)
+    data.selection = HardSelection(model.scorer, K, model.get_input_embeddings().weight)
+    shown = [data[0], data[1], data[0]]
+    losses = []
+    for item, one in zip(items, shown, strict=False):
+        query = model.query(torch.tensor(question_ids(chat.tokenizer, question_text([item.question]))))
+        selection = model.selector().select(slide.open(), query=query)
+        assert torch.equal(one.slides[0].indices, selection.indices)
+        ids, labels = (torch.tensor(row) for row in chat.conversation(item))
+        embeddings, positions = model.prepare(ids, [selection])
+        logits = model(inputs_embeds=embeddings, position_ids=positions).logits[0]
+        places = (labels != IGNORED).nonzero()[:, 0]
+        losses.append(F.cross_entropy(logits[places + len(selection.indices) - 2], labels[places], reduction="none"))
+    assert torch.equal(shown[2].slides[0].indices, shown[0].slides[0].indices)
+    if n in (41, 2100):
+        assert shown[0].slides[0].indices.tolist() != shown[1].slides[0].indices.tolist()
+    batch = collate(shown[:2], chat.slide_token_id, tokenizer.pad_token_id)
+    with torch.no_grad():
+        found = SparseLearnModel(model, None)(**batch)["loss"]
+    assert abs(float(found - torch.cat(losses).mean())) < 1e-5
 
 
 def test_ties_are_kept_in_the_order_of_service():

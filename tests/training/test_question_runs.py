@@ -32,6 +32,9 @@ from .small_stage import NEW_MODEL, NUM_SLIDE_TOKENS, D, small_stage
 NEW = NEW_MODEL | {"scorer_kind": "question", "scorer_hidden_size": 16, "scorer_rank": 4, "free_tokens": 1}
 
 
+HARD = {"selection": "hard", "sparselearn": None, "train": ["projector"]}
+
+
 def settings(**stage):
     return TrainSettings.model_validate({"model": {"new": NEW}, "stages": [small_stage("soft", **stage)]})
 
@@ -78,12 +81,27 @@ def test_the_query_of_the_table_alone_is_the_whole_models(checkpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [{"questions_per_sequence": 2}, {"selection": "hard"}])
-def test_what_gives_several_questions_one_set_of_patches_is_refused(stage, tmp_path):
-    if "selection" in stage:
-        stage = stage | {"sparselearn": None, "train": ["projector"], "lora": None}
-    with pytest.raises(SettingsError, match="beside a scorer that hears the question"):
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ({"questions_per_sequence": 2}, "questions_per_sequence: found 2 beside"),
+        (HARD | {"train": ["projector", "decoder"], "lora": None}, "found decoder to train in a hard stage"),
+        (HARD | {"lora": {"r": 2, "target_modules": ["embed_tokens"]}}, "found embed_tokens to train in a hard stage"),
+    ],
+)
+def test_what_would_part_a_question_from_its_patches_is_refused(stage, said, tmp_path):
+    with pytest.raises(SettingsError, match=said):
         train(settings(**stage), tmp_path / "run", GENERATORS)
+
+
+@pytest.mark.slow
+def test_a_hard_stage_behind_the_soft_one_trains_on_what_each_question_is_shown(checkpoint, tmp_path):
+    stages = [small_stage("soft"), small_stage("hard", **HARD)]
+    run = TrainSettings.model_validate({"model": {"new": NEW}, "stages": stages})
+    after = train(run, tmp_path / "run", GENERATORS)
+    soft, hard = (load_file(path / "model.safetensors") for path in (checkpoint, after))
+    changed = {name.partition(".")[0] for name, before in soft.items() if not torch.equal(before, hard[name])}
+    assert changed == {"projector", "language_model"}  # by lora; the scorer and its queries stay
 
 
 def test_a_question_for_a_scorer_that_hears_none_is_refused(tmp_path, capsys):

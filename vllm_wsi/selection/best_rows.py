@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_wsi.errors import SlideError
 from vllm_wsi.kernels import block_rows, map_blocks, score_topk, select_topk
 
 from .question_scorer import QuestionScorer
+from .question_selection import best_by_question
 from .scorer import ContextScorer, FrozenScorer
 
 
@@ -22,10 +22,17 @@ class BestRows(NamedTuple):
 
 
 @torch.no_grad()
-def best_rows(features: Tensor, scorer: FrozenScorer, k: int) -> BestRows:
-    """The best k of features [n, d]."""
+def best_rows(features: Tensor, scorer: FrozenScorer, k: int, query: Tensor | None = None) -> BestRows:
+    """The best k of features [n, d].
+
+    Args:
+        query: fp32 [R], what a `QuestionScorer` made of the question; None: no question is asked.
+    """
     if isinstance(scorer, QuestionScorer):
-        raise SlideError("scorer: found one that hears questions, wanted another kind where none is asked")
+        vectors = torch.empty(len(features), scorer.rank, device=features.device)
+        map_blocks(features, 0, scorer.vectors, vectors, scorer.block_rows)
+        best = best_by_question(scorer, vectors.to(scorer.vector_dtype), k, query)
+        return BestRows(best.rows, int(torch.isfinite(best.scores).sum()))
     if isinstance(scorer, ContextScorer):
         tokens = torch.empty(len(features), scorer.hidden_size, device=features.device)
         map_blocks(features, 0, scorer.embed, tokens, block_rows(max(scorer.feature_dim, scorer.hidden_size)))

@@ -191,9 +191,9 @@ class SlideDataset(Dataset):
     def __getitem__(self, number: int) -> TrainingItem:
         item = self.items[number]
         rng = np.random.default_rng([self.seed, number, self.epoch])
-        slides = [self._kept(source, rng) for source in item.slides]
-        ids, labels = self.renderer.conversation(item)
         question = self._question(item)
+        slides = [self._kept(source, rng, question) for source in item.slides]
+        ids, labels = self.renderer.conversation(item)
         if question is not None:  # the patches are those of the last question
             labels = last_answer(labels)
         budget = 0 if self.mix_positions and rng.random() < 0.5 else self.config.slide_position_budget
@@ -204,11 +204,11 @@ class SlideDataset(Dataset):
             return None
         return question_ids(self.renderer.tokenizer, question_text([item.turns[-1][0]]))
 
-    def _kept(self, source: SlideSource, rng: np.random.Generator) -> TrainingSlide:
+    def _kept(self, source: SlideSource, rng: np.random.Generator, question: list[int] | None) -> TrainingSlide:
         if self.selection is None:
             return self._slide(source, rng)
         longest = 0 if self.stretch_positions else self.max_patches
-        return self.selection.keep(source, lambda: self._slide(source, rng), longest)
+        return self.selection.keep(source, lambda: self._slide(source, rng), longest, question)
 
     def _slide(self, source: SlideSource, rng: np.random.Generator) -> TrainingSlide:
         with source.open() as slide:

@@ -67,13 +67,8 @@ def run_stage(
     is_sharded = False
     set_seed(settings.seed)  # new weights below are the same, whether this run made the stages before or found them
     is_hard = stage.selection == "hard"
-    if model.config.scorer["kind"] == "question" and (is_hard or stage.questions_per_sequence > 1):
-        found = "selection: hard" if is_hard else f"questions_per_sequence: {stage.questions_per_sequence}"
-        raise SettingsError(
-            f"stages: {stage.name}: found {found} beside a scorer that hears the question, wanted neither: each "
-            "question has patches of its own"
-        )
-    dataset.selection = HardSelection(model.scorer, model.config.num_slide_tokens) if is_hard else None
+    embeddings = model.get_input_embeddings().weight
+    dataset.selection = HardSelection(model.scorer, model.config.num_slide_tokens, embeddings) if is_hard else None
     if stage.lora is not None:
         model.language_model = with_lora(model.language_model, stage.lora)
     wrapped = SparseLearnModel(model, stage.sparselearn, previous)
@@ -97,6 +92,28 @@ def run_stage(
             model.language_model = model.language_model.merge_and_unload()
         model.requires_grad_(True)
     return TrainedStage(wrapped.sparselearn, is_sharded)
+
+
+def refuse_beside_questions(stages: Sequence[StageSettings], model: SparseWSIForConditionalGeneration) -> None:
+    """Raises SettingsError for what cannot be where the scorer hears the question."""
+    if model.config.scorer["kind"] == "question":
+        for stage in stages:
+            _refuse_beside_questions(stage)
+
+
+def _refuse_beside_questions(stage: StageSettings) -> None:
+    if stage.questions_per_sequence > 1:
+        raise SettingsError(
+            f"stages: {stage.name}: questions_per_sequence: found {stage.questions_per_sequence} beside a scorer that "
+            "hears the question, wanted 1: each question has patches of its own"
+        )
+    named = stage.lora.target_modules if stage.lora is not None and isinstance(stage.lora.target_modules, list) else []
+    changes = [part for part in (*stage.train, *named) if part == "decoder" or "embed" in part]
+    if stage.selection == "hard" and changes:
+        raise SettingsError(
+            f"stages: {stage.name}: found {', '.join(changes)} to train in a hard stage beside a scorer that hears the "
+            "question, wanted the decoder's token embeddings as they are: its queries are made of them"
+        )
 
 
 def refuse_rounded_steps(stages: Sequence[StageSettings], model: SparseWSIForConditionalGeneration) -> None:

@@ -25,7 +25,7 @@ from .settings import SCORER_RUN, DataSettings, ModelSettings, TrainSettings
 from .shared_prefix import attend_to_shared_prefix
 from .slide_check import SlideMemory, on_main_process
 from .sparselearn import SparseLearn
-from .stages import refuse_rounded_steps, run_stage
+from .stages import refuse_beside_questions, refuse_rounded_steps, run_stage
 from .start_model import name_end_of_turn, start_model
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     set_seed(settings.seed)
     model, tokenizer = start_model(start, settings.seed)
     refuse_rounded_steps(settings.stages, model)
+    refuse_beside_questions(settings.stages, model)
     if any(stage.questions_per_sequence > 1 for stage in settings.stages):
         attend_to_shared_prefix(model.language_model)  # refuses a decoder that cannot, before slides are read
     datasets = _checked_datasets(settings, ChatRenderer(tokenizer), model.config, generators or {}, output, processes)
