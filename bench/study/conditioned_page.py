@@ -22,6 +22,7 @@ Row = dict[str, str]
 def main() -> None:
     tables = {
         "topics": topics(), "tissue": tissue(), "trust": trust("trust"), "trust-tissue": trust("trust_tissue"),
+        "trust-topics": trust_of_topics(),
     }  # fmt: skip
     write_tables(PAGE, {f"conditioned:{name}": made for name, made in tables.items()})
 
@@ -61,7 +62,7 @@ def tissue() -> str:
 def trust(name: str) -> str:
     """A line for each world and length."""
     head = [
-        "world", "N", "right", "confidence", "calibration error", "AURC", "wrong of the surest 80 %",
+        "world", "N", "right", "confidence", "calibration error, T = 1", "calibration error", "AURC", "wrong of the surest 80 %",
         "sufficiency: AUROC", "enough, shown / lacking", "told unlike",
     ]  # fmt: skip
     lines = []
@@ -69,10 +70,31 @@ def trust(name: str) -> str:
         enough = f"{_two(row, 'enough_of_shown')} / {_two(row, 'enough_of_lacking')}"
         numbers = [
             _two(row, one)
-            for one in ("confidence", "calibration_error", "aurc", "risk_at_80", "sufficiency_auroc")
+            for one in ("confidence", "calibration_error_t1", "calibration_error", "aurc", "risk_at_80", "sufficiency_auroc")
         ]  # fmt: skip
         right = interval(row, *ACCURACY)
         lines.append([row["world"], f"{int(row['num_patches']):,}", right, *numbers, enough, _two(row, "told_unlike")])
+    return table(head, lines)
+
+
+def trust_of_topics() -> str:
+    """A line for each world and length: the mean over the seeds, and the least and the most of them."""
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in read_rows(RESULTS / "study" / "topic_trust.csv"):
+        groups[row["world"], row["num_patches"]].append(row)
+    shown = (
+        "accuracy", "calibration_error_t1", "calibration_error", "aurc", "aurc_sufficiency", "sufficiency_auroc",
+        "enough_of_shown", "enough_of_lacking", "told_unlike",
+    )  # fmt: skip
+    head = [
+        "world", "N", "seeds", "right", "calibration error, T = 1", "calibration error", "AURC", "AURC by sufficiency",
+        "sufficiency: AUROC", "enough of shown", "enough of lacking", "told unlike",
+    ]  # fmt: skip
+    lines = []
+    for (world, n), rows in groups.items():
+        columns = [[float(row[name]) for row in rows] for name in shown]
+        cells = [f"{np.mean(one):.2f} ({min(one):.2f} to {max(one):.2f})" for one in columns]
+        lines.append([world, f"{int(n):,}", str(len(rows)), *cells])
     return table(head, lines)
 
 
