@@ -62,16 +62,14 @@ def tissue() -> str:
 def trust(name: str) -> str:
     """A line for each world and length."""
     head = [
-        "world", "N", "right", "confidence", "calibration error, T = 1", "calibration error", "AURC", "wrong of the surest 80 %",
-        "sufficiency: AUROC", "enough, shown / lacking", "told unlike",
+        "world", "N", "right", "confidence", "calibration error, T = 1", "calibration error", "AURC",
+        "wrong of the surest 80 %", "sufficiency: AUROC", "enough, shown / lacking", "told unlike",
     ]  # fmt: skip
     lines = []
     for row in read_rows(RESULTS / "study" / f"{name}.csv"):
         enough = f"{_two(row, 'enough_of_shown')} / {_two(row, 'enough_of_lacking')}"
-        numbers = [
-            _two(row, one)
-            for one in ("confidence", "calibration_error_t1", "calibration_error", "aurc", "risk_at_80", "sufficiency_auroc")
-        ]  # fmt: skip
+        shown = ("confidence", "calibration_error_t1", "calibration_error", "aurc", "risk_at_80", "sufficiency_auroc")
+        numbers = [_two(row, one) for one in shown]
         right = interval(row, *ACCURACY)
         lines.append([row["world"], f"{int(row['num_patches']):,}", right, *numbers, enough, _two(row, "told_unlike")])
     return table(head, lines)
