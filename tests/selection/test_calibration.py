@@ -109,6 +109,12 @@ def test_what_is_wrong_is_said_in_words_and_nothing_where_nothing_is():
     assert calibration().warnings(score_summary(good), 4000) == []
     bare, shifted = score_summary(even_scores()), score_summary(even_scores() + 2)
     assert [text[:20] for text in calibration().warnings(bare, 4000)] == ["No patch of this sli"]
+    doubtful = torch.cat((even_scores(), torch.full((4,), 2.1)))  # sufficiency 0.6
+    for enough, wanted in ((0.7, ["The patches stand ou"]), (0.5, []), (0.65, ["The patches stand ou"])):
+        said = calibration(enough=enough).warnings(score_summary(doubtful), 4000)
+        assert [text[:20] for text in said] == wanted
+    sure = calibration(enough=0.3).warnings(score_summary(torch.cat((even_scores(), torch.full((4,), 1.85)))), 4000)
+    assert sure == []  # sufficiency 0.35: above what validation asks for
     assert calibration().warnings(score_summary(good), 50) == [
         "Slides of 50 patches were not checked (100 to 10000 were)."
     ]

@@ -115,6 +115,11 @@ def _print_selection(selection: dict) -> None:
     for i in best:
         place = f"x {coords[i][0]:>7}  y {coords[i][1]:>7}" if coords else ""
         print(f"           patch {selection['indices'][i]:>7}  score {selection['scores'][i]:+.4f}  {place}")
+    if selection["sufficiency"] is not None:
+        usual = selection["in_distribution"]
+        print(f"           sufficiency {selection['sufficiency']:.2f}, in distribution {usual:.2f} (README)")
+        for warning in selection["warnings"]:
+            print(f"           {warning}")
     match = selection["encoder_match"]
     if match["remark"] is not None:
         print(f"           encoder: {match['features']}; the checkpoint's: {match['checkpoint']}; {match['remark']}")

@@ -30,6 +30,8 @@ from .selection import Selection
 
 USUAL = 0.01
 """Slides with a lower `in_distribution` are called unlike those of validation."""
+ABSENT = 0.5
+"""Sufficiency below which a slide more likely lacks what is asked for."""
 TRAINING_LEVELS = (*LEVELS, 0.995, 0.998, 0.999, 1.0)
 """Of the training scores' quantiles: a slide's own lie beyond those of the same level, too."""
 LEAST_SHARE = 1e-4
@@ -95,8 +97,10 @@ class Calibration(Settings, frozen=True):
         sufficiency, usual = self.sufficiency(summary, num_patches), self.in_distribution(summary, num_patches)
         if usual < USUAL:
             found.append("This slide is unlike those that the model was checked on: trust neither answer nor patches.")
-        if sufficiency < self.enough:
+        if sufficiency < min(self.enough, ABSENT):
             found.append("No patch of this slide stands out: what is asked for is probably not on it.")
+        elif sufficiency < self.enough:
+            found.append("The patches stand out less than on 95 % of the slides that show what is asked for.")
         low, high = self.num_patches
         if not low <= num_patches <= high:
             found.append(f"Slides of {num_patches} patches were not checked ({low} to {high} were).")
