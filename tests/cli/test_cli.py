@@ -20,6 +20,7 @@ from vllm_wsi.cli.demo_slides import QUESTION, SECOND_QUESTION, DemoSlide
 from vllm_wsi.errors import SlideError
 from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.model.checkpoint import load_selector
+from vllm_wsi.selection.calibration import Trust
 from vllm_wsi.slides import open_features, write_features
 
 EVAL = ["eval", "--task", "csv", "--data", "q.csv", "--features", ".", "--out", "new"]
@@ -288,7 +289,7 @@ def test_demo_asks_on_where_the_file_does_not_say_where_its_patches_lie(
     with open_features(shared_data / "features/mopadi_TCGA-AD-6964/features.h5") as slide:
         np.save(path, slide.read_rows(0, slide.num_patches))
     with open_features(path) as slide:
-        record = load_selector(str(checkpoint)).select(slide).record()
+        record = load_selector(str(checkpoint)).select(slide).record() | Trust()._asdict()
     monkeypatch.setattr(demo_answers, "_post", lambda url, body: record)
     monkeypatch.setattr(demo_answers, "_ask", lambda _, url, question, slide: asked.append(question) or {"read": 0.0})
     demo_answers.show(SimpleNamespace(api=""), DemoSlide(path), checkpoint, tmp_path / "out")
