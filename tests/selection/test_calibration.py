@@ -145,6 +145,7 @@ def test_a_slide_that_is_told_to_be_unlike_the_others_has_a_number_below_the_lim
         ({"temperature": 0.0}, "temperature: found 0.0, wanted above 0"),
         ({"best_weight": -1.0}, "best_weight: found -1.0, wanted at least 0"),
         ({"usual": ()}, "usual"),
+        ({"usual": (usual(max_patches=9), usual(max_patches=8))}, r"usual: found groups of up to \[9, 8\]"),
         ({"bias": float("nan")}, "bias: found nan, wanted a finite number"),
         ({"more": 1}, "more: found 1, wanted no key of this name"),
     ],
@@ -158,6 +159,7 @@ def test_a_calibration_that_cannot_be_is_refused(changes, said):
     ("changes", "said"),
     [
         ({"training_scores": (0.0,)}, "training_scores"),
+        ({"training_scores": [-one for one in usual().training_scores]}, "out of the order of their levels"),
         ({"body_distances": (2.0, 1.0)}, "body_distances: found numbers out of order"),
         ({"tail_distances": ()}, "tail_distances"),
         ({"max_patches": 0}, "max_patches: found 0, wanted at least 1"),

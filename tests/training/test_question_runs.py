@@ -87,6 +87,7 @@ def test_the_query_of_the_table_alone_is_the_whole_models(checkpoint):
         ({"questions_per_sequence": 2}, "questions_per_sequence: found 2 beside"),
         (HARD | {"train": ["projector", "decoder"], "lora": None}, "found decoder to train in a hard stage"),
         (HARD | {"lora": {"r": 2, "target_modules": ["embed_tokens"]}}, "found embed_tokens to train in a hard stage"),
+        (HARD | {"lora": {"r": 2, "target_modules": ".*embed_tokens"}}, r"found \.\*embed_tokens to train in a hard"),
     ],
 )
 def test_what_would_part_a_question_from_its_patches_is_refused(stage, said, tmp_path):

@@ -59,6 +59,9 @@ class UsualScores(Settings, frozen=True):
         for name in ("body_distances", "tail_distances"):
             if list(getattr(self, name)) != sorted(getattr(self, name)):
                 raise ValueError(f"{name}: found numbers out of order, wanted ascending ones")
+        of_level = [score for _, score in sorted(zip(TRAINING_LEVELS, self.training_scores, strict=True))]
+        if of_level != sorted(of_level):
+            raise ValueError("training_scores: found numbers out of the order of their levels, wanted rising quantiles")
         return self
 
     def share_as_far(self, summary: ScoreSummary) -> float:
@@ -80,6 +83,12 @@ class Calibration(Settings, frozen=True):
     usual: tuple[UsualScores, ...] = Field(min_length=1)  # the shortest slides first
     num_slides: int = Field(ge=1)  # of validation
     num_patches: tuple[int, int]  # of the shortest and of the longest validation slide
+
+    @model_validator(mode="after")
+    def _shortest_first(self) -> Calibration:
+        if (ends := [one.max_patches for one in self.usual]) != sorted(set(ends)):
+            raise ValueError(f"usual: found groups of up to {ends} patches, wanted the shortest slides first")
+        return self
 
     def sufficiency(self, summary: ScoreSummary, num_patches: int) -> float:
         """The probability, in (0, 1), that a slide of N patches shows what is asked for."""

@@ -67,7 +67,8 @@ def run_stage(
     is_sharded = False
     set_seed(settings.seed)  # new weights below are the same, whether this run made the stages before or found them
     is_hard = stage.selection == "hard"
-    embeddings = model.get_input_embeddings().weight
+    hears = model.config.scorer["kind"] == "question"  # else the table would be held, and sent to workers, for nothing
+    embeddings = model.get_input_embeddings().weight if hears else None
     dataset.selection = HardSelection(model.scorer, model.config.num_slide_tokens, embeddings) if is_hard else None
     if stage.lora is not None:
         model.language_model = with_lora(model.language_model, stage.lora)
@@ -107,7 +108,8 @@ def _refuse_beside_questions(stage: StageSettings) -> None:
             f"stages: {stage.name}: questions_per_sequence: found {stage.questions_per_sequence} beside a scorer that "
             "hears the question, wanted 1: each question has patches of its own"
         )
-    named = stage.lora.target_modules if stage.lora is not None and isinstance(stage.lora.target_modules, list) else []
+    targets = [] if stage.lora is None else stage.lora.target_modules
+    named = [targets] if isinstance(targets, str) else targets  # a pattern, or names
     changes = [part for part in (*stage.train, *named) if part == "decoder" or "embed" in part]
     if stage.selection == "hard" and changes:
         raise SettingsError(
