@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup browser demo test check lint bench
+.PHONY: setup browser demo test check lint bench docs
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -28,6 +28,11 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+# The pages, at http://127.0.0.1:8090; 8000 is vLLM's.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: setup
+	@$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8090
 
 bench: setup
 	@$(BIN)/python -m bench.selection.cpu_selection --quick

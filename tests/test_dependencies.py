@@ -21,6 +21,8 @@ USED_OTHERWISE = {
     "openslide-bin": "the library that openslide-python loads",
     "tensorboard": "transformers' Trainer writes its logs with it",
     "import-linter": "a command",
+    "mkdocs-material": "the look of the pages (mkdocs.yml)",
+    "mkdocstrings": "a plugin of mkdocs (mkdocs.yml)",
     "mypy": "a command",
     "ruff": "a command",
     "moto": "a server of S3, for tests: a command",

@@ -45,7 +45,8 @@ class Settings(BaseModel):
         SettingsError: one sentence for each key that does not fit.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    # What stands below a field is its description, which the reference of the settings is made of.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def __init__(self, /, **values: Any) -> None:
         try:

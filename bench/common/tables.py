@@ -1,4 +1,4 @@
-"""Tables of the README that benchmarks write: between `<!-- NAME -->` and `<!-- NAME end -->`."""
+"""Tables of Markdown pages that benchmarks write: between `<!-- NAME -->` and `<!-- NAME end -->`."""
 
 from __future__ import annotations
 

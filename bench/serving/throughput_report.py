@@ -1,4 +1,4 @@
-"""Tables of README.md, and figures, from the newest run of each decoder in `bench/results/serving.csv`.
+"""Tables of docs/measure/serving.md, and figures, from the newest run of each decoder in `bench/results/serving.csv`.
 
 `python -m bench.serving.throughput_report`; the figures are `bench/results/serving-DECODER.png`.
 """
@@ -26,7 +26,7 @@ PARTS = {
 
 
 def main() -> None:
-    page = ROOT / "README.md"
+    page = ROOT / "docs" / "measure" / "serving.md"
     tables: dict[str, str] = {}
     for decoder, rows in newest_runs().items():
         draw(decoder, rows)

@@ -284,9 +284,9 @@ def test_a_padded_prompt_is_refused(model):
         model.generate([1, 2], attention_mask=[0, 1])
 
 
-def test_the_readmes_example_runs_as_it_stands(checkpoint, tmp_path, monkeypatch, capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    example = readme.split("## A checkpoint")[1].split("```python\n")[1].split("```")[0]
+def test_the_example_of_the_checkpoints_page_runs_as_it_stands(checkpoint, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs/reference/checkpoint.md").read_text()
+    example = page.split("```python\n")[1].split("```")[0]
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     with h5py.File(tmp_path / "slide.h5", "w") as file:
         file["features"] = np.random.default_rng(0).standard_normal((50, D)).astype(np.float32)

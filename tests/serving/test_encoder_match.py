@@ -57,5 +57,5 @@ def test_an_engine_takes_features_of_another_encoder_only_where_it_was_started_s
     assert llm.chat(message, use_tqdm=False)[0].outputs[0].token_ids
     with pytest.raises(ValueError, match=OTHER):  # the same scorer, which another engine has allowed more
         start_engine(checkpoint, tmp_path).chat(message, use_tqdm=False)
-    with pytest.raises(RuntimeError, match="encoder_mismatch: found 'warn', wanted refuse or allow"):
+    with pytest.raises(RuntimeError, match="encoder_mismatch: found 'warn', wanted 'refuse' or 'allow'"):
         start_engine(checkpoint, tmp_path, mm_processor_kwargs={"encoder_mismatch": "warn"})

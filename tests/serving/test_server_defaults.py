@@ -1,4 +1,4 @@
-"""A server started as the README says, without our test settings: the profile run, compilation, no allowed path."""
+"""A server started as the pages say, without our test settings: the profile run, compilation, no allowed path."""
 
 import base64
 

@@ -117,7 +117,9 @@ def _print_selection(selection: dict) -> None:
         print(f"           patch {selection['indices'][i]:>7}  score {selection['scores'][i]:+.4f}  {place}")
     if selection["sufficiency"] is not None:
         usual = selection["in_distribution"]
-        print(f"           sufficiency {selection['sufficiency']:.2f}, in distribution {usual:.2f} (README)")
+        print(
+            f"           sufficiency {selection['sufficiency']:.2f}, in distribution {usual:.2f} (docs/train/trust.md)"
+        )
         for warning in selection["warnings"]:
             print(f"           {warning}")
     match = selection["encoder_match"]

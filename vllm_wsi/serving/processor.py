@@ -40,18 +40,12 @@ from vllm_wsi.store.stored_selector import scorer_name
 
 from . import vllm_hooks
 from .prompt_guard import check_slide_tokens
+from .server_options import ServerOptions
 from .slide_parser import MODALITY, SlideParser
 from .slide_request import SelectedSlide
 
 MAX_SLIDE_TOKENS = 256
 """Largest K that one request may ask for, unless the server's own K is larger."""
-
-SERVER_OPTIONS = (
-    "num_slide_tokens", "selection_device", "device", "encoder_mismatch", "selection_store", "selection_store_gib",
-)  # fmt: skip
-"""`selection_device` is ours: vLLM takes `device` only on a CPU or on an instance that runs no language model, because
-a processor's memory is not in its budget. A selection's is small and bounded (`selection/chunk_reader.py`)."""
-
 
 # Checked once: encoding the slide token takes 0.25 ms, and each chat request would pay it.
 _checked_tokenizers: WeakSet = WeakSet()
@@ -75,23 +69,24 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         vllm_hooks.install("API server")
         config, model = self.get_hf_config(), self.ctx.model_config
         self._check_tokenizer(config)
-        options = dict(self.ctx.get_mm_config().mm_processor_kwargs or {})
-        if unknown := options.keys() - set(SERVER_OPTIONS):
-            found = ", ".join(sorted(unknown))
-            raise SettingsError(f"--mm-processor-kwargs: found {found}, wanted some of {', '.join(SERVER_OPTIONS)}")
-        k = int(options.get("num_slide_tokens", config.num_slide_tokens))
-        device = str(options.get("selection_device", options.get("device", "auto")))
+        given = self.ctx.get_mm_config().mm_processor_kwargs or {}
+        if unknown := given.keys() - ServerOptions.model_fields.keys():
+            found, known = ", ".join(sorted(unknown)), ", ".join(ServerOptions.model_fields)
+            raise SettingsError(f"--mm-processor-kwargs: found {found}, wanted some of {known}")
+        options = ServerOptions.of(given, "--mm-processor-kwargs")
+        k = options.num_slide_tokens or config.num_slide_tokens
+        device = options.selection_device or options.device or "auto"
         room = model.max_model_len - 1
         if not 1 <= k <= room:
             raise SettingsError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
         scorer, digest, calibration = _scorer(model.model, model.revision)
-        encoder = config.encoder_check(options.get("encoder_mismatch", "refuse"))
+        encoder = config.encoder_check(options.encoder_mismatch)
         selector = SlideSelector(
             scorer, k, device, config.max_patches, encoder=encoder, max_slide_tokens=self.max_slide_tokens
         )
         # The rule for encoders is part of the key: a selection under another rule is not used.
-        store = store_settings(options.get("selection_store"), options.get("selection_store_gib"))
+        store = store_settings(options.selection_store, options.selection_store_gib)
         name = scorer_name(digest, encoder, config.max_patches)
         questions = None
         if isinstance(scorer, QuestionScorer):

@@ -48,11 +48,13 @@ RIDGE = 1e-3
 class CalibrateSettings(Settings):
     """The YAML file of `vllm-wsi calibrate`."""
 
-    training: list[DataSettings] = Field(min_length=1)  # slides as those that the scorer was trained on
-    # Multiple-choice questions, each about one slide, that no training and no test sees; of all lengths that are
-    # served, as the scores of short slides vary more.
+    training: list[DataSettings] = Field(min_length=1)
+    """Slides as those that the scorer was trained on."""
     validation: list[DataSettings] = Field(min_length=1)
-    absent: str  # text of the option that is right where the slide does not show what is asked for
+    """Multiple-choice questions, each about one slide, that no training and no test sees; of all lengths that are
+    served, as the scores of short slides vary more."""
+    absent: str
+    """Text of the option that is right where the slide does not show what is asked for."""
 
 
 def load_calibrate_settings(path: Path) -> CalibrateSettings:

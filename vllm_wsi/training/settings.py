@@ -28,23 +28,35 @@ SCORERS_OWN = ("feature_dim", "encoder", "patch_um", "scorer")
 class ModelSettings(Settings):
     """Where training starts: exactly one of checkpoint, decoder and new."""
 
-    checkpoint: str | None = None  # of this project: directory or hub name
-    decoder: str | None = None  # a text decoder with chat template; scorer and projector are new
-    new: TinySettings | None = None  # a small model from nothing
+    checkpoint: str | None = None
+    """A checkpoint of this project: directory or hub name."""
+    decoder: str | None = None
+    """A text decoder with a chat template: directory or hub name; scorer and projector are new."""
+    new: TinySettings | None = None
+    """A small model from nothing."""
     revision: str | None = None
-    # With `decoder`: a checkpoint of this project, over whatever decoder, whose trained scorer the run begins with. It
-    # says feature_dim, encoder, patch_um and scorer.
+    """Of `checkpoint` or `decoder` on the hub."""
     scorer_from: str | None = None
-    feature_dim: int | None = Field(None, ge=1)  # with `decoder`
-    encoder: str | None = None  # id@revision of the patch encoder, with `decoder`
-    patch_um: float | None = Field(None, gt=0)  # edge of its patches in microns, with `decoder`
+    """With `decoder`: a checkpoint of this project, over whatever decoder, whose trained scorer the run begins with. It
+    says feature_dim, encoder, patch_um and scorer."""
+    feature_dim: int | None = Field(None, ge=1)
+    """With `decoder`: d, the size of a patch feature."""
+    encoder: str | None = None
+    """With `decoder`: id@revision of the patch encoder."""
+    patch_um: float | None = Field(None, gt=0)
+    """With `decoder`: edge of the encoder's patches on the glass, in microns."""
     scorer: dict[str, Any] = Field(default_factory=dict)
+    """As in the checkpoint's `scorer`."""
     projector: dict[str, Any] = Field(default_factory=dict)
+    """As in the checkpoint's `projector`."""
     num_slide_tokens: int = Field(32, ge=1)
+    """K, patches that are kept of each slide."""
     position_ids: Literal["original", "packed"] = "original"
+    """Whether a kept patch keeps its place among the N, or is counted like text."""
     max_slide_positions: int | None = Field(None, ge=1)
-    # The decoder's, also in the checkpoint that the run makes; None: its own. Scorer and projector are float32.
+    """Positions that the slides of one prompt may take together; none: by the decoder's."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """The decoder's, also in the checkpoint that the run makes; none: its own. Scorer and projector are float32."""
 
     @model_validator(mode="after")
     def _one_start(self) -> ModelSettings:
@@ -64,13 +76,20 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """Questions about slides, and how slides are read."""
 
-    questions: list[Path] = Field(default_factory=list)  # SlideInstruct .json or SlideBench .csv
-    features: Path | None = None  # directory of feature files
-    generate: dict[str, Any] | None = None  # instead: {"name": ..., arguments} of a generator
-    max_patches: int = Field(10_240, ge=1)  # of longer slides, one patch of each of as many strata, anew each epoch
+    questions: list[Path] = Field(default_factory=list)
+    """Files of SlideInstruct (.json) or SlideBench (.csv)."""
+    features: Path | None = None
+    """Directory of the feature files."""
+    generate: dict[str, Any] | None = None
+    """Instead of questions and features: {name: .., arguments} of a generator."""
+    max_patches: int = Field(10_240, ge=1)
+    """Of longer slides, one patch of each of as many strata is taken, anew in each epoch."""
     stretch_positions: int = Field(0, ge=0)
+    """Patches stand, in their order, at random places of a longer slide, of up to so many; 0: at their own."""
     mix_positions: bool = False
-    read_first: bool = True  # reads every slide once through before the first step, to name the broken ones
+    """Half of the sequences have packed positions, whatever the checkpoint says."""
+    read_first: bool = True
+    """Reads every slide once through before the first step, to name the broken ones; false: only opens it."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
@@ -90,9 +109,13 @@ class LoraSettings(Settings):
     """Low-rank adapters on the decoder, merged into it at the end."""
 
     r: int = Field(64, ge=1)
+    """Rank."""
     alpha: int = 128
+    """Scale: the adapter's product is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Of the adapter's input, in training."""
     target_modules: list[str] | str = "all-linear"
+    """Layers of the decoder that get an adapter, as peft names them."""
 
 
 class StageSettings(Settings):
@@ -106,22 +129,39 @@ class StageSettings(Settings):
     """
 
     name: str
+    """Of the stage's folder and in messages."""
     data: DataSettings
+    """What it learns from."""
     train: list[Part]
+    """Parts that learn; the gate's denoiser learns with the scorer."""
     sparselearn: SparseLearnSettings | None = None
+    """The gate through which every patch reaches the decoder; a scorer learns through it alone."""
     selection: Literal["hard"] | None = None
+    """`hard`: the decoder sees what is served, the frozen scorer's best patches, clean."""
     lora: LoraSettings | None = None
+    """Adapters on the decoder, merged into it at the end."""
     steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)  # sequences
-    questions_per_sequence: int = Field(1, ge=1)  # about the same slides, which are computed once for all of them
+    """Of the optimizer."""
+    batch_size: int = Field(ge=1)
+    """Sequences in a step, for each process."""
+    questions_per_sequence: int = Field(1, ge=1)
+    """About the same slides, which are computed once for all of them."""
     learning_rate: dict[Literal["scorer", "denoiser", "projector", "decoder", "lora"], float]
+    """A rate for each part that learns."""
     warmup_steps: int = Field(20, ge=0)
-    min_lr_rate: float = 0.05  # the cosine ends at this share of the rate
+    """Over which the rate rises from 0."""
+    min_lr_rate: float = 0.05
+    """The cosine ends at this share of the rate."""
     weight_decay: float = 0.01
+    """AdamW's."""
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
     save_steps: int = Field(500, ge=1)
-    workers: int | None = Field(None, ge=0)  # processes that read slides; None: by cores, none without a GPU
-    trainer: dict[str, Any] = Field(default_factory=dict)  # further `transformers.TrainingArguments`
+    """Steps between two states that a stopped run goes on from."""
+    workers: int | None = Field(None, ge=0)
+    """Processes that read slides; none: by cores, and 0 without a GPU."""
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of `transformers.TrainingArguments`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> StageSettings:
@@ -153,11 +193,17 @@ class TrainSettings(Settings):
     """
 
     scorer_run: TrainSettings | None = None
+    """A run of its own `model` and `stages` that makes the scorer first."""
     model: ModelSettings
+    """Where training starts."""
     stages: list[StageSettings] = Field(min_length=1)
+    """What is trained, one after the other."""
     seed: int = 0
-    encoder_mismatch: Mismatch = "refuse"  # features of another encoder than the model's
-    report_to: list[str] = Field(default_factory=list)  # "tensorboard" and whatever else transformers knows
+    """Of new weights, of the order of the data, and of noise."""
+    encoder_mismatch: Mismatch = "refuse"
+    """What becomes of features of another encoder than the model's."""
+    report_to: list[str] = Field(default_factory=list)
+    """`tensorboard`, and whatever else transformers knows."""
 
     @model_validator(mode="before")
     @classmethod

@@ -25,32 +25,32 @@ ALPHA_FLOOR = 1e-6
 
 
 class SparseLearnSettings(Settings, frozen=True):
-    """The training path, its schedules and the switches of its ablations.
-
-    Args:
-        num_slide_tokens: K, the `num_slide_tokens` of the checkpoint.
-        gate: "noise" (the paper's), "scale" (alpha * x, without noise), "none" (every patch as it is: the scorer
-            learns nothing).
-        denoiser: "diagonal" (the paper's), "global" (patches attend to each other), "none".
-        relaxation: "lapsum" (Soft Top-K) or "gumbel" (Hard Top-K of scores with Gumbel noise, and the gradient of the
-            Soft Top-K: straight-through).
-        tau_start, tau_end, tau_fraction: temperature, on a cosine over this share of the steps.
-        k_start, k_end, k_fraction: K at the start, falling geometrically to `k_end` (None: `num_slide_tokens`)
-            over this share of the steps. If K is small against N from the first step on, the gradient vanishes for some
-            seeds. If K stays large against N, the scorer never learns to separate patches sharply. What counts is K /
-            N: a smaller `k_end` prepares for slides that are longer than those of the training.
-    """
+    """The training path, its schedules and the switches of its ablations."""
 
     num_slide_tokens: int = Field(32, ge=1)
+    """K, the `num_slide_tokens` of the checkpoint."""
     gate: Literal["noise", "scale", "none"] = "noise"
+    """`noise` (the paper's), `scale` (alpha * x, without noise), `none` (every patch as it is: the scorer learns
+    nothing)."""
     denoiser: Literal["diagonal", "global", "none"] = "diagonal"
+    """`diagonal` (the paper's), `global` (patches attend to each other), `none`."""
     relaxation: Literal["lapsum", "gumbel"] = "lapsum"
+    """`lapsum` (Soft Top-K) or `gumbel` (Hard Top-K of scores with Gumbel noise, and the gradient of the Soft Top-K:
+    straight-through)."""
     tau_start: float = Field(2.0, gt=0)
+    """Temperature at the start; falls to `tau_end` on a cosine."""
     tau_end: float = Field(0.1, gt=0)
+    """Temperature at the end."""
     tau_fraction: float = Field(0.8, ge=0, le=1)
+    """Share of the steps over which the temperature falls."""
     k_start: int = Field(256, ge=1)
+    """K at the start; falls geometrically to `k_end`. If K is small against N from the first step on, the gradient
+    vanishes for some seeds."""
     k_end: int | None = Field(None, ge=1)
+    """K at the end; none: `num_slide_tokens`. If K stays large against N, the scorer never learns to separate patches
+    sharply. What counts is K / N: a smaller `k_end` prepares for slides that are longer than those of the training."""
     k_fraction: float = Field(0.6, ge=0, le=1)
+    """Share of the steps over which K falls."""
 
     def tau(self, progress: float) -> float:
         """Temperature after a share `progress` of the steps."""

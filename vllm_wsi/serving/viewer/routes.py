@@ -35,6 +35,9 @@ Shown = Annotated[SlideView, Depends(slide_view)]
 SlideUrl = Annotated[str, Query(description="of the feature file, as a chat message would name it")]
 Place = Annotated[float, Query(allow_inf_nan=False, description="level-0 pixels")]
 Positive = Annotated[float | None, Field(gt=0, allow_inf_nan=False)]
+MPP, PATCH_SIZE = "microns per level-0 pixel", "edge of a patch in level-0 pixels"
+COORD_UNIT = "of the file's coordinates: px or um"
+Version = Annotated[str | None, Query(description="of the image, as `slide` tells it: the answer may be kept")]
 
 
 class SelectRequest(BaseModel):
@@ -43,20 +46,22 @@ class SelectRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     url: str = Field(description="file://, https:// or data:, with #k=NUMBER for another K")
-    mpp: Positive = Field(None, description="microns per level-0 pixel")
-    patch_size_level0: Positive = Field(None, description="edge of a patch in level-0 pixels")
-    coord_unit: CoordUnit | None = Field(None, description="of the file's coordinates: px or um")
+    mpp: Positive = Field(None, description=MPP)
+    patch_size_level0: Positive = Field(None, description=PATCH_SIZE)
+    coord_unit: CoordUnit | None = Field(None, description=COORD_UNIT)
 
 
 @router.post("/select")
 async def select(
     body: SelectRequest,
     shown: Shown,
-    format: Literal["json", "geojson"] = "json",
+    format: Annotated[Literal["json", "geojson"], Query(description="of the answer")] = "json",
     origin: Annotated[
         Literal["bounds", "slide"], Query(description="what GeoJSON counts from: bounds, as QuPath does, or pixel 0, 0")
     ] = "bounds",
 ) -> Response:
+    """The patches that a model is given of a slide: rows (`indices`), `scores`, level-0 rectangles (`rects`), where the
+    selection came from, and what is said of the slide; as GeoJSON, annotations for QuPath."""
     said = Said(body.mpp, body.patch_size_level0, body.coord_unit)
     if format == "geojson":
         collection = await shown.geojson(body.url, said, cropped=origin == "bounds")
@@ -69,12 +74,13 @@ async def heat_map(
     request: Request,
     shown: Shown,
     url: SlideUrl,
-    overlay: bool = False,
-    mpp: Annotated[Positive, Query()] = None,
-    patch_size_level0: Annotated[Positive, Query()] = None,
-    coord_unit: CoordUnit | None = None,
+    overlay: Annotated[bool, Query(description="the patches alone, on nothing")] = False,
+    mpp: Annotated[Positive, Query(description=MPP)] = None,
+    patch_size_level0: Annotated[Positive, Query(description=PATCH_SIZE)] = None,
+    coord_unit: Annotated[CoordUnit | None, Query(description=COORD_UNIT)] = None,
     accept_guess: Annotated[bool, Query(description="draw upon the slide by a unit or size that is guessed")] = False,
 ) -> Response:
+    """A PNG of the rank of every patch's score, upon the slide; with `overlay`, the patches alone."""
     said = Said(mpp, patch_size_level0, coord_unit, accept_guess)
     picture, etag = await shown.heat_map(url, overlay, said)
     if_none_match = request.headers.get("if-none-match")
@@ -85,16 +91,19 @@ async def heat_map(
 
 @router.get("/slides")
 async def slides(shown: Shown) -> dict[str, Any]:
+    """The slides below the allowed path, and which of them have an image."""
     return await shown.slides()
 
 
 @router.get("/slide")
 async def slide(shown: Shown, url: SlideUrl) -> dict[str, Any]:
+    """Of a slide, before anything is selected: its size in pixels, its scale, and its deep-zoom levels."""
     return await shown.slide(url)
 
 
 @router.get("/qc.png")
 async def qc_picture(request: Request, shown: Shown, url: SlideUrl) -> Response:
+    """The PNG of tissue and patches that `vllm-wsi encode --qc` drew."""
     picture, etag = await shown.qc_picture(url)
     if_none_match = request.headers.get("if-none-match")
     return _picture(
@@ -104,8 +113,15 @@ async def qc_picture(request: Request, shown: Shown, url: SlideUrl) -> Response:
 
 @router.get("/tile")
 async def tile(
-    request: Request, shown: Shown, url: SlideUrl, level: int, x: int, y: int, version: str | None = None
+    request: Request,
+    shown: Shown,
+    url: SlideUrl,
+    level: Annotated[int, Query(description="of deep zoom: the largest is the whole slide's pixels")],
+    x: Annotated[int, Query(description="column of the tile")],
+    y: Annotated[int, Query(description="row of the tile")],
+    version: Version = None,
 ) -> Response:
+    """A JPEG tile of the slide's image, by deep zoom."""
     jpeg, etag, current = await shown.tile(url, level, x, y, request.headers.get("if-none-match"))
     return _picture(jpeg, "image/jpeg", etag, KEPT if version == current else PRIVATE)
 
@@ -121,8 +137,9 @@ async def region(
     width: Place,
     height: Place,
     side: Annotated[int, Query(ge=1, le=TILE_PX, description="longer side of the picture, in its pixels")] = 128,
-    version: str | None = None,
+    version: Version = None,
 ) -> Response:
+    """A JPEG of a rectangle of the slide's image."""
     if_none_match = request.headers.get("if-none-match")
     jpeg, etag, current = await shown.region(url, (x, y, width, height), side, if_none_match)
     return _picture(jpeg, "image/jpeg", etag, KEPT if version == current else PRIVATE)
