@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import tomllib
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_every_message_that_troubleshooting_explains_is_one_of_the_codes():
     assert len(messages) > 30
     parts = {part.strip() for one in messages if one not in NOT_OURS for part in re.split(r"\.\.|\(\)|\[|\]", one)}
     assert [part for part in parts if len(part) > 3 and part not in code] == []
+
+
+def test_the_table_of_the_rooms_names_each_layer_that_the_import_rules_know():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(one["layers"] for one in contracts if one["type"] == "layers")
+    rooms = {room.strip().removeprefix("vllm_wsi.") for layer in layers for room in re.split(r"[:|]", layer)}
+    page = (ROOT / "docs" / "architecture" / "layers.md").read_text()
+    assert [room for room in rooms if f"`{room}`" not in page] == []
 
 
 @pytest.mark.slow

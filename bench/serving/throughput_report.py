@@ -16,6 +16,7 @@ from bench.common.tables import table, write_tables
 
 Row = dict[str, str]
 FLOOR = "text"
+PAGE = ROOT / "docs" / "measure" / "serving.md"
 # part: (title, x axis, [(column, label, scale)], log-log?)
 PARTS = {
     "patches": ("one new slide", "patches N", "ttft_p50_ms", "time to first token, ms"),
@@ -26,16 +27,15 @@ PARTS = {
 
 
 def main() -> None:
-    page = ROOT / "docs" / "measure" / "serving.md"
     tables: dict[str, str] = {}
     for decoder, rows in newest_runs().items():
         draw(decoder, rows)
         found = {f"serving:{decoder}:compare": compared(rows), f"serving:{decoder}:growth": grown(rows)}
-        if f"serving:{decoder}:" in page.read_text():
+        if f"serving:{decoder}:" in PAGE.read_text():
             tables |= found
         else:  # a decoder that the page does not speak of
             print(*found.values(), sep="\n")
-    write_tables(page, tables)
+    write_tables(PAGE, tables)
 
 
 def newest_runs() -> dict[str, list[Row]]:

@@ -50,6 +50,18 @@ def test_the_page_of_the_kernels_is_what_the_arithmetic_and_the_compiled_rows_sa
     assert copied.read_text() == (ROOT / "docs" / "kernels.md").read_text()
 
 
+def test_the_tables_of_serving_are_what_the_newest_rows_say(tmp_path):
+    page = ROOT / "docs" / "measure" / "serving.md"
+    copied = tmp_path / "serving.md"
+    copied.write_text(page.read_text())
+    run(
+        "-c",
+        "from pathlib import Path; from bench.serving import throughput_report as page;"
+        f"page.PAGE = Path({str(copied)!r}); page.draw = lambda decoder, rows: None; page.main()",
+    )
+    assert copied.read_text() == page.read_text()
+
+
 def test_the_plan_for_a_gpu_reads_the_arguments_of_every_part_without_one(tmp_path):
     out = run("-m", "bench.gpu", "--dry-run", "--results", tmp_path)
     lines = [line for line in out.splitlines() if " min " in line]
