@@ -21,6 +21,7 @@ class SlideSettings(Settings, frozen=True):
     free_tokens: int | None = Field(None, ge=0)  # of the kind "question": patches of K that no question chooses
     projector_inputs: tuple[Literal["features", "score"], ...] = ("features",)  # `SlideProjector`
     num_slide_tokens: int = Field(32, ge=1)  # K
+    summary_tokens: int = Field(0, ge=0)  # of K, means of the dropped patches
     position_ids: Literal["original", "packed"] = "original"
     max_slide_positions: int | None = Field(None, ge=1)
     seed: int | None = None  # of the random weights; None: that of the run, else 0

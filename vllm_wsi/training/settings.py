@@ -41,6 +41,7 @@ class ModelSettings(Settings):
     scorer: dict[str, Any] = Field(default_factory=dict)
     projector: dict[str, Any] = Field(default_factory=dict)
     num_slide_tokens: int = Field(32, ge=1)
+    summary_tokens: int = Field(0, ge=0)  # of these, means of the dropped patches; for `decoder`, as the line above
     position_ids: Literal["original", "packed"] = "original"
     max_slide_positions: int | None = Field(None, ge=1)
     # The decoder's, also in the checkpoint that the run makes; None: its own. Scorer and projector are float32.
@@ -58,6 +59,10 @@ class ModelSettings(Settings):
                 raise ValueError(f"scorer_from: found {', '.join(said)} beside it, wanted what its checkpoint says")
         elif self.decoder is not None and self.feature_dim is None:
             raise ValueError("found a decoder without feature_dim, wanted the size of the patch features beside it")
+        if self.summary_tokens and self.decoder is None:
+            raise ValueError(
+                f"summary_tokens: found {self.summary_tokens} beside {given[0]}, wanted it beside decoder, or in new"
+            )
         return self
 
 
