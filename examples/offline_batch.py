@@ -25,7 +25,7 @@ options = parser.parse_args()
 llm = LLM(
     model=options.checkpoint,
     allowed_local_media_path="/",  # nobody else asks this process
-    dtype="float32",
+    dtype="float32",  # as the demo checkpoint was trained; leave it out for a large decoder
     max_model_len=2048,
     enforce_eager=True,  # starts sooner; leave it out for many slides
 )
