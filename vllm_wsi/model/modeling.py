@@ -243,7 +243,8 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids = prompt_tensor(input_ids, self.config.text_config.vocab_size).to(self.device)
         embeddings, positions = self.prepare(ids, selections)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-        kwargs.setdefault("generation_config", self.generation_config)
+        if "generation_config" not in kwargs:  # beside it, transformers warns of every other option
+            self.language_model.generation_config = self.generation_config
         return self.language_model.generate(
             inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, **kwargs
         )
