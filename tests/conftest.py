@@ -13,7 +13,7 @@ LONG = (
     "test_real_decoder.py", "test_trained.py", "test_decoder_dtype.py", "test_parity.py", "test_study.py",
     "shared_server", "test_train.py", "test_ray.py",
     "test_eval.py", "test_cli.py", "test_demo_tissue.py", "test_server_defaults.py", "test_interpreted.py",
-    "test_compile.py", "test_bench.py",
+    "test_compile.py", "test_bench.py", "test_examples.py",
 )  # fmt: skip
 NOT_FAST = {"server", "engine", "browser", "slow"}
 

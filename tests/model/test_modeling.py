@@ -47,7 +47,7 @@ def test_config_json_holds_the_whole_contract(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     wanted = {
         "architectures", "encoder", "feature_dim", "max_patches", "max_slide_positions", "model_type",
-        "num_slide_tokens", "position_ids", "projector", "scorer", "slide_token_id", "text_config",
+        "num_slide_tokens", "position_ids", "projector", "scorer", "slide_token_id", "summary_tokens", "text_config",
     }  # fmt: skip
     assert wanted <= set(config)
     assert config["architectures"] == ["SparseWSIForConditionalGeneration"]
@@ -88,12 +88,41 @@ def test_a_directory_with_content_is_not_written_to(tmp_path):
         ({"position_ids": "random"}, "position_ids: found 'random', wanted one of original, packed"),
         ({"num_slide_tokens": 0}, "num_slide_tokens: found 0"),
         ({"feature_dim": 0}, "feature_dim: found 0"),
+        ({"summary_tokens": -1}, "summary_tokens: found -1, wanted 0 .. 31, fewer than num_slide_tokens"),
+        ({"summary_tokens": 32}, "summary_tokens: found 32, wanted 0 .. 31, fewer than num_slide_tokens"),
+        (
+            {"summary_tokens": 8, "projector": {"inputs": ["features", "score"]}},
+            "summary_tokens: found 8 beside a projector",
+        ),
+        ({"summary_tokens": 8, "projector": {"input_norm": False}}, "summary_tokens: found 8 beside a projector"),
         ({"max_slide_positions": 10**9}, "max_slide_positions: found 1000000000"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(options, message):
     with pytest.raises(CheckpointError, match=message):
         SparseWSIConfig(**options)
+
+
+def test_a_model_with_summary_tokens_is_shown_them_or_refuses(tmp_path):
+    init_checkpoint(
+        tmp_path / "c", TinySettings(feature_dim=D, hidden_size=64, scorer_hidden_size=16, summary_tokens=8)
+    )
+    made = SparseWSIForConditionalGeneration.from_pretrained(tmp_path / "c").eval()
+    slide = features_in_memory(np.random.default_rng(0).standard_normal((100, D)).astype(np.float32))
+    chosen, ids = made.selector().select(slide), prompt(made, 5, SLIDE_TOKEN, 6)
+    assert (len(chosen.indices), chosen.num_tokens) == (24, 32)
+    embeddings, positions = made.prepare(ids, [chosen])
+    assert embeddings.shape[1] == positions.shape[1] == 34
+    means = made.projector(chosen.pooled, torch.zeros(8), torch.tensor(100))
+    assert torch.equal(embeddings[0, 25:33], means)
+    assert torch.equal(embeddings[0, 1:25], made.projector(chosen.features, chosen.scores, torch.tensor(100)))
+    with pytest.raises(ValueError, match="pooled: found none, wanted the means of the dropped patches, at most 8"):
+        made.prepare(ids, [replace(chosen, pooled=None)])
+
+
+def test_the_free_patches_of_a_question_scorer_are_a_part_of_those_that_are_kept():
+    config = SparseWSIConfig(scorer={"kind": "question", "hidden_size": 8}, num_slide_tokens=32, summary_tokens=8)
+    assert (config.scorer["free_tokens"], config.scorer_options["num_slide_tokens"]) == (6, 24)
 
 
 @pytest.mark.parametrize(("table", "budget"), [(32_768, 28_672), (8192, 4096), (2048, 1024)])

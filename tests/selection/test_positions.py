@@ -57,6 +57,29 @@ def test_positions_increase_strictly_and_stay_inside_the_span(n, k, budget):
         assert offsets[0] >= 0 and offsets[-1] < size  # noqa: PT018
 
 
+@pytest.mark.parametrize(
+    ("budget", "wanted"),
+    [
+        (1000, [0, 7, 99, 100, 101, 102]),  # N positions for the patches
+        (0, [0, 1, 2, 3, 4, 5]),  # packed
+        (52, [0, 3, 49, 50, 51, 52]),  # 50 for the patches, 2 for the summary
+        (4, [0, 1, 2, 3, 4, 5]),  # less than its tokens need
+    ],
+)
+def test_summary_tokens_follow_the_patches_span_one_position_each(budget, wanted):
+    slide = SlideSpan(0, torch.tensor([0, 7, 99]), 100, num_summary=2)
+    positions, delta = prompt_positions(6, [slide], budget)
+    assert positions.tolist() == wanted
+    assert delta == wanted[-1] - 5
+
+
+def test_summary_tokens_take_of_the_budget_that_slides_share():
+    first, second = (SlideSpan(start, torch.tensor([0, 79]), 80, num_summary=3) for start in (0, 5))
+    positions, _ = prompt_positions(11, [first, second], 100)
+    # 80 and 3 for the first; of the 17 that are left, 14 for the second's patches.
+    assert positions.tolist() == [0, 79, 80, 81, 82, 83, 96, 97, 98, 99, 100]
+
+
 def test_text_alone_is_counted():
     positions, delta = prompt_positions(4, [], 100)
     assert (positions.tolist(), delta) == ([0, 1, 2, 3], 0)

@@ -11,7 +11,7 @@ from triton.compiler.errors import CompilationError
 
 from vllm_wsi.errors import SettingsError, SetupError
 from vllm_wsi.kernels import score_topk, self_check
-from vllm_wsi.selection import scoring_device, selector
+from vllm_wsi.selection import best_of_file, scoring_device
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.scoring_device import GPU_THREADS, Cpu, Gpu
 from vllm_wsi.selection.selector import SlideSelector
@@ -69,7 +69,7 @@ def failing(monkeypatch, error):
             raise error
         return score_topk(*args, **kwargs)
 
-    monkeypatch.setattr(selector, "score_topk", score)
+    monkeypatch.setattr(best_of_file, "score_topk", score)
     return failing.clear
 
 
@@ -259,7 +259,7 @@ def test_few_chunks_are_on_a_gpu_at_once_however_many_slides_are_read(gpus, monk
             now[0] -= 1
         return found
 
-    monkeypatch.setattr(selector, "score_topk", score)
+    monkeypatch.setattr(best_of_file, "score_topk", score)
     chooser = SlideSelector(weights(), K, "auto", chunk_rows=50)
     chooser.start()
     with ThreadPoolExecutor(8) as pool:

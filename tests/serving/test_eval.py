@@ -23,6 +23,8 @@ from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.selection.calibration import USUAL
 from vllm_wsi.serving.server_process import VllmServer
 
+from ..examples.running import run_example
+
 pytestmark = pytest.mark.server
 SLIDES, PATCHES = 12, 1000
 ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
@@ -247,3 +249,23 @@ def test_offline(bench, server, tmp_path):
     _, rows = read_results(out / "choice.blind.jsonl")
     assert all(row.confidence and row.sufficiency is None for row in rows.values())
     assert (done.stdout + done.stderr).count(f"selected 32 of {PATCHES} patches") == SLIDES  # each is read once
+
+
+def test_the_examples_answer_rightly_by_their_defaults_and_say_what_the_server_says_of_trust(bench, server):
+    """examples/README.md's own slides, made where the examples look for them."""
+    folder = bench / "examples"
+    folder.mkdir()
+    made = run_example("make_slides.py", cwd=folder)
+    right = [line.split()[-1] for line in made.splitlines()]
+    slides = sorted((folder / "slides").iterdir())
+    assert run_example("chat.py", "--server", server.api, cwd=folder) == f"{right[0]}\n"
+    assert len({*right}) > 1
+    other = next(number for number, finding in enumerate(right) if finding != right[0])
+    url = slides[other].as_uri()
+    said = run_example("stream_with_evidence.py", "--server", server.api, "--slide", url, cwd=folder)
+    assert said.startswith(f"answer: {right[other]}\nthe model was given 32 of 10,000 patches")
+    trust = httpx.post(f"{server.api}/wsi/select", json={"url": url}, timeout=60).json()
+    assert f"sufficiency {trust['sufficiency']:.2f}," in said
+    assert f"in distribution {trust['in_distribution']:.2f}," in said
+    assert all(f"warning: {one}\n" in said for one in trust["warnings"])
+    assert said.count("warning: ") == len(trust["warnings"])

@@ -17,6 +17,7 @@ from .conftest import D, make_slide, slide_message
 pytestmark = pytest.mark.engine
 NEW_TOKENS = 12
 INPUTS = {"qwen2": ("features",), "qwen3": ("score",), "llama": ("features", "score")}
+SUMMARY_TOKENS = {"qwen2": 6, "qwen3": 0, "llama": 0}
 
 
 def start_engine(checkpoint, media_path, **options):
@@ -79,6 +80,7 @@ def test_greedy_tokens_and_first_logprobs_equal_transformers(decoder, position_i
             max_position_embeddings=2048,
             position_ids=position_ids,
             projector_inputs=INPUTS[decoder],
+            summary_tokens=SUMMARY_TOKENS[decoder],
             seed=3,
         ),
     )

@@ -14,6 +14,7 @@ from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.serving.service import SelectionService
 from vllm_wsi.serving.slide_parser import SlideItems, SlideParser
+from vllm_wsi.serving.slide_request import SlideRequest
 from vllm_wsi.slides import open_features
 from vllm_wsi.slides.encoder_names import EncoderCheck
 
@@ -195,3 +196,32 @@ def test_a_selection_by_hand_gets_the_scorers_own_scores_and_is_refused_where_a_
     features[3] *= 1e16
     with pytest.raises(SlideError, match="Selection: features: found a patch without a finite score, wanted none"):
         parse(dataclasses.replace(chosen, features=features))
+
+
+def test_a_selection_by_hand_has_the_summary_tokens_that_the_checkpoint_shows(selector, tmp_path):
+    with_summary = SlideSelector(selector.scorer, K, summary_tokens=3)
+    parser = SlideParser(SelectionService(with_summary, "scorer", max_slide_tokens=16))
+
+    def parse(chosen):
+        return parser.parse_mm_data({"image": chosen})["image"].data[0]
+
+    with open_features(make_slide(tmp_path / "a.safetensors", 40)) as slide:
+        chosen, without, large = (
+            one.select(slide, k) for one, k in ((with_summary, K), (selector, K), (with_summary, 17))
+        )
+    found = parse(chosen)
+    assert torch.equal(found.selection.pooled, chosen.pooled)
+    assert found.digest != parse(dataclasses.replace(chosen, pooled=chosen.pooled + 1)).digest
+    for wrong, message in (
+        (without, "Selection: pooled: found none, wanted the means of the dropped patches, at most 3"),
+        (large, "Selection: found 14 patches and 3 summary tokens, wanted 1 .. 16"),
+        (
+            dataclasses.replace(chosen, pooled=chosen.pooled[:, 1:]),
+            r"pooled: found shape \(3, 47\), wanted \(s, 48\)",
+        ),
+        (dataclasses.replace(chosen, pooled=chosen.pooled * torch.nan), "found NaN or infinities"),
+    ):
+        with pytest.raises(SlideError, match=message):
+            parse(wrong)
+    with pytest.raises(SlideError, match=r"k: found 3, wanted 4 \.\. 16"):
+        parser._service.select(SlideRequest(path=tmp_path / "a.safetensors", k=3))

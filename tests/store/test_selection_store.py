@@ -18,13 +18,14 @@ from vllm_wsi.selection.score_summary import ScoreSummary
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
+from vllm_wsi.selection.slide_pools import SlideScores
 from vllm_wsi.slides import open_features, write_features
 from vllm_wsi.slides.encoder_names import EncoderCheck
 from vllm_wsi.store import selection_store
 from vllm_wsi.store.selection_key import SelectionKey
 from vllm_wsi.store.selection_store import SelectionStore
 from vllm_wsi.store.store_settings import StoreSettings, store_settings
-from vllm_wsi.store.stored_selector import StoredSelector
+from vllm_wsi.store.stored_selector import StoredSelector, scorer_name
 
 D, K = 32, 8
 
@@ -51,10 +52,11 @@ def make_slide(path, n=100, seed=0, dtype="float32", metadata=None):
     return path
 
 
-def selector(k=K, scorer="patch"):
+def selector(k=K, scorer="patch", summary_tokens=0):
     weights = seeded_scorer(scorer, D, 16, seed=0, **({"num_layers": 1, "num_heads": 2} if scorer == "context" else {}))
     weights = weights.requires_grad_(False)
-    return CountingSelector(weights.weights() if scorer == "patch" else weights, k, encoder=EncoderCheck("e@1"))
+    weights = weights.weights() if scorer == "patch" else weights
+    return CountingSelector(weights, k, encoder=EncoderCheck("e@1"), summary_tokens=summary_tokens)
 
 
 def stored(folder, chooser=None, counts=None, **options):
@@ -76,6 +78,9 @@ def assert_equal(found: Selection, wanted: Selection):
         assert one.dtype == other.dtype
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), name
     assert found.record() == wanted.record()
+    assert (found.pooled is None) == (wanted.pooled is None)
+    if wanted.pooled is not None:
+        assert torch.equal(found.pooled.view(torch.int32), wanted.pooled.view(torch.int32))
     assert (found.summary is None) == (wanted.summary is None)
     if wanted.summary is not None:
         assert found.summary.best == wanted.summary.best
@@ -150,6 +155,28 @@ def test_another_k_and_all_scores_come_from_the_stored_scores_with_equal_bits(k,
             assert_equal(found.selection, selector(scorer=scorer).select(slide, k, keep_all_scores=keep))
         for file in (tmp_path / "store").glob("*/*.selection.safetensors"):
             file.unlink()
+
+
+@pytest.mark.parametrize("scorer", ["patch", "context"])
+@pytest.mark.parametrize("n", [1, K - 1, K, K + 1, 100])
+def test_summary_tokens_come_from_the_store_with_equal_bits_for_every_k(n, scorer, tmp_path):
+    path = make_slide(tmp_path / "a.safetensors", n, dtype="float16")
+    for k, source in ((K, "file"), (K, "store"), (4, "stored scores"), (101, "stored scores"), (101, "store")):
+        found = select(stored(tmp_path / "store", selector(scorer=scorer, summary_tokens=3)), path, k)
+        assert found.source == source
+        with open_features(path) as slide:
+            assert_equal(found.selection, selector(scorer=scorer, summary_tokens=3).select(slide, k))
+        assert found.selection.num_tokens <= k
+
+
+def test_stored_scores_without_the_pools_that_are_wanted_are_a_miss(tmp_path):
+    path = make_slide(tmp_path / "a.safetensors")
+    sizes = (0, 3, 4)
+    names = {scorer_name("digest", selector(summary_tokens=size)) for size in sizes}
+    assert len(names) == len(sizes)
+    for size in sizes:  # under one name, which no two of them have in service
+        found = select(stored(tmp_path / "store", selector(summary_tokens=size)), path, 10 + size)
+        assert found.source == "file"
 
 
 def test_another_state_scorer_encoder_device_or_k_has_another_digest(tmp_path):
@@ -228,11 +255,12 @@ def test_a_slide_that_changes_while_it_is_read_is_not_stored(tmp_path):
 WRITER = """
 import sys, torch
 from pathlib import Path
+from vllm_wsi.selection.slide_pools import SlideScores
 from vllm_wsi.store.selection_store import SelectionStore
 store = SelectionStore(Path(sys.argv[1]))
 print("ready", flush=True)
 for i in range(100_000):
-    store.save_scores(f"{i % 5:040x}", torch.full((200_000,), float(i % 5)))
+    store.save_scores(f"{i % 5:040x}", SlideScores(torch.full((200_000,), float(i % 5))))
 """
 
 
@@ -246,7 +274,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_file_that_is_read_as
         counts = Counts()
         for i in range(5):
             scores = SelectionStore(tmp_path, count=counts).load_scores(f"{i:040x}")
-            assert scores is None or scores.eq(i).all()
+            assert scores is None or scores.scores.eq(i).all()
         assert "damaged" not in counts  # not even under its final name
 
 
@@ -267,10 +295,10 @@ def test_the_least_recently_used_go_when_the_store_is_full(tmp_path):
     store = SelectionStore(tmp_path, max_bytes=10 * size, count=counts)
     digests = [f"{i:03x}{'0' * 37}" for i in range(10)]
     for age, digest in enumerate(digests):
-        store.save_scores(digest, torch.zeros(10_000))
+        store.save_scores(digest, SlideScores(torch.zeros(10_000)))
         os.utime(store.path("scores", digest), (0, time.time() - 1000 + age))
     assert store.load_scores(digests[0]) is not None  # used now
-    store.save_scores("f" * 40, torch.zeros(10_000))
+    store.save_scores("f" * 40, SlideScores(torch.zeros(10_000)))
     store.prune()
     left = {file.path.name.partition(".")[0] for file in store.files()}
     assert left == {digests[0], *digests[3:], "f" * 40}
@@ -280,7 +308,7 @@ def test_the_least_recently_used_go_when_the_store_is_full(tmp_path):
 def test_a_store_that_outgrows_its_bound_prunes_itself(tmp_path):
     store = SelectionStore(tmp_path, max_bytes=500_000)
     for i in range(40):
-        store.save_scores(f"{i:040x}", torch.zeros(10_000))
+        store.save_scores(f"{i:040x}", SlideScores(torch.zeros(10_000)))
     until = time.monotonic() + 10
     while sum(file.num_bytes for file in store.files()) > 500_000 and time.monotonic() < until:
         time.sleep(0.02)
@@ -310,7 +338,7 @@ def test_files_that_are_not_the_stores_are_never_removed_also_behind_links(tmp_p
 def test_what_other_processes_save_counts_for_the_bound(tmp_path):
     stores = [SelectionStore(tmp_path, max_bytes=500_000) for _ in range(6)]
     for i in range(60):
-        stores[i % 6].save_scores(f"{i:03x}{'0' * 37}", torch.zeros(10_000))
+        stores[i % 6].save_scores(f"{i:03x}{'0' * 37}", SlideScores(torch.zeros(10_000)))
         time.sleep(0.01)  # for the walks aside
     until = time.monotonic() + 10
     while sum(file.num_bytes for file in stores[0].files()) > 600_000 and time.monotonic() < until:
@@ -322,7 +350,7 @@ def test_what_cannot_be_removed_is_not_counted_as_evicted(tmp_path, monkeypatch)
     counts = Counts()
     store = SelectionStore(tmp_path, count=counts)
     for i in range(4):
-        store.save_scores(f"{i:03x}{'0' * 37}", torch.zeros(1000))
+        store.save_scores(f"{i:03x}{'0' * 37}", SlideScores(torch.zeros(1000)))
     monkeypatch.setattr(Path, "unlink", no_space)
     size = sum(file.num_bytes for file in store.files())
     assert store.prune(size // 2) == size

@@ -57,11 +57,12 @@ def talk(slide: Slide) -> SlideItem:
     return SlideItem(f"about {slide.name}", (slide,), (("<image>\nWhich?", "B"), ("Why?", "So.")))
 
 
-def start(mode: str = "original", scorer: str = "patch"):
+def start(mode: str = "original", scorer: str = "patch", summary_tokens: int = 0):
     settings = TinySettings(
         feature_dim=D, hidden_size=64, num_slide_tokens=K, scorer_hidden_size=16, scorer_kind=scorer,
         max_position_embeddings=512, max_slide_positions=60, position_ids=mode,
-        projector_inputs=("features", "score") if scorer == "patch" else ("features",),
+        projector_inputs=("features",) if summary_tokens or scorer != "patch" else ("features", "score"),
+        summary_tokens=summary_tokens,
     )  # fmt: skip
     model, tokenizer = new_model(settings)
     return model.eval(), ChatRenderer(tokenizer), tokenizer
@@ -69,7 +70,7 @@ def start(mode: str = "original", scorer: str = "patch"):
 
 def batch_of(model, chat, tokenizer, *slides: Slide, max_patches: int = 5000):
     data = SlideDataset([talk(slide) for slide in slides], chat, model.config, max_patches)
-    data.selection = HardSelection(model.scorer, K)
+    data.selection = HardSelection(model.scorer, K, summary_tokens=model.config.summary_tokens)
     items = [data[number] for number in range(len(slides))]
     return items, collate(items, chat.slide_token_id, tokenizer.pad_token_id)
 
@@ -83,7 +84,7 @@ def served_loss(model, chat, slides) -> torch.Tensor:
         embeddings, positions = model.prepare(ids, [selection])
         logits = model(inputs_embeds=embeddings, position_ids=positions).logits[0]
         places = (labels != IGNORED).nonzero()[:, 0]
-        before = places + len(selection.indices) - 1 - 1
+        before = places + selection.num_tokens - 1 - 1
         losses.append(F.cross_entropy(logits[before], labels[places], reduction="none"))
     return torch.cat(losses).mean()
 
@@ -98,6 +99,22 @@ def test_the_loss_of_a_hard_stage_is_that_of_the_served_prompt(mode, make, score
         slides += [Slide(make(n)) for n in (1, K - 1, K)]
     _, batch = batch_of(model, chat, tokenizer, *slides)
     assert batch["features"].shape[1] == K
+    with torch.no_grad():
+        found, wanted = SparseLearnModel(model, None)(**batch)["loss"], served_loss(model, chat, slides)
+    assert abs(float(found - wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["original", "packed"])
+@pytest.mark.parametrize("make", [normal, with_ties, with_broken_patches])
+def test_the_summary_tokens_of_a_hard_stage_are_those_of_the_served_prompt(mode, make):
+    model, chat, tokenizer = start(mode, summary_tokens=3)
+    slides = [Slide(make(n)) for n in (1, K - 4, K - 3, K - 2, K, K + 1, 41, 2100) if n > 7 or make is normal]
+    items, batch = batch_of(model, chat, tokenizer, *slides)
+    for item, slide in zip(items, slides, strict=True):
+        wanted = model.selector().select(slide.open())
+        assert torch.equal(item.slides[0].indices, wanted.indices)
+        assert torch.equal(item.slides[0].features, wanted.rows)
+        assert item.slides[0].num_summary == wanted.num_summary_tokens
     with torch.no_grad():
         found, wanted = SparseLearnModel(model, None)(**batch)["loss"], served_loss(model, chat, slides)
     assert abs(float(found - wanted)) < 1e-5
@@ -214,8 +231,8 @@ def stage(**changes):
 
 
 def settings(*stages, **model) -> TrainSettings:
-    new = {"feature_dim": D, "hidden_size": 64, "num_layers": 1, "num_slide_tokens": 4}
-    return TrainSettings.of({"model": {"new": new} | model, "stages": list(stages)}, "run.yaml")
+    new = {"feature_dim": D, "hidden_size": 64, "num_layers": 1, "num_slide_tokens": 4} | model
+    return TrainSettings.of({"model": {"new": new}, "stages": list(stages)}, "run.yaml")
 
 
 @pytest.mark.slow
@@ -225,7 +242,8 @@ def test_a_run_ends_with_a_hard_stage_that_leaves_the_scorer_alone(tmp_path):
     soft = {"name": "soft", "train": ["scorer", "projector"], "sparselearn": gate, "learning_rate": rates}
     soft = {key: value for key, value in stage(**soft).items() if key not in ("selection", "lora")}
     out = tmp_path / "run"
-    after = load_file(train(settings(soft, stage()), out, GENERATORS) / "model.safetensors")
+    of_these = {"num_slide_tokens": 6, "summary_tokens": 2}  # the gate learns to keep the other four
+    after = load_file(train(settings(soft, stage(), **of_these), out, GENERATORS) / "model.safetensors")
     earlier = load_file(out / "stages" / "0-soft" / "final" / "trainable.safetensors")
     for part, same in (("scorer", True), ("projector", False)):
         named = [name for name in after if name.startswith(f"{part}.")]
@@ -236,6 +254,20 @@ def test_a_run_ends_with_a_hard_stage_that_leaves_the_scorer_alone(tmp_path):
     assert all(row["tau"] == "" for row in rows)
 
 
+def test_a_model_with_summary_tokens_ends_with_the_stage_that_shows_them(tmp_path):
+    plain = {key: value for key, value in stage().items() if key != "selection"}
+    with pytest.raises(
+        SettingsError, match="hard: selection: found None in the last stage of a model with 2 summary_t"
+    ):
+        train(settings(stage(), plain, summary_tokens=2), tmp_path / "run", GENERATORS)
+    gate = plain | {"name": "soft", "sparselearn": {"num_slide_tokens": 4}, "learning_rate": RATES}
+    with pytest.raises(SettingsError, match="soft: num_slide_tokens: found 4, wanted 2, as the model keeps patches"):
+        train(settings(gate, stage(), summary_tokens=2), tmp_path / "other", GENERATORS)
+
+
+RATES = dict.fromkeys(("scorer", "denoiser", "projector", "lora"), 1e-2)
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -244,6 +276,5 @@ def test_a_run_ends_with_a_hard_stage_that_leaves_the_scorer_alone(tmp_path):
     ],
 )
 def test_a_scorer_does_not_learn_in_a_hard_stage(change, found):
-    rates = dict.fromkeys(("scorer", "denoiser", "projector", "lora"), 1e-2)
     with pytest.raises(SettingsError, match=found):
-        settings(stage(**change, learning_rate=rates))
+        settings(stage(**change, learning_rate=RATES))

@@ -109,6 +109,11 @@ def test_a_stage_may_train_by_lora_or_the_denoiser_alone(tmp_path):
         ("model", {}, "model: found none, wanted exactly one of checkpoint, decoder, new"),
         ("model", {"checkpoint": "a", "new": {"feature_dim": 8}}, "model: found checkpoint, new, wanted exactly one"),
         ("model", {"decoder": "a"}, "model: found a decoder without feature_dim"),
+        (
+            "model",
+            {"checkpoint": "a", "summary_tokens": 8},
+            "summary_tokens: found 8 beside checkpoint, wanted it beside",
+        ),
         ("model", None, "model: found none, wanted one"),
         ("model.position_ids", "absolute", "model.position_ids: found 'absolute', wanted 'original' or 'packed'"),
         ("model.dtype", "int8", "model.dtype: found 'int8', wanted 'float32', 'bfloat16' or 'float16'"),

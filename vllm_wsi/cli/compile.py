@@ -27,7 +27,7 @@ def compile_kernels(
     digits = arch.removeprefix("sm_")
     if not (digits.isascii() and digits.isdigit() and 80 <= int(digits) <= 130):
         raise SettingsError(f"--arch: found {arch!r}, wanted sm_80 .. sm_130")
-    scorer, k = load_scorer(checkpoint), read_config(checkpoint).num_slide_tokens
+    scorer, k = load_scorer(checkpoint), read_config(checkpoint).num_kept_patches
     if not isinstance(scorer, ScorerWeights):
         raise SettingsError(
             f"{checkpoint}: found a scorer over the whole slide, which PyTorch runs: nothing to compile"

@@ -29,6 +29,9 @@ def init_checkpoint(
         int, option("--scorer-hidden-size", metavar="H", help="0: the plain linear scorer")
     ] = 256,
     num_slide_tokens: Annotated[int, option("--num-slide-tokens", metavar="K")] = 32,
+    summary_tokens: Annotated[
+        int, option("--summary-tokens", metavar="S", help="of K, means of the dropped patches")
+    ] = 0,
     position_ids: Annotated[Literal["original", "packed"], option("--position-ids")] = "original",
     seed: Annotated[int, option("--seed")] = 0,
     text_config: Annotated[Path | None, option("--text-config", metavar="FILE", help=SHAPE_HELP)] = None,
@@ -42,6 +45,7 @@ def init_checkpoint(
         scorer_kind=scorer,
         scorer_hidden_size=scorer_hidden_size,
         num_slide_tokens=num_slide_tokens,
+        summary_tokens=summary_tokens,
         position_ids=position_ids,
         seed=seed,
         decoder=decoder,

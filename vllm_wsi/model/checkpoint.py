@@ -109,4 +109,11 @@ def load_selector(
     config = read_config(model, revision)
     encoder = config.encoder_check(encoder_mismatch)
     scorer = load_scorer(model, revision)
-    return SlideSelector(scorer, config.num_slide_tokens, device, config.max_patches, encoder=encoder)
+    return SlideSelector(
+        scorer,
+        config.num_slide_tokens,
+        device,
+        config.max_patches,
+        encoder=encoder,
+        summary_tokens=config.summary_tokens,
+    )

@@ -36,11 +36,13 @@ class SparseWSIConfig(PreTrainedConfig):
         feature_dim: d, the size of a patch feature.
         encoder: id@revision of the patch encoder that the model was trained on; None: not recorded.
         patch_um: edge of its patches on the glass, in microns; None: not recorded.
-        num_slide_tokens: K, patches kept of each slide.
+        num_slide_tokens: K, tokens of each slide: its K - S best patches, and S summary tokens.
+        summary_tokens: S, means of the dropped patches (`selection/slide_pools.py`), 0 <= S < K. They are read as
+            patches are, by a projector with `input_norm` whose `inputs` are features alone.
         max_patches: longest slide that is served; a longer one is refused.
         scorer: {"kind": "patch", "hidden_size": h}, where h = 0 is the plain linear scorer; or {"kind": "context",
             "hidden_size": w, "num_layers": 2, "num_heads": w // 64}, Transformer blocks over the whole slide; or
-            {"kind": "question", "hidden_size": h, "rank": 16, "free_tokens": K // 4}, which hears the question.
+            {"kind": "question", "hidden_size": h, "rank": 16, "free_tokens": (K - S) // 4}, which hears the question.
         projector: {"hidden_size": m, "input_norm": True, "inputs": ["features"]} of normalise, Linear(d, m), GELU,
             Linear(m, decoder); m is the decoder's hidden size unless given. `inputs` are some of `PROJECTOR_INPUTS`;
             "score" takes a scorer of kind "patch".
@@ -68,6 +70,7 @@ class SparseWSIConfig(PreTrainedConfig):
         encoder: str | None = None,
         patch_um: float | None = None,
         num_slide_tokens: int = 32,
+        summary_tokens: int = 0,
         max_patches: int = 1 << 20,
         scorer: dict[str, Any] | None = None,
         projector: dict[str, Any] | None = None,
@@ -91,6 +94,9 @@ class SparseWSIConfig(PreTrainedConfig):
         for name, value in (("feature_dim", feature_dim), ("num_slide_tokens", num_slide_tokens)):
             if value < 1:
                 raise CheckpointError(f"{name}: found {value}, wanted at least 1")
+        if not 0 <= summary_tokens < num_slide_tokens:
+            wanted_tokens = f"0 .. {num_slide_tokens - 1}, fewer than num_slide_tokens"
+            raise CheckpointError(f"summary_tokens: found {summary_tokens}, wanted {wanted_tokens}")
         if patch_um is not None and not (isinstance(patch_um, int | float) and 0 < patch_um < math.inf):
             raise CheckpointError(f"patch_um: found {patch_um!r}, wanted microns above 0")
         wanted = dict.fromkeys(FP32_PARTS, "float32")
@@ -106,10 +112,11 @@ class SparseWSIConfig(PreTrainedConfig):
         self.encoder = encoder
         self.patch_um = patch_um
         self.num_slide_tokens = num_slide_tokens
+        self.summary_tokens = summary_tokens
         self.max_patches = max_patches
         self.scorer: dict[str, Any] = {"kind": "patch", "hidden_size": 256} | (scorer or {})
         if self.scorer["kind"] == "question":
-            self.scorer = {"rank": 16, "free_tokens": num_slide_tokens // 4} | self.scorer
+            self.scorer = {"rank": 16, "free_tokens": self.num_kept_patches // 4} | self.scorer
         self.projector: dict[str, Any] = {
             "hidden_size": text_config.hidden_size,
             "input_norm": True,
@@ -121,6 +128,11 @@ class SparseWSIConfig(PreTrainedConfig):
         if "score" in inputs and self.scorer["kind"] != "patch":
             raise CheckpointError(
                 f"projector: inputs: found score beside a scorer of kind {self.scorer['kind']!r}, wanted 'patch'"
+            )
+        if summary_tokens and (inputs != ["features"] or not self.projector["input_norm"]):
+            raise CheckpointError(
+                f"summary_tokens: found {summary_tokens} beside a projector of {self.projector}, wanted input_norm and "
+                "the inputs ['features']: a mean of patches has no score"
             )
         self.position_ids = position_ids
         self.max_slide_positions = max_slide_positions
@@ -147,8 +159,13 @@ class SparseWSIConfig(PreTrainedConfig):
         """Arguments of `build_scorer`."""
         options = {"feature_dim": self.feature_dim, **self.scorer}
         if self.scorer["kind"] == "question":
-            options |= {"text_size": self.text_config.hidden_size, "num_slide_tokens": self.num_slide_tokens}
+            options |= {"text_size": self.text_config.hidden_size, "num_slide_tokens": self.num_kept_patches}
         return options
+
+    @property
+    def num_kept_patches(self) -> int:
+        """K - S, patches kept of each slide."""
+        return self.num_slide_tokens - self.summary_tokens
 
     @property
     def slide_position_budget(self) -> int:

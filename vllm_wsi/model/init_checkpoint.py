@@ -167,6 +167,7 @@ def _config(
         encoder=settings.encoder,
         patch_um=settings.patch_um,
         num_slide_tokens=settings.num_slide_tokens,
+        summary_tokens=settings.summary_tokens,
         scorer=_scorer(settings),
         projector={"inputs": list(settings.projector_inputs)},
         position_ids=settings.position_ids,

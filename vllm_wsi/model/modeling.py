@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vllm_wsi.selection.question_scorer import QuestionScorer
 from vllm_wsi.selection.scorer import build_scorer, frozen_scorer
-from vllm_wsi.selection.selection import Selection
+from vllm_wsi.selection.selection import Selection, check_summary
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides.encoder_names import Mismatch
 
@@ -165,6 +165,7 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
             frozen_scorer(self.scorer),
             self.config.num_slide_tokens,
             max_patches=self.config.max_patches,
+            summary_tokens=self.config.summary_tokens,
             encoder=self.config.encoder_check(encoder_mismatch),
         )
 
@@ -176,12 +177,15 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
             selections: one for each slide, in the order of the prompt.
 
         Returns:
-            (embeddings [1, T', hidden], positions int64 [1, T']); T' = T + sum(k - 1).
+            (embeddings [1, T', hidden], positions int64 [1, T']); T' = T + sum(num_tokens - 1).
 
         Raises:
-            ValueError: the prompt's slide tokens and the selections differ in number.
+            ValueError: the prompt's slide tokens and the selections differ in number, or a selection has other summary
+                tokens than the checkpoint was trained with.
         """
-        slides = [PatchRows(one.indices, one.num_patches) for one in selections]
+        for one in selections:
+            check_summary(one, self.config.summary_tokens)
+        slides = [PatchRows(one.indices, one.num_patches, one.num_summary_tokens) for one in selections]
         config, ids = self.config, input_ids.cpu()
         layout = lay_out(ids, slides, config.slide_token_id, config.slide_position_budget)
         ids = repeated(ids, layout.repeats).to(input_ids.device)
@@ -193,11 +197,11 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return embeddings[None], layout.positions[None].to(self.device)
 
     def _slide_tokens(self, chosen: Selection) -> Tensor:
-        """Embeddings [k, hidden], with this model's own scores where the projector reads scores, whoever chose."""
+        """Embeddings [num_tokens, hidden]. A projector that reads scores reads this model's own, whoever chose."""
         scores = chosen.scores
         if self.projector.linear_score is not None:
             scores = self.scorer(chosen.features.to(self.device)).detach()
-        return self.projector(chosen.features, scores, torch.tensor(chosen.num_candidates))
+        return self.projector(chosen.rows, scores, torch.tensor(chosen.num_candidates))
 
     def forward(
         self,
@@ -239,7 +243,8 @@ class SparseWSIForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids = prompt_tensor(input_ids, self.config.text_config.vocab_size).to(self.device)
         embeddings, positions = self.prepare(ids, selections)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-        kwargs.setdefault("generation_config", self.generation_config)
+        if "generation_config" not in kwargs:  # beside it, transformers warns of every other option
+            self.language_model.generation_config = self.generation_config
         return self.language_model.generate(
             inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, **kwargs
         )

@@ -17,10 +17,11 @@ from vllm_wsi.selection.positions import SlideSpan, prompt_positions
 
 
 class PatchRows(NamedTuple):
-    """The patches of one slide that the decoder sees."""
+    """The patches of one slide that the decoder sees, and how many tokens stand for the others."""
 
     indices: Tensor  # int64 [k], ascending: their rows among the N
     num_patches: int  # N
+    num_summary: int = 0  # summary tokens behind them
 
 
 class PromptLayout(NamedTuple):
@@ -31,7 +32,7 @@ class PromptLayout(NamedTuple):
 
 
 def lay_out(ids: Tensor, slides: Sequence[PatchRows], slide_token_id: int, slide_position_budget: int) -> PromptLayout:
-    """Repeats each slide's token once for each of its patches.
+    """Repeats each slide's token once for each of its patches and summary tokens.
 
     Args:
         ids: int64 [T], on the CPU, with one slide token for each slide.
@@ -45,10 +46,10 @@ def lay_out(ids: Tensor, slides: Sequence[PatchRows], slide_token_id: int, slide
     if (found := int(is_slide.sum())) != len(slides):
         raise ValueError(f"the prompt holds {found} slide tokens, wanted one for each of {len(slides)}")
     repeats = torch.ones_like(ids)
-    repeats[is_slide] = torch.tensor([len(slide.indices) for slide in slides], dtype=torch.long)
+    repeats[is_slide] = torch.tensor([len(slide.indices) + slide.num_summary for slide in slides], dtype=torch.long)
     ends = repeats.cumsum(dim=0)
     starts = (ends - repeats)[is_slide].tolist()
-    spans = [SlideSpan(start, slide.indices, slide.num_patches) for start, slide in zip(starts, slides, strict=True)]
+    spans = [SlideSpan(start, *slide) for start, slide in zip(starts, slides, strict=True)]
     positions, _ = prompt_positions(int(repeats.sum()), spans, slide_position_budget)
     return PromptLayout(repeats, positions)
 

@@ -25,11 +25,13 @@ class SlideSettings(Settings, frozen=True):
     scorer_rank: int = Field(16, ge=1)
     """Of the kind `question`: numbers of a patch's vector."""
     free_tokens: int | None = Field(None, ge=0)
-    """Of the kind `question`: patches of K that no question chooses; none: a quarter of K."""
+    """Of the kind `question`: patches of K that no question chooses; none: a quarter of the kept ones."""
     projector_inputs: tuple[Literal["features", "score"], ...] = ("features",)
     """What a token says of its patch (`SlideProjector`)."""
     num_slide_tokens: int = Field(32, ge=1)
-    """K, patches that are kept of each slide."""
+    """K, tokens of each slide."""
+    summary_tokens: int = Field(0, ge=0)
+    """Of K, means of the dropped patches."""
     position_ids: Literal["original", "packed"] = "original"
     """Whether a kept patch keeps its place among the N, or is counted like text."""
     max_slide_positions: int | None = Field(None, ge=1)

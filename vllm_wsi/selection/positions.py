@@ -14,6 +14,7 @@ class SlideSpan(NamedTuple):
     start: int  # index of its first slide token within the prompt
     indices: Tensor  # int64 [k], ascending: rows of the kept patches
     num_patches: int  # N
+    num_summary: int = 0  # summary tokens, which follow the patches
 
 
 def slide_offsets(indices: Tensor, num_patches: int, span: int) -> Tensor:
@@ -42,8 +43,9 @@ def prompt_positions(num_tokens: int, slides: list[SlideSpan], slide_position_bu
     """Positions of a whole prompt.
 
     Text is counted one by one. All slides of a prompt share `slide_position_budget` positions, first come, first
-    served: a slide takes min(N, what is left), but never less than its k tokens. A slide's positions thus depend
-    only on what precedes it, as prefix caching demands.
+    served: a slide's patches take min(N, what is left), but never less than k. Its summary tokens follow, one position
+    each, for which room is left first: they have no place on the slide. A slide's positions thus depend only on what
+    precedes it, as prefix caching demands.
 
     Args:
         num_tokens: tokens of the prompt, slide tokens included.
@@ -58,8 +60,8 @@ def prompt_positions(num_tokens: int, slides: list[SlideSpan], slide_position_bu
     left = slide_position_budget
     for slide in slides:
         k = slide.indices.shape[0]
-        span = max(k, min(slide.num_patches, left))
-        left -= span
+        span = max(k, min(slide.num_patches, left - slide.num_summary))
+        left -= span + slide.num_summary
         stop = slide.start + k
         positions[slide.start : stop] = slide.start + delta + slide_offsets(slide.indices, slide.num_patches, span)
         positions[stop:] += span - k

@@ -15,12 +15,13 @@ from vllm_wsi.kernels import map_blocks, select_topk
 from .chunk_reader import ChunkReader
 from .question_scorer import QuestionScorer
 from .scoring_device import Place
+from .slide_pools import SlideScores, filled_pools, open_pools
 
 
 class SlideVectors(NamedTuple):
     """What a slide is read for, whatever is asked."""
 
-    vectors: Tensor  # [N, R], of `slide_vectors`
+    known: SlideScores  # with the patches' vectors, of `slide_vectors`
     scored_on: str
     read_seconds: float
     score_seconds: float
@@ -42,15 +43,19 @@ class Question(NamedTuple):
         return hashlib.blake2b(self.query.numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def slide_vectors(reader: ChunkReader, scorer: QuestionScorer, place: Place) -> Tensor:
-    """phi of all patches, [N, R] in the dtype in which it is kept (`vector_dtype`), on the CPU."""
+def slide_vectors(reader: ChunkReader, scorer: QuestionScorer, place: Place, summary_tokens: int = 0) -> SlideScores:
+    """phi of all patches, [N, R] in the dtype in which it is kept (`vector_dtype`), and their pools; on the CPU."""
 
     def fill(start: int, chunk: Tensor) -> None:
         out = torch.empty(len(chunk), scorer.rank, device=place.device)
-        map_blocks(chunk.to(place.device, non_blocking=True), start, scorer.vectors, out, scorer.block_rows)
+        x = chunk.to(place.device, non_blocking=True)
+        map_blocks(x, start, scorer.vectors, out, scorer.block_rows)
+        if pools is not None:
+            pools.add_chunk(start, x)
         vectors[start : start + len(chunk)] = out.cpu()
 
     vectors = torch.empty(reader.num_patches, scorer.rank, dtype=scorer.vector_dtype)
+    pools = open_pools(summary_tokens, scorer.feature_dim, place.device)
     done: Future[None] | None = None
     for start, chunk in reader.chunks():  # one chunk is worked on while the next is read
         if done is not None:
@@ -58,7 +63,7 @@ def slide_vectors(reader: ChunkReader, scorer: QuestionScorer, place: Place) -> 
         done = place.run(fill, start, chunk)
     assert done is not None
     done.result()
-    return vectors
+    return SlideScores(vectors, filled_pools(pools))
 
 
 class BestByQuestion(NamedTuple):

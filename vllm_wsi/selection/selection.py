@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_wsi.errors import SlideError
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import EncoderMatch
 from vllm_wsi.slides.feature_file import CoordUnit, Source
@@ -17,6 +19,7 @@ from vllm_wsi.slides.regions import Level0Rects, level0_rects
 from vllm_wsi.slides.units import Unit
 
 from .score_summary import ScoreSummary
+from .slide_pools import SlidePools
 
 NOTHING_SAID = Said()
 
@@ -39,10 +42,27 @@ class Selection:
     metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
     all_scores: Tensor | None = None  # fp32 [N] of all patches, the dropped ones too; where it was asked for
     all_coords: NDArray | None = None  # [N, 2], beside `all_scores`
+    pools: SlidePools | None = None  # of all patches, beside `all_scores`, where there are summary tokens
+    pooled: Tensor | None = None  # fp32 [s, d], means of the dropped patches; None: there are no summary tokens
     encoder_match: EncoderMatch | None = None  # with the checkpoint's encoder; None: no checkpoint selected
     scored_on: str = "cpu"  # or the name of a GPU, its architecture and versions
     summary: ScoreSummary | None = None  # of all scores; None: they are not a scorer's
     fallback: str | None = None  # why the CPU scored what a GPU should have; None: no such thing
+
+    @property
+    def num_tokens(self) -> int:
+        """Slide tokens of the decoder: one for each kept patch, and behind them the summary tokens."""
+        return len(self.indices) + self.num_summary_tokens
+
+    @property
+    def num_summary_tokens(self) -> int:
+        return 0 if self.pooled is None else len(self.pooled)
+
+    @property
+    def rows(self) -> Tensor:
+        """[num_tokens, d] that the projector reads: of the kept patches, in the file's dtype where there are no others,
+        and of the summary tokens."""
+        return self.features if self.pooled is None else torch.cat((self.features.float(), self.pooled))
 
     @property
     def num_candidates(self) -> int:
@@ -76,6 +96,10 @@ class Selection:
             all_coords=None if all_scores is None else coords,
             **counts,
         )
+
+    def without_all_scores(self) -> Selection:
+        """Without what is known of all patches, which is large."""
+        return replace(self, all_scores=None, all_coords=None, pools=None)
 
     def settle(self, name: str, said: Said = NOTHING_SAID) -> tuple[Unit | None, PatchSize | None]:
         """Unit of the coordinates and size of a patch, by the file and the user together. Raises SlideError."""
@@ -116,6 +140,7 @@ class Selection:
         return {
             "num_patches": self.num_patches,
             "num_selected": len(self.indices),
+            "num_summary_tokens": self.num_summary_tokens,
             "num_nonfinite": self.num_nonfinite,
             "indices": self.indices.tolist(),
             "scores": self.scores.tolist(),
@@ -127,3 +152,15 @@ class Selection:
             "encoder_match": None if self.encoder_match is None else self.encoder_match._asdict(),
             "scored_on": self.scored_on,
         }
+
+
+def check_summary(chosen: Selection, summary_tokens: int) -> None:
+    """Raises SlideError where a selection has other summary tokens than a checkpoint shows, whose S is given."""
+    found = "none" if chosen.pooled is None else f"{len(chosen.pooled)} rows"
+    if summary_tokens == 0 and chosen.pooled is not None:
+        raise SlideError(f"Selection: pooled: found {found}, wanted none: the checkpoint has no summary tokens")
+    if summary_tokens and (chosen.pooled is None or len(chosen.pooled) > summary_tokens):
+        raise SlideError(
+            f"Selection: pooled: found {found}, wanted the means of the dropped patches, at most {summary_tokens}, as "
+            "the checkpoint's own selector gives them"
+        )

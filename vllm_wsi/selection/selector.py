@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from vllm_wsi.errors import SlideError, WsiError
-from vllm_wsi.kernels import ScoredTopK, ScorerWeights, block_rows, map_blocks, score_topk, select_topk
+from vllm_wsi.errors import SettingsError, SlideError, WsiError
+from vllm_wsi.kernels import ScorerWeights
 from vllm_wsi.kernels.reference import apply_scorer, padded_k
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import EncoderCheck, EncoderMatch
 
+from .best_of_file import Kept, best_by_scores, best_in_context, best_in_stream
 from .chunk_reader import ChunkReader, read_tensor_rows
 from .question_scorer import QuestionScorer
 from .question_selection import SlideVectors, best_by_question, slide_vectors
@@ -27,6 +25,7 @@ from .score_summary import score_summary
 from .scorer import ContextScorer, FrozenScorer
 from .scoring_device import Cpu, Place, ScoringDevice
 from .selection import Selection
+from .slide_pools import SlideScores
 
 T = TypeVar("T")
 
@@ -40,16 +39,17 @@ class SlideSelector:
 
     Args:
         scorer: per patch by its weights, or over the whole slide.
-        num_slide_tokens: K.
+        num_slide_tokens: K, of the slide's tokens.
         device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one that is fit; a GPU starts at the first
             slide, or by `start`.
         max_patches: longer slides are refused.
         chunk_rows: rows read at once; None: `ChunkReader` decides by their size.
         encoder: whose features the scorer was trained on, and whether others are refused; None: not known.
         max_slide_tokens: the largest k that `select` is asked for; None: K.
+        summary_tokens: S of the k are means of the dropped patches, and k - S patches are kept.
 
     Raises:
-        SettingsError: an unknown device.
+        SettingsError: an unknown device, or S is not below K.
         SetupError: "cuda" where there is none.
     """
 
@@ -63,15 +63,21 @@ class SlideSelector:
         chunk_rows: int | None = None,
         encoder: EncoderCheck | None = None,
         max_slide_tokens: int | None = None,
+        summary_tokens: int = 0,
     ) -> None:
-        self.num_slide_tokens = num_slide_tokens
+        if not 0 <= summary_tokens < num_slide_tokens:
+            raise SettingsError(
+                f"num_slide_tokens: found {num_slide_tokens}, wanted more than {summary_tokens} (summary_tokens)"
+            )
+        self.num_slide_tokens, self.summary_tokens = num_slide_tokens, summary_tokens
         self.feature_dim = scorer.feature_dim
         self.device = ScoringDevice(device)
         self.max_patches, self._chunk_rows = max_patches, chunk_rows
         self.encoder = encoder or EncoderCheck()
         self.scorer = scorer
         self._on_gpu: tuple[Place, FrozenScorer] | None = None
-        self._sizes = sorted({padded_k(k) for k in (num_slide_tokens, max_slide_tokens or 1)})
+        largest = max(num_slide_tokens, max_slide_tokens or 1)
+        self._sizes = sorted({padded_k(k - summary_tokens) for k in (num_slide_tokens, largest)})
 
     def start(self, rank: int = 0) -> Place:
         """Chooses the device, once; see `ScoringDevice.start`."""
@@ -81,16 +87,17 @@ class SlideSelector:
     def select(
         self, slide: FeatureFile, k: int | None = None, keep_all_scores: bool = False, query: Tensor | None = None
     ) -> Selection:
-        """Keeps the best k (default K) patches of an open feature file.
+        """Keeps the best patches of an open feature file, for k (default K) tokens.
 
         A GPU that fails leaves the slide to the CPU, and `Selection.fallback` says why.
 
         Args:
-            keep_all_scores: the selection also holds the scores and places of all patches (`Selection.all_scores`).
+            keep_all_scores: the selection also holds the scores and places of all patches (`Selection.all_scores`), and
+                their pools.
             query: fp32 [R], what a `QuestionScorer` made of the question; None: no question is asked.
 
         Raises:
-            SlideError: the slide's d, N or encoder does not fit, or no patch has a finite score.
+            SlideError: the slide's d, N or encoder does not fit, no patch has a finite score, or k is not above S.
         """
         k = self.num_slide_tokens if k is None else k
         encoder_match = self._check(slide)
@@ -100,7 +107,7 @@ class SlideSelector:
             found, fallback = self._on_device(lambda place: self._select(slide, k, place))
             found = replace(found, fallback=fallback)
         found = replace(found, encoder_match=encoder_match)
-        return found if keep_all_scores else replace(found, all_scores=None, all_coords=None)
+        return found if keep_all_scores else found.without_all_scores()
 
     def _on_device(self, work: Callable[[Place], T]) -> tuple[T, str | None]:
         """(What it gave, why the CPU did what a GPU should have)."""
@@ -116,19 +123,25 @@ class SlideSelector:
     def _select(self, slide: FeatureFile, k: int, place: Place) -> Selection:
         reader = self._reader(slide, place)
         began = time.perf_counter()
-        scorer = self._scorer_on(place)
+        scorer, num_kept = self._scorer_on(place), self._num_kept(k)
         if isinstance(scorer, ContextScorer):
-            kept, scores = _select_in_context(reader, scorer, k, place)
+            kept, known = best_in_context(reader, scorer, num_kept, place, self.summary_tokens)
         else:
             assert isinstance(scorer, ScorerWeights)
-            kept, scores = _select_in_stream(reader, scorer, k, place)
+            kept, known = best_in_stream(reader, scorer, num_kept, place, self.summary_tokens)
         seconds = time.perf_counter() - began
         counts = {"read_seconds": reader.read_seconds, "score_seconds": seconds - reader.read_seconds}
-        return _selection(slide, kept, scores, summary=score_summary(scores), scored_on=place.name, **counts)
+        summary = score_summary(known.scores)
+        return _selection(slide, kept, known, summary=summary, scored_on=place.name, **counts)
+
+    def _num_kept(self, k: int) -> int:
+        if k <= self.summary_tokens:
+            raise SlideError(f"k: found {k}, wanted more than {self.summary_tokens}, the summary tokens of each slide")
+        return k - self.summary_tokens
 
     def select_of_vectors(self, slide: FeatureFile, found: SlideVectors, k: int, query: Tensor | None) -> Selection:
         """As `select`, of a slide that `read_vectors` has just read. With all scores."""
-        chosen = self.select_by_scores(slide, found.vectors, k, found.scored_on, query)
+        chosen = self.select_by_scores(slide, found.known, k, found.scored_on, query)
         return replace(
             chosen,
             read_seconds=chosen.read_seconds + found.read_seconds,
@@ -146,9 +159,9 @@ class SlideSelector:
             scorer, reader = self._scorer_on(place), self._reader(slide, place)
             assert isinstance(scorer, QuestionScorer)
             began = time.perf_counter()
-            vectors = slide_vectors(reader, scorer, place)
+            known = slide_vectors(reader, scorer, place, self.summary_tokens)
             seconds = time.perf_counter() - began - reader.read_seconds
-            return SlideVectors(vectors, place.name, reader.read_seconds, seconds)
+            return SlideVectors(known, place.name, reader.read_seconds, seconds)
 
         found, fallback = self._on_device(read)
         return found._replace(fallback=fallback)
@@ -160,35 +173,36 @@ class SlideSelector:
     def select_by_scores(
         self,
         slide: FeatureFile,
-        scores: Tensor,
+        known: SlideScores,
         k: int,
         scored_on: str,
         query: Tensor | None = None,
     ) -> Selection:
-        """The best k by what this scorer gave all patches before; reads the kept rows alone. With all scores.
+        """As `select`, by what this scorer gave all patches before; reads the kept rows alone. With all scores.
 
         Args:
-            scores: fp32 [N]; of a `QuestionScorer` the patches' vectors [N, R].
+            known: of the whole slide.
             scored_on: the device that gave them.
             query: as in `select`.
 
         Raises:
             SlideError: as `select`, or there is not one score for each patch.
         """
-        encoder_match = self._check(slide)
+        encoder_match, num_kept = self._check(slide), self._num_kept(k)
+        scores = known.scores
         if len(scores) != slide.num_patches:
             raise SlideError(f"{slide.name}: scores: found {len(scores)}, wanted one for each of {slide.num_patches}")
         began = time.perf_counter()
         if isinstance(self.scorer, QuestionScorer):
-            rows, scores, free = best_by_question(self.scorer, scores, k, query)
-            kept = _Kept(rows, scores[rows], read_tensor_rows(slide, rows))
+            rows, scores, free = best_by_question(self.scorer, scores, num_kept, query)
+            kept = Kept(rows, scores[rows], read_tensor_rows(slide, rows))
             summary = score_summary(scores, free)
         else:
-            kept = _kept_by_scores(slide, scores, k)
+            kept = best_by_scores(slide, scores, num_kept)
             summary = score_summary(scores)
         seconds = time.perf_counter() - began
         counts = {"read_seconds": seconds, "scored_on": scored_on, "encoder_match": encoder_match}
-        return _selection(slide, kept, scores, summary=summary, **counts)
+        return _selection(slide, kept, known._replace(scores=scores), summary=summary, **counts)
 
     def _scorer_on(self, place: Place) -> FrozenScorer:
         if isinstance(place, Cpu):
@@ -221,73 +235,16 @@ class SlideSelector:
         return self.encoder(slide.name, slide.metadata)
 
 
-class _Kept(NamedTuple):
-    """On the CPU, without the places that no patch took."""
-
-    indices: Tensor
-    scores: Tensor
-    features: Tensor
-
-
-_launching = threading.Lock()
-"""Around the launches of a GPU's threads: what two of them need compiled is compiled once."""
-
-
-def _select_in_stream(reader: ChunkReader, weights: ScorerWeights, k: int, place: Place) -> tuple[_Kept, Tensor]:
-    """Chunk by chunk with a running Top-K; also the scores of all patches, on the CPU."""
-
-    def score_chunk(start: int, chunk: Tensor, running: ScoredTopK | None) -> ScoredTopK:
-        x = chunk.to(place.device, non_blocking=True)
-        with contextlib.nullcontext() if isinstance(place, Cpu) else _launching:
-            found = score_topk(x, weights, k, first_row=start, running=running)
-        scores[start : start + len(chunk)] = found.all_scores.cpu()
-        return found
-
-    scores = torch.empty(reader.num_patches)
-    running: Future[ScoredTopK] | None = None
-    for start, chunk in reader.chunks():
-        # One chunk is scored while the next is read; its buffer is free when the one after that is asked for.
-        running = place.run(score_chunk, start, chunk, None if running is None else running.result())
-    assert running is not None
-    best = running.result()
-    present = best.indices[0].cpu() >= 0
-    return _Kept(*(x[0].cpu()[present] for x in (best.indices, best.scores, best.rows))), scores
-
-
-def _select_in_context(reader: ChunkReader, scorer: ContextScorer, k: int, place: Place) -> tuple[_Kept, Tensor]:
-    """Tokens of all patches, then the blocks, then Top-K; the kept rows are read once more."""
-
-    def embed_chunk(start: int, chunk: Tensor) -> None:
-        out = tokens[start : start + len(chunk)]
-        map_blocks(chunk.to(place.device, non_blocking=True), start, scorer.embed, out, rows)
-
-    tokens = torch.empty(reader.num_patches, scorer.hidden_size, device=place.device)
-    rows = block_rows(max(scorer.feature_dim, scorer.hidden_size))
-    done: Future[None] | None = None
-    for start, chunk in reader.chunks():
-        if done is not None:
-            done.result()
-        done = place.run(embed_chunk, start, chunk)
-    assert done is not None
-    done.result()
-    scores = place.run(scorer.score_tokens, tokens).result().cpu()
-    return _kept_by_scores(reader.slide, scores, k), scores
-
-
-def _kept_by_scores(slide: FeatureFile, scores: Tensor, k: int) -> _Kept:
-    """The best k by the scores of all patches; their rows are read."""
-    selected = select_topk(scores, k)
-    present = selected.indices[0] >= 0
-    indices = selected.indices[0][present]
-    return _Kept(indices, selected.scores[0][present], read_tensor_rows(slide, indices))
-
-
-def _selection(slide: FeatureFile, kept: _Kept, scores: Tensor, **counts: Any) -> Selection:
-    """With the scores and places of all patches. Raises SlideError where no patch was kept."""
+def _selection(slide: FeatureFile, kept: Kept, known: SlideScores, **counts: Any) -> Selection:
+    """With the summary tokens, and the scores, places and pools of all patches. Raises SlideError where no patch was
+    kept."""
+    scores, pools = known
     if not len(kept.indices):
         raise SlideError(
             f"{slide.name}: {slide.key or 'features'}: found no patch with a finite score among "
             f"{slide.num_patches}, wanted at least one; the features hold NaN or infinities"
         )
     num_nonfinite = int((~torch.isfinite(scores)).sum())
+    if pools is not None:
+        counts |= {"pools": pools, "pooled": pools.without(kept.indices, kept.features).means()}
     return Selection.of(slide, *kept, all_scores=scores, num_nonfinite=num_nonfinite, **counts)

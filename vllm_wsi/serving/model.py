@@ -75,7 +75,8 @@ class SparseWSIForConditionalGeneration(
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
-        """One [k, hidden] tensor for each slide; `rows` is one stacked tensor where all k agree, else a list."""
+        """One [num_tokens, hidden] tensor for each slide; `rows` is one stacked tensor where all have one size, else
+        a list."""
         rows = kwargs.get("rows")
         if rows is None:
             return []
@@ -91,11 +92,12 @@ class SparseWSIForConditionalGeneration(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[Tensor, int]:
         """Positions of a prompt, the same in all three of M-RoPE's channels; called in "original" mode alone."""
-        slides = [
-            SlideSpan(feature.mm_position.offset, feature.data["kept"].data, int(feature.data["num_patches"].data))
-            for feature in mm_features
-            if feature.data is not None
-        ]
+        slides = []
+        for feature in mm_features:
+            if feature.data is not None:
+                place, kept = feature.mm_position, feature.data["kept"].data
+                num_patches = int(feature.data["num_patches"].data)
+                slides.append(SlideSpan(place.offset, kept, num_patches, place.length - len(kept)))
         positions, delta = prompt_positions(len(input_tokens), slides, self.config.slide_position_budget)
         return positions.expand(3, -1), delta
 

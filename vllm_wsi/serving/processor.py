@@ -77,17 +77,24 @@ class SparseWSIProcessingInfo(BaseProcessingInfo):
         k = options.num_slide_tokens or config.num_slide_tokens
         device = options.selection_device or options.device or "auto"
         room = model.max_model_len - 1
-        if not 1 <= k <= room:
-            raise SettingsError(f"num_slide_tokens: found {k}, wanted 1 .. {room} (--max-model-len less 1)")
+        least = config.summary_tokens + 1
+        if not least <= k <= room:
+            raise SettingsError(f"num_slide_tokens: found {k}, wanted {least} .. {room} (--max-model-len less 1)")
         self.max_slide_tokens = max(k, min(MAX_SLIDE_TOKENS, room))
         scorer, digest, calibration = _scorer(model.model, model.revision)
         encoder = config.encoder_check(options.encoder_mismatch)
         selector = SlideSelector(
-            scorer, k, device, config.max_patches, encoder=encoder, max_slide_tokens=self.max_slide_tokens
+            scorer,
+            k,
+            device,
+            config.max_patches,
+            encoder=encoder,
+            max_slide_tokens=self.max_slide_tokens,
+            summary_tokens=config.summary_tokens,
         )
         # The rule for encoders is part of the key: a selection under another rule is not used.
         store = store_settings(options.selection_store, options.selection_store_gib)
-        name = scorer_name(digest, encoder, config.max_patches)
+        name = scorer_name(digest, selector)
         questions = None
         if isinstance(scorer, QuestionScorer):
             questions = partial(QuestionReader, scorer, model.model, model.revision)
@@ -157,7 +164,7 @@ class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingIn
         slides: list[SelectedSlide] = hf_data["images"]  # type: ignore[assignment]
         return BatchFeature(
             {
-                "rows": [slide.selection.features for slide in slides],
+                "rows": [slide.selection.rows for slide in slides],
                 "scores": [slide.selection.scores for slide in slides],
                 "kept": [slide.selection.indices for slide in slides],
                 "num_candidates": torch.tensor([slide.selection.num_candidates for slide in slides]),
@@ -186,8 +193,8 @@ class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingIn
         slide_token = self.info.get_hf_config().slide_token_id
 
         def slide_tokens(item_idx: int) -> list[int]:
-            kept = out_mm_kwargs[MODALITY][item_idx]["kept"].data
-            return [slide_token] * kept.shape[0]
+            rows = out_mm_kwargs[MODALITY][item_idx]["rows"].data
+            return [slide_token] * rows.shape[0]
 
         return [PromptReplacement(modality=MODALITY, target=[slide_token], replacement=slide_tokens)]
 

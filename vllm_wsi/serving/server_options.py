@@ -14,7 +14,7 @@ class ServerOptions(Settings, frozen=True):
     """The keys of `--mm-processor-kwargs`, one JSON object."""
 
     num_slide_tokens: int | None = Field(None, ge=1)
-    """K, patches that are kept of each slide; none: the checkpoint's. One request chooses another one by `#k=` in the
+    """K, tokens of each slide; none: the checkpoint's. One request chooses another one by `#k=` in the
     slide's URL."""
     selection_device: str | None = None
     """Where slides are scored: `auto`, `cpu`, `cuda` or `cuda:N`; none: `device`, else `auto`. vLLM takes `device` only

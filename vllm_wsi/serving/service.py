@@ -110,8 +110,9 @@ class SelectionService:
     def _key(self, request: SlideRequest) -> tuple[int, SelectionKey, str]:
         """(K, key, digest) of what is asked."""
         k = self.default_k if request.k is None else request.k
-        if not 1 <= k <= self.max_slide_tokens:
-            raise SlideError(f"k: found {k}, wanted 1 .. {self.max_slide_tokens}")
+        least = self.selector.summary_tokens + 1
+        if not least <= k <= self.max_slide_tokens:
+            raise SlideError(f"k: found {k}, wanted {least} .. {self.max_slide_tokens}")
         if request.question is not None and self.questions is None:
             raise SlideError("q: found a question for a checkpoint whose scorer hears none, wanted a URL without it")
         key = SelectionKey(request.identity(), request.encoder, self.scorer, self.start())

@@ -12,7 +12,8 @@ from torch import Tensor
 from vllm.multimodal.parse import ModalityDataItems, MultiModalDataParser, ProcessorBatchItems
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.selection.selection import Selection
+from vllm_wsi.selection.selection import Selection, check_summary
+from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import FeatureFile, SlideIdentity, features_in_memory
 from vllm_wsi.slides.feature_file import FLOAT_DTYPES
 
@@ -71,35 +72,42 @@ class SlideParser(MultiModalDataParser):
 
     def _selected_by_hand(self, chosen: Selection) -> SelectedSlide:
         service = self._service
-        check_selection(chosen, service.selector.feature_dim, service.max_slide_tokens)
+        check_selection(chosen, service.selector, service.max_slide_tokens)
         service.selector.encoder("Selection", chosen.metadata)
         chosen = service.selector.rescored(chosen)
         facts = f"{chosen.num_patches} {chosen.num_candidates} {chosen.features.dtype}"
         digest = hashlib.blake2b(facts.encode(), digest_size=20)
-        for tensor in (chosen.indices, chosen.features):
+        for tensor in (chosen.indices, chosen.rows):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return SelectedSlide(chosen, f"selection:{digest.hexdigest()}", service.scorer, service.default_k, None)
 
 
-def check_selection(chosen: Selection, feature_dim: int, max_slide_tokens: int) -> None:
+def check_selection(chosen: Selection, selector: SlideSelector, max_slide_tokens: int) -> None:
     """Raises SlideError where a selection that a program made would not fit into the prompt.
 
     Args:
-        feature_dim: d, of the checkpoint.
+        selector: of the checkpoint.
         max_slide_tokens: the largest K.
     """
     k, n, rows = len(chosen.indices), chosen.num_patches, tuple(chosen.features.shape)
+    feature_dim = selector.feature_dim
     if rows != (k, feature_dim):
         raise SlideError(f"Selection: features: found shape {rows}, wanted ({k}, {feature_dim}), a row for each index")
-    if not 1 <= k <= max_slide_tokens:
-        raise SlideError(f"Selection: found {k} patches, wanted 1 .. {max_slide_tokens}")
+    check_summary(chosen, selector.summary_tokens)
+    if chosen.pooled is not None and tuple(chosen.pooled.shape[1:]) != (feature_dim,):
+        raise SlideError(f"Selection: pooled: found shape {tuple(chosen.pooled.shape)}, wanted (s, {feature_dim})")
+    if not k or chosen.num_tokens > max_slide_tokens:
+        found = f"{k} patches" + (
+            f" and {chosen.num_summary_tokens} summary tokens" if chosen.num_summary_tokens else ""
+        )
+        raise SlideError(f"Selection: found {found}, wanted 1 .. {max_slide_tokens}")
     indices = chosen.indices
     if indices.dtype != torch.int64 or indices[0] < 0 or indices[-1] >= n or not bool((indices.diff() > 0).all()):
         raise SlideError(f"Selection: indices: found {indices.dtype}, wanted int64, rising, within 0 .. {n - 1}")
     if not k <= chosen.num_candidates <= n:
         found = f"{chosen.num_nonfinite} of {n} without a finite score"
         raise SlideError(f"Selection: num_nonfinite: found {found}, wanted 0 .. {n - k}, as it keeps {k}")
-    if not bool(torch.isfinite(chosen.features).all()):
+    if not bool(torch.isfinite(chosen.rows).all()):
         raise SlideError("Selection: features: found NaN or infinities, wanted finite numbers")
 
 

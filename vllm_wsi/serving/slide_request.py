@@ -85,6 +85,7 @@ class SelectedSlide:
         coords = 0 if chosen.coords is None else chosen.coords.nbytes
         metadata = sum(len(key) + len(value) for key, value in chosen.metadata.items())
         everything = 0 if chosen.all_scores is None else chosen.all_scores.nbytes
-        everything += 0 if chosen.all_coords is None else chosen.all_coords.nbytes
+        for tensor in (chosen.all_coords, chosen.pools, chosen.pooled):
+            everything += 0 if tensor is None else tensor.nbytes
         kept = chosen.indices.nbytes + chosen.scores.nbytes + chosen.features.nbytes
         return kept + coords + everything + metadata + 1024

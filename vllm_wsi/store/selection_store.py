@@ -25,8 +25,9 @@ from torch import Tensor
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.files import replacing
 from vllm_wsi.selection.selection import Selection
+from vllm_wsi.selection.slide_pools import SlideScores
 
-from .selection_tensors import scores_of, selection_of, selection_tensors
+from .selection_tensors import score_tensors, scores_of, selection_of, selection_tensors
 from .store_files import StoredFile, file_name, store_files
 from .store_settings import MAX_BYTES
 from .stored_file import Kind, from_bytes, to_bytes
@@ -87,8 +88,8 @@ class SelectionStore:
             self._count("miss" if found is None else "hit", 0)
         return found
 
-    def load_scores(self, digest: str) -> Tensor | None:
-        """Scores fp32 [N], or a `QuestionScorer`'s vectors [N, R], as they were, NaN and infinities too."""
+    def load_scores(self, digest: str) -> SlideScores | None:
+        """Of all patches as they were, NaN and infinities too."""
         found = self._load("scores", digest, scores_of)
         if found is not None:
             self._count("scores hit", 0)
@@ -98,8 +99,8 @@ class SelectionStore:
         """Without the scores and places of all patches, which `save_scores` keeps."""
         self._save("selection", digest, lambda: selection_tensors(chosen))
 
-    def save_scores(self, digest: str, scores: Tensor) -> None:
-        self._save("scores", digest, lambda: ({"scores": scores}, {}))
+    def save_scores(self, digest: str, known: SlideScores) -> None:
+        self._save("scores", digest, lambda: (score_tensors(known), {}))
 
     @contextlib.contextmanager
     def alone(self, digest: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_wsi.selection.score_summary import LEVELS, ScoreSummary
 from vllm_wsi.selection.selection import Selection
+from vllm_wsi.selection.slide_pools import SlidePools, SlideScores
 from vllm_wsi.slides.encoder_names import EncoderMatch
 from vllm_wsi.slides.places import PatchSize
 
@@ -23,6 +24,8 @@ def selection_tensors(chosen: Selection) -> tuple[dict[str, Tensor], dict[str, A
     tensors = {"indices": chosen.indices, "scores": chosen.scores, "features": chosen.features}
     if chosen.coords is not None:
         tensors["coords"] = torch.from_numpy(_native(chosen.coords))
+    if chosen.pooled is not None:
+        tensors["pooled"] = chosen.pooled
     if chosen.summary is not None:
         tensors["quantiles"] = chosen.summary.quantiles
     facts = {
@@ -39,12 +42,25 @@ def selection_tensors(chosen: Selection) -> tuple[dict[str, Tensor], dict[str, A
     return tensors, facts
 
 
-def scores_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
-    """Raises ValueError or KeyError where they are neither scores of patches nor a `QuestionScorer`'s vectors."""
+def score_tensors(known: SlideScores) -> dict[str, Tensor]:
+    tensors = {"scores": known.scores}
+    if known.pools is not None:
+        tensors |= {"pool_sums": known.pools.sums, "pool_counts": known.pools.counts}
+    return tensors
+
+
+def scores_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlideScores:
+    """Raises ValueError or KeyError where they are neither scores of patches nor a `QuestionScorer`'s vectors, or their
+    pools are none."""
     scores = tensors["scores"]
     if (scores.ndim, scores.dtype) not in SCORES:
         raise ValueError(f"scores: found {scores.dtype} of {scores.ndim} dimensions, wanted scores or vectors")
-    return scores
+    if "pool_sums" not in tensors:
+        return SlideScores(scores)
+    sums, counts = tensors["pool_sums"], tensors["pool_counts"]
+    if sums.ndim != 2 or sums.dtype != torch.float64 or counts.dtype != torch.int64 or counts.shape != sums.shape[:1]:
+        raise ValueError(f"pool_sums: found {sums.dtype} {tuple(sums.shape)}, wanted float64 [S, d] and S counts")
+    return SlideScores(scores, SlidePools(sums, counts))
 
 
 def selection_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Selection:
@@ -58,6 +74,7 @@ def selection_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Selection
         coords=tensors["coords"].numpy() if "coords" in tensors else None,
         patch_size=None if patch_size is None else PatchSize(*patch_size),
         encoder_match=None if encoder_match is None else EncoderMatch(*encoder_match),
+        pooled=tensors.get("pooled"),
         summary=None if best is None else ScoreSummary(best, tensors["quantiles"]),
         **facts,
     )
@@ -74,6 +91,9 @@ def _check(tensors: dict[str, Tensor], num_patches: int) -> None:
         raise ValueError("scores: found other than one finite score for each row, wanted float32")
     if features.ndim != 2 or len(features) != len(indices) or not features.is_floating_point():
         raise ValueError(f"features: found shape {tuple(features.shape)}, wanted one row for each of {len(indices)}")
+    pooled = tensors.get("pooled")
+    if pooled is not None and (pooled.dtype != torch.float32 or pooled.shape[1:] != features.shape[1:]):
+        raise ValueError(f"pooled: found {pooled.dtype} {tuple(pooled.shape)}, wanted float32 [s, d]")
     quantiles = tensors.get("quantiles")
     if quantiles is not None and (quantiles.dtype != torch.float32 or quantiles.shape != (len(LEVELS),)):
         raise ValueError(f"quantiles: found shape {tuple(quantiles.shape)}, wanted ({len(LEVELS)},)")

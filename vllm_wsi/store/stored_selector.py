@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-from torch import Tensor
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.question_scorer import QuestionScorer
 from vllm_wsi.selection.question_selection import Question
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.selector import SlideSelector
+from vllm_wsi.selection.slide_pools import SlideScores
 from vllm_wsi.slides import FeatureFile, SlideIdentity, open_features
-from vllm_wsi.slides.encoder_names import EncoderCheck
 
 from .selection_key import SelectionKey
 from .selection_store import SelectionStore
@@ -90,24 +87,24 @@ class StoredSelector:
         with self._alone(key, waiting):
             if not keep_all_scores and (found := self.stored(key, k, False, question)) is not None:
                 return Selected(found, "store")
-            scores = self._known_scores(key)
+            known = self._known_scores(key)
             with open_slide() as slide:
-                if scores is not None and len(scores) != slide.num_patches:
-                    scores = None
-                if scores is not None:
+                if known is not None and len(known.scores) != slide.num_patches:
+                    known = None
+                if known is not None:
                     query = None if question is None else question.query
-                    selection = self.selector.select_by_scores(slide, scores, k, key.scored_on, query)
+                    selection = self.selector.select_by_scores(slide, known, k, key.scored_on, query)
                 else:
-                    selection, new_scores = self._read(slide, k, question)
+                    selection, read = self._read(slide, k, question)
             # Only now is it sure that the slide did not change meanwhile.
             key = key._replace(scored_on=selection.scored_on)
-            if scores is None:
-                self._save_scores(key, new_scores)
+            if known is None:
+                self._save_scores(key, read)
             if self.store is not None:
                 self.store.save_selection(key.of_selection(k, _digest(question)), selection)
         if not keep_all_scores:
-            selection = replace(selection, all_scores=None, all_coords=None)
-        return Selected(selection, "file" if scores is None else "stored scores")
+            selection = selection.without_all_scores()
+        return Selected(selection, "file" if known is None else "stored scores")
 
     def stored(
         self, key: SelectionKey, k: int, count_miss: bool = True, question: Question | None = None
@@ -116,7 +113,7 @@ class StoredSelector:
         if self.store is None:
             return None
         found = self.store.load_selection(key.of_selection(k, _digest(question)), count_miss)
-        if found is not None and (found.features.shape[1] != self.selector.feature_dim or len(found.indices) > k):
+        if found is not None and (found.features.shape[1] != self.selector.feature_dim or found.num_tokens > k):
             return None
         return found
 
@@ -134,44 +131,51 @@ class StoredSelector:
                 locks.enter_context(self.store.alone(digest, waiting))
             yield
 
-    def _known_scores(self, key: SelectionKey) -> Tensor | None:
-        """Of all patches: a slide's scores, or a `QuestionScorer`'s vectors."""
-        digest, scorer = key.of_scores(), self.selector.scorer
-        if not isinstance(scorer, QuestionScorer):
-            return None if self.store is None else self.store.load_scores(digest)
-        found = self._vectors.get(digest)
+    def _known_scores(self, key: SelectionKey) -> SlideScores | None:
+        digest, hears = key.of_scores(), isinstance(self.selector.scorer, QuestionScorer)
+        found = self._vectors.get(digest) if hears else None
         if found is None and self.store is not None:
             found = self.store.load_scores(digest)
-            if found is not None and (found.ndim != 2 or found.shape[1] != scorer.rank):
+            if found is not None and not self._fits(found):
                 return None
-            if found is not None:
+            if found is not None and hears:
                 self._vectors.put(digest, found)
         return found
 
-    def _read(self, slide: FeatureFile, k: int, question: Question | None) -> tuple[Selection, Tensor]:
+    def _fits(self, known: SlideScores) -> bool:
+        """Whether they are what this selector makes of a slide."""
+        scorer, selector = self.selector.scorer, self.selector
+        shape = (scorer.rank,) if isinstance(scorer, QuestionScorer) else ()
+        pools = None if known.pools is None else tuple(known.pools.sums.shape)
+        wanted = (selector.summary_tokens, selector.feature_dim) if selector.summary_tokens else None
+        return tuple(known.scores.shape[1:]) == shape and pools == wanted
+
+    def _read(self, slide: FeatureFile, k: int, question: Question | None) -> tuple[Selection, SlideScores]:
         """The selection with all scores, and what of it serves every K and question."""
         if not isinstance(self.selector.scorer, QuestionScorer):
             selection = self.selector.select(slide, k, keep_all_scores=True)
             assert selection.all_scores is not None
-            return selection, selection.all_scores
+            return selection, SlideScores(selection.all_scores, selection.pools)
         found = self.selector.read_vectors(slide)
         query = None if question is None else question.query
-        return self.selector.select_of_vectors(slide, found, k, query), found.vectors
+        return self.selector.select_of_vectors(slide, found, k, query), found.known
 
-    def _save_scores(self, key: SelectionKey, scores: Tensor) -> None:
+    def _save_scores(self, key: SelectionKey, known: SlideScores) -> None:
         if isinstance(self.selector.scorer, QuestionScorer):
-            self._vectors.put(key.of_scores(), scores)
+            self._vectors.put(key.of_scores(), known)
         if self.store is not None:
-            self.store.save_scores(key.of_scores(), scores)
+            self.store.save_scores(key.of_scores(), known)
 
 
 def _digest(question: Question | None) -> str | None:
     return None if question is None else question.digest
 
 
-def scorer_name(digest: str, encoder: EncoderCheck, max_patches: int | None) -> str:
-    """Of a scorer by the digest of its weights, and of the rules by which slides are refused."""
-    return f"{digest}:{encoder}, at most {max_patches} patches"
+def scorer_name(digest: str, selector: SlideSelector) -> str:
+    """Of a scorer by the digest of its weights, and of the rules by which slides are refused and dropped patches
+    pooled."""
+    rules = f"{selector.encoder}, at most {selector.max_patches} patches"
+    return f"{digest}:{rules}, {selector.summary_tokens} summary tokens"
 
 
 @contextmanager

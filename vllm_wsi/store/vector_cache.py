@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cachetools import LRUCache
-from torch import Tensor
+
+from vllm_wsi.selection.slide_pools import SlideScores
 
 CACHE_BYTES = 256 << 20  # 80 slides of 100,000 patches and 16 numbers each
 POLL_SECONDS = 0.02
@@ -18,17 +19,17 @@ class SlideVectorCache:
 
     def __init__(self, cache_bytes: int = CACHE_BYTES) -> None:
         self._lock = threading.Lock()
-        self._vectors: LRUCache[str, Tensor] = LRUCache(cache_bytes, getsizeof=lambda one: one.nbytes)
+        self._vectors: LRUCache[str, SlideScores] = LRUCache(cache_bytes, getsizeof=lambda one: one.nbytes)
         self._reading: dict[str, tuple[threading.Lock, int]] = {}  # and how many threads want it
 
-    def get(self, digest: str) -> Tensor | None:
+    def get(self, digest: str) -> SlideScores | None:
         with self._lock:
             return self._vectors.get(digest)
 
-    def put(self, digest: str, vectors: Tensor) -> None:
+    def put(self, digest: str, known: SlideScores) -> None:
         with self._lock:
-            if vectors.nbytes <= self._vectors.maxsize:
-                self._vectors[digest] = vectors
+            if known.nbytes <= self._vectors.maxsize:
+                self._vectors[digest] = known
 
     @contextmanager
     def alone(self, digest: str, waiting: Callable[[], None]) -> Iterator[None]:

@@ -127,5 +127,5 @@ def stored_selector(settings: WarmSettings) -> StoredSelector:
         CheckpointError, SettingsError, SetupError: the checkpoint, the store or the device is not there.
     """
     selector = load_selector(settings.checkpoint, settings.device, encoder_mismatch=settings.encoder_mismatch)
-    name = scorer_name(scorer_digest(selector.scorer), selector.encoder, selector.max_patches)
+    name = scorer_name(scorer_digest(selector.scorer), selector)
     return StoredSelector(selector, name, SelectionStore(*settings.store))

@@ -69,7 +69,7 @@ def load_calibrate_settings(path: Path) -> CalibrateSettings:
     return settings
 
 
-class Asked(NamedTuple):
+class ReadAnswer(NamedTuple):
     """One validation question, its slide selected and its answer read."""
 
     selection: Selection
@@ -106,7 +106,7 @@ def calibrate(
 
 def ask(
     model: SparseWSIForConditionalGeneration, renderer: ChatRenderer, items: Sequence[SlideItem], absent: str
-) -> list[Asked]:
+) -> list[ReadAnswer]:
     """Selects and answers every question.
 
     Raises:
@@ -118,7 +118,7 @@ def ask(
     selections = [selected(model, renderer, item) for item in items]
     choices = choose(model, renderer, items, [[one] for one in selections])
     return [
-        Asked(
+        ReadAnswer(
             selection,
             np.array([choice.logprobs[option] for option in item.options]),
             list(item.options).index(item.answer),
@@ -168,7 +168,7 @@ def sampled_slides(model: SparseWSIForConditionalGeneration, items: Sequence[Sli
     return sampled
 
 
-def fitted(scorer: str, training: Sequence[SampledSlide], asked: Sequence[Asked]) -> Calibration:
+def fitted(scorer: str, training: Sequence[SampledSlide], asked: Sequence[ReadAnswer]) -> Calibration:
     """The calibration that these answers give.
 
     Raises:

@@ -66,7 +66,7 @@ class _Branched(NamedTuple):
 
 def _prompt(item: TrainingItem, chat: EncodedChat, slide_token_id: int) -> _Prompt:
     ids, labels = torch.tensor(chat.ids), torch.tensor(chat.labels)
-    slides = [PatchRows(slide.indices, slide.num_patches) for slide in item.slides]
+    slides = [PatchRows(slide.indices, slide.num_patches, slide.num_summary) for slide in item.slides]
     repeats, positions = lay_out(ids, slides, slide_token_id, item.budget)
     return _Prompt(repeated(ids, repeats), positions, repeated(labels, repeats))
 

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 class TrainingSlide(NamedTuple):
     """A slide's patches as training sees them."""
 
-    features: Tensor  # [n, d], the file's dtype
+    features: Tensor  # [n + s, d], the file's dtype; the last s are summary tokens
     indices: Tensor  # int64 [n], ascending: their rows among the N
     num_patches: int  # N
     num_candidates: int  # with a finite score, that these were chosen from; n where nothing was chosen
+    num_summary: int = 0  # s
 
 
 class TrainingItem(NamedTuple):

@@ -50,7 +50,9 @@ class ModelSettings(Settings):
     projector: dict[str, Any] = Field(default_factory=dict)
     """As in the checkpoint's `projector`."""
     num_slide_tokens: int = Field(32, ge=1)
-    """K, patches that are kept of each slide."""
+    """K, tokens of each slide."""
+    summary_tokens: int = Field(0, ge=0)
+    """Of K, means of the dropped patches."""
     position_ids: Literal["original", "packed"] = "original"
     """Whether a kept patch keeps its place among the N, or is counted like text."""
     max_slide_positions: int | None = Field(None, ge=1)
@@ -70,6 +72,10 @@ class ModelSettings(Settings):
                 raise ValueError(f"scorer_from: found {', '.join(said)} beside it, wanted what its checkpoint says")
         elif self.decoder is not None and self.feature_dim is None:
             raise ValueError("found a decoder without feature_dim, wanted the size of the patch features beside it")
+        if self.summary_tokens and self.decoder is None:
+            raise ValueError(
+                f"summary_tokens: found {self.summary_tokens} beside {given[0]}, wanted it beside decoder, or in new"
+            )
         return self
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.files import new_folder
+from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 
 from .batches import collate
@@ -69,7 +70,10 @@ def run_stage(
     is_hard = stage.selection == "hard"
     hears = model.config.scorer["kind"] == "question"  # else the table would be held, and sent to workers, for nothing
     embeddings = model.get_input_embeddings().weight if hears else None
-    dataset.selection = HardSelection(model.scorer, model.config.num_slide_tokens, embeddings) if is_hard else None
+    config = model.config
+    dataset.selection = None
+    if is_hard:
+        dataset.selection = HardSelection(model.scorer, config.num_slide_tokens, embeddings, config.summary_tokens)
     if stage.lora is not None:
         model.language_model = with_lora(model.language_model, stage.lora)
     wrapped = SparseLearnModel(model, stage.sparselearn, previous)
@@ -93,6 +97,15 @@ def run_stage(
             model.language_model = model.language_model.merge_and_unload()
         model.requires_grad_(True)
     return TrainedStage(wrapped.sparselearn, is_sharded)
+
+
+def refuse_unseen_summary(stages: Sequence[StageSettings], config: SparseWSIConfig) -> None:
+    """Raises SettingsError where a model would be served summary tokens that it did not learn to read last."""
+    if config.summary_tokens and stages[-1].selection != "hard":
+        raise SettingsError(
+            f"stages: {stages[-1].name}: selection: found {stages[-1].selection} in the last stage of a model with "
+            f"{config.summary_tokens} summary_tokens, wanted hard, which alone shows them"
+        )
 
 
 def refuse_beside_questions(stages: Sequence[StageSettings], model: SparseWSIForConditionalGeneration) -> None:

@@ -52,6 +52,7 @@ def _around_decoder(
     config = SparseWSIConfig(
         text_config=decoder.config,
         num_slide_tokens=settings.num_slide_tokens,
+        summary_tokens=settings.summary_tokens,
         projector=settings.projector,
         position_ids=settings.position_ids,
         max_slide_positions=settings.max_slide_positions,

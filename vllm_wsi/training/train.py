@@ -25,7 +25,7 @@ from .settings import SCORER_RUN, DataSettings, ModelSettings, TrainSettings
 from .shared_prefix import attend_to_shared_prefix
 from .slide_check import SlideMemory, on_main_process
 from .sparselearn import SparseLearn
-from .stages import refuse_beside_questions, refuse_rounded_steps, run_stage
+from .stages import refuse_beside_questions, refuse_rounded_steps, refuse_unseen_summary, run_stage
 from .start_model import name_end_of_turn, start_model
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     model, tokenizer = start_model(start, settings.seed)
     refuse_rounded_steps(settings.stages, model)
     refuse_beside_questions(settings.stages, model)
+    refuse_unseen_summary(settings.stages, model.config)
     if any(stage.questions_per_sequence > 1 for stage in settings.stages):
         attend_to_shared_prefix(model.language_model)  # refuses a decoder that cannot, before slides are read
     datasets = _checked_datasets(settings, ChatRenderer(tokenizer), model.config, generators or {}, output, processes)
@@ -124,10 +125,10 @@ def _checked_datasets(
                 f"stages: {stage.name}: found sparselearn beside a projector that reads scores, wanted none: "
                 "the decoder would read the scores, and the scorer learn nothing from its answers (scorer_run)"
             )
-        if stage.sparselearn is not None and stage.sparselearn.num_slide_tokens != config.num_slide_tokens:
-            found, wanted = stage.sparselearn.num_slide_tokens, config.num_slide_tokens
+        if stage.sparselearn is not None and stage.sparselearn.num_slide_tokens != config.num_kept_patches:
+            found, wanted = stage.sparselearn.num_slide_tokens, config.num_kept_patches
             raise SettingsError(
-                f"stages: {stage.name}: num_slide_tokens: found {found}, wanted {wanted}, as the model keeps"
+                f"stages: {stage.name}: num_slide_tokens: found {found}, wanted {wanted}, as the model keeps patches"
             )
         try:
             dataset = make_dataset(stage.data, renderer, config, settings.seed, generators)
