@@ -50,7 +50,8 @@ class HaystackWorld:
         seed: of the patch types and of every slide.
         feature_dim: d.
         noise: standard deviation of a patch about its type.
-        num_common, num_distractors: numbers of patch types beside the four findings.
+        num_common: number of common patch types, beside the four findings.
+        num_distractors: number of distractor patch types, which are rare and are no finding.
         distractor_rate: share of a slide's patches that are distractors.
         key_patches: least and most key patches of each finding, whatever the slide's length.
         lookalike_rate: share of a slide's patches that resemble a finding (cosine 0.87 with its type) but are no key
