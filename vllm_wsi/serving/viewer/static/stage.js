@@ -52,6 +52,17 @@ export async function openSlide(viewer, url, facts) {
   viewer.viewport.goHome(true);
 }
 
+// Makes a change that may move what stands below the slide. A slide that was shown whole stays so.
+export async function keepWhole(viewer, change) {
+  const shown = viewer.world.getItemAt(0) ? viewer.viewport.getBounds() : null;
+  const home = shown && viewer.viewport.getHomeBounds();
+  change();
+  if (!shown || Math.abs(shown.width - home.width) > 1e-6 || shown.getCenter().distanceTo(home.getCenter()) > 1e-6) return;
+  await nextFrame();
+  await nextFrame();
+  viewer.viewport.goHome(true);
+}
+
 // The bar in the corner: a round number of micrometres.
 export function drawScale(viewer, bar, mpp) {
   const item = viewer.world.getItemAt(0);
