@@ -24,6 +24,7 @@ export function createStage(element) {
     // The overlay knows neither turned nor mirrored slides.
     if (["r", "R", "f"].includes(event.originalEvent.key)) event.preventDefaultAction = true;
   });
+  viewer.canvas.setAttribute("role", "application"); // it takes the arrow keys, and a label needs a role
   viewer.canvas.setAttribute("aria-label", "Slide: arrow keys move, + and - zoom, 0 shows the whole slide");
   return viewer;
 }
