@@ -164,7 +164,8 @@ async function showSelection(url, signal) {
   state.patches = patches;
   const nan = chosen.num_nonfinite ? `, ${chosen.num_nonfinite} without a finite score` : "";
   const why = asked() === url ? "" : ` for “${state.question}”`;
-  at("kept-note").textContent = `${patches.length} of ${chosen.num_patches.toLocaleString("en")}${nan}${why}`;
+  const means = chosen.num_summary_tokens ? `, and ${chosen.num_summary_tokens} means of the others` : "";
+  at("kept-note").textContent = `${patches.length} of ${chosen.num_patches.toLocaleString("en")}${means}${nan}${why}`;
   await keepWhole(viewer, () => showTrust(chosen));
   if (signal.aborted) return;
   if (chosen.rects_missing) {
