@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup browser demo test check lint bench docs
+.PHONY: setup browser demo pictures test check lint bench docs
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -12,6 +12,10 @@ browser: setup
 
 demo: setup
 	@$(BIN)/vllm-wsi demo
+
+# The pictures of docs/pictures, on a real slide; two to three minutes.
+pictures: setup browser
+	@$(BIN)/python tools/make_pictures.py
 
 # Two tests run at a time, each on a core of its own: threads that spin for a core that the other has cost minutes.
 test check: export OMP_NUM_THREADS = 1

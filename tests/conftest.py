@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import runpy
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,9 @@ LONG = (
     "test_compile.py", "test_bench.py", "test_examples.py",
 )  # fmt: skip
 NOT_FAST = {"server", "engine", "browser", "slow"}
+
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+CHROMIUM_FLAGS += ["--disable-sync", "--no-first-run"]
 
 
 @cache
@@ -77,6 +81,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real test data (../shared/data) are not on this machine")
     return folder
+
+
+@pytest.fixture(scope="module")  # not of the session: while Playwright runs, no asynchronous test can
+def chromium():
+    """A real headless Chromium, driven by Playwright."""
+    playwright_api = pytest.importorskip("playwright.sync_api")
+    path = runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / "setup_browser.py"))["find_browser"]()
+    if path is None:
+        pytest.skip("no Chromium on this machine (tools/setup_browser.py looks for one)")
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """The pages: built strictly, as a reader gets them, and held to the code that they speak of."""
 
-import contextlib
 import functools
 import os
 import re
-import runpy
 import subprocess
 import sys
 import threading
@@ -17,6 +15,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from vllm_wsi.settings import Settings
+
+from .axe_check import grave_findings
 
 ROOT = Path(__file__).resolve().parents[1]
 TROUBLES = ROOT / "docs" / "serve" / "troubleshooting.md"
@@ -108,31 +108,39 @@ def test_the_table_of_the_rooms_names_each_layer_that_the_import_rules_know():
     assert [room for room in rooms if f"`{room}`" not in page] == []
 
 
-@pytest.mark.slow
-@pytest.mark.browser
-def test_a_browser_opens_the_pages_and_finds_a_word_without_leaving_the_host(site):
-    playwright_api = pytest.importorskip("playwright.sync_api")
-    browser_path = runpy.run_path(str(ROOT / "tools" / "setup_browser.py"))["find_browser"]()
-    if browser_path is None:
-        pytest.skip("no Chromium on this machine (tools/setup_browser.py looks for one)")
+@pytest.fixture(scope="module")
+def address(site):
+    """Of a web server of the site: a real browser opens it as a reader does."""
     handler = functools.partial(SimpleHTTPRequestHandler, directory=site)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, contextlib.ExitStack() as stack:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        stack.callback(server.shutdown)
-        host = f"127.0.0.1:{server.server_address[1]}"
-        browser = stack.enter_context(playwright_api.sync_playwright()).chromium.launch(
-            executable_path=browser_path, args=["--no-sandbox"]
-        )
-        page = browser.new_page()
-        asked: list[str] = []
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.browser
+def test_a_reader_finds_a_word_and_the_browser_asks_no_other_host(chromium, address):
+    asked: list[str] = []
+    with chromium.new_context(viewport={"width": 1280, "height": 900}) as context:
+        page = context.new_page()
         page.on("request", lambda request: asked.append(urlsplit(request.url).netloc))
-        page.set_viewport_size({"width": 1280, "height": 900})
-        page.goto(f"http://{host}/docs/reference/settings/")
-        page.goto(f"http://{host}/")
+        page.goto(f"{address}/docs/reference/settings/")
+        page.goto(f"{address}/")
         search = page.get_by_role("textbox", name="Search")
         search.click()
         search.press_sequentially("supervisor")
         page.locator(".md-search-result__link", has_text="A server that runs for long").first.click()
         page.wait_for_url("**/docs/serve/running/**")
-        browser.close()
-    assert set(asked) == {host}
+    assert set(asked) == {urlsplit(address).netloc}
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_on_the_first_page_and_on_the_longest(chromium, site, address, scheme):
+    longest = max(site.rglob("index.html"), key=lambda path: path.stat().st_size)
+    with chromium.new_context(color_scheme=scheme, viewport={"width": 1300, "height": 850}) as context:
+        page = context.new_page()
+        for path in (site / "index.html", longest):
+            page.goto(f"{address}/{path.relative_to(site).as_posix()}")
+            page.wait_for_timeout(500)  # the theme changes tables when the page has loaded
+            assert grave_findings(page) == [], path

@@ -49,6 +49,13 @@ def test_the_wheel_holds_the_viewer_and_the_licence_of_what_it_brings(wheel):
     assert "vllm_wsi/serving/viewer/static/vendor/openseadragon.LICENSE.txt" in files
 
 
+def test_the_wheel_holds_both_checkpoints_whole_with_their_model_cards(wheel):
+    for folder in ("vllm_wsi/haystack/demo_checkpoint", "vllm_wsi/tissue/checkpoint"):
+        files = {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
+        assert files <= set(wheel)
+        assert f"{folder}/README.md" in files
+
+
 def test_importing_the_package_imports_neither_torch_nor_vllm_nor_numpy():
     loaded = python(
         "import sys, vllm_wsi; print([m for m in ('torch', 'vllm', 'numpy', 'transformers') if m in sys.modules])"

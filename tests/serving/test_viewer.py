@@ -5,7 +5,6 @@ Screenshots go to the folder that VLLM_WSI_SCREENSHOTS names, else to pytest's t
 
 import io
 import os
-import runpy
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -19,27 +18,13 @@ from PIL import Image
 from vllm_wsi.encoding.png import write_png
 from vllm_wsi.slides import open_features
 
+from ..axe_check import grave_findings
 from .conftest import KEY, make_slide, slide_message
 from .grid_slides import CELL, grid_colour, make_grid_image, make_grid_slide, make_real_slide
 
-playwright_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.server, pytest.mark.browser]
-ROOT = Path(__file__).resolve().parents[2]
 KEPT = np.array([255, 200, 0])
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-FLAGS += ["--disable-sync", "--no-first-run"]
 VIEWER = "OpenSeadragon.getViewer(document.getElementById('slide'))"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    path = runpy.run_path(str(ROOT / "tools" / "setup_browser.py"))["find_browser"]()
-    if path is None:
-        pytest.skip("no Chromium on this machine (tools/setup_browser.py looks for one)")
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -422,6 +407,63 @@ def test_the_real_slide(new_page, server, media, shared_data, tmp_path, name, op
     page.reload()
     page.wait_for_selector("#patches button")
     print(f"the page was whole again after {time.monotonic() - began:.2f} s")
+
+
+def says(page, url, **said):
+    """Lets the server's selections of a slide say more: its checkpoint has no calibration."""
+
+    def changed(route):
+        if route.request.post_data_json != {"url": url} or "format" in route.request.url:
+            return route.continue_()
+        answer = route.fetch()
+        return route.fulfill(response=answer, json=answer.json() | said)
+
+    page.route("**/wsi/select", changed)
+
+
+UNSURE = {"sufficiency": 0.125, "in_distribution": 0.5, "warnings": ["what is asked for is probably not on it. " * 5]}
+
+
+def test_what_is_said_of_trust_pushes_no_part_of_the_slide_out_of_view(new_page, server, media):
+    path = media / "grid.safetensors"
+    page = new_page(viewport={"width": 1300, "height": 560})  # the slide is as high as its window
+    says(page, path.as_uri(), **UNSURE)
+    show(page, server, path)
+    assert "probably not on it" in page.locator("#trust").inner_text()
+    check_outlines(page, path.as_uri(), 2000, 1600)
+    page.locator("#patches button").nth(3).click()
+    settle(page)
+    near = page.evaluate(f"{VIEWER}.viewport.getZoom()")
+    page.get_by_role("textbox", name="Question").fill("<|slide|>")
+    new_page.allowed.append("status of 400")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#log .error")
+    assert page.evaluate(f"{VIEWER}.viewport.getZoom()") == near  # only a slide that is shown whole is laid out anew
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_on_the_page_in_any_of_its_states(new_page, server, media, scheme):
+    path = media / "grid.safetensors"
+    page = new_page(color_scheme=scheme)
+    new_page.allowed.append("status of 400")
+    says(page, path.as_uri(), **UNSURE)
+    show(page, server, path)
+    page.locator("#heat").fill("50")
+    page.locator("#patches button").nth(2).click()
+    settle(page)
+    assert grave_findings(page) == []  # slide, heat map, words on trust, a chosen patch
+    question = page.get_by_role("textbox", name="Question")
+    for text, shown in (("Which tissue is this?", "#log .assistant:not(.waiting)"), ("<|slide|>", "#log .error")):
+        question.fill(text)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(shown)
+        page.wait_for_selector("#send:not([hidden])")
+    page.locator("#key-box summary").click()
+    assert grave_findings(page) == []  # answer, refusal, the box for the key
+    gone = (media / "gone.safetensors").as_uri()
+    page.goto(f"{server.root}/wsi/#slide={quote(gone, safe='')}")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert grave_findings(page) == []  # no slide, and why
 
 
 def test_guessed_places_are_shown_upon_the_slide_only_when_the_user_wants_them(new_page, server, media):

@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { Chat } from "./chat.js";
 import { Overlay } from "./overlay.js";
-import { createStage, drawScale, openSlide } from "./stage.js";
+import { createStage, drawScale, keepWhole, openSlide } from "./stage.js";
 
 const at = (id) => document.getElementById(id);
 const viewer = createStage(at("slide"));
@@ -164,8 +164,10 @@ async function showSelection(url, signal) {
   state.patches = patches;
   const nan = chosen.num_nonfinite ? `, ${chosen.num_nonfinite} without a finite score` : "";
   const why = asked() === url ? "" : ` for “${state.question}”`;
-  at("kept-note").textContent = `${patches.length} of ${chosen.num_patches.toLocaleString("en")}${nan}${why}`;
-  showTrust(chosen);
+  const means = chosen.num_summary_tokens ? `, and ${chosen.num_summary_tokens} means of the others` : "";
+  at("kept-note").textContent = `${patches.length} of ${chosen.num_patches.toLocaleString("en")}${means}${nan}${why}`;
+  await keepWhole(viewer, () => showTrust(chosen));
+  if (signal.aborted) return;
   if (chosen.rects_missing) {
     at("remark").textContent = chosen.rects_missing;
     at("remark").hidden = false;

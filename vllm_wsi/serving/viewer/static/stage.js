@@ -24,6 +24,7 @@ export function createStage(element) {
     // The overlay knows neither turned nor mirrored slides.
     if (["r", "R", "f"].includes(event.originalEvent.key)) event.preventDefaultAction = true;
   });
+  viewer.canvas.setAttribute("role", "application"); // it takes the arrow keys, and a label needs a role
   viewer.canvas.setAttribute("aria-label", "Slide: arrow keys move, + and - zoom, 0 shows the whole slide");
   return viewer;
 }
@@ -47,6 +48,17 @@ export async function openSlide(viewer, url, facts) {
     viewer.open({ tileSource: source, loadTilesWithAjax: Boolean(tiles), ajaxHeaders: tiles ? api.headers() : {} });
   });
   // What stands below the slide may have moved with it; OpenSeadragon sees that one frame later.
+  await nextFrame();
+  await nextFrame();
+  viewer.viewport.goHome(true);
+}
+
+// Makes a change that may move what stands below the slide. A slide that was shown whole stays so.
+export async function keepWhole(viewer, change) {
+  const shown = viewer.world.getItemAt(0) ? viewer.viewport.getBounds() : null;
+  const home = shown && viewer.viewport.getHomeBounds();
+  change();
+  if (!shown || Math.abs(shown.width - home.width) > 1e-6 || shown.getCenter().distanceTo(home.getCenter()) > 1e-6) return;
   await nextFrame();
   await nextFrame();
   viewer.viewport.goHome(true);
