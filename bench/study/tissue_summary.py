@@ -90,7 +90,8 @@ def main() -> None:
 def unseen_scores(pools: dict[str, PatchPool]) -> Tensor:
     """fp32 [n]: each tile's score by a scorer that saw no tile of its source slide.
 
-    Those of the test share one scorer, which learned from all others. Tiles of both sides are scored alike, so that a decoder learns from selections as good as those of the test.
+    Tiles of the test share one scorer, which learned from all others. Tiles of both sides are scored alike, so that a
+    decoder learns from selections as good as those of the test.
     """
     train, scores = pools["train"], torch.empty(len(pools["train"].labels))
     sources = train.patients[train.rows]
