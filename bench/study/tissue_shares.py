@@ -40,6 +40,7 @@ KEY_TILES = (4, 12)
 LEAST_LEAD, MOST_LEAD, MOST_SHARE, DRAWS = 0.03, 0.3, 0.5, 1024
 EMPTY_WEIGHT = 0.25  # of background among the common classes, in the Dirichlet lot in which each tissue has 1
 CLASSES = list(TISSUES)
+SEEN, LEFT_OUT = TESTS = ("seen sources", "left-out sources")
 
 
 class Made(NamedTuple):
@@ -53,22 +54,23 @@ class Made(NamedTuple):
 
 
 def fold_pools(folder: str | Path, left_out: tuple[str, ...]) -> dict[str, PatchPool]:
-    """«train» and «test»: the tiles of the other source slides and of these, in scales that only the others set."""
+    """Tiles of three sides: «train», «seen sources» and «left-out sources», in scales that only «train» sets.
+
+    Every fourth tile of each class on each source slide that is not left out is one of «seen sources»: training meets
+    its source slide, but not the tile.
+    """
     whole = kather_pool(folder, left_out[0])
-    is_out = np.isin(whole.patients, left_out)
-    x = whole.views[0].astype(np.float64)
-    spread = x[~is_out].std(axis=0)
-    x = ((x - x[~is_out].mean(axis=0)) / np.where(spread > 0, spread, 1)).astype(np.float16)
+    side = np.where(np.isin(whole.patients, left_out), LEFT_OUT, "train").astype(object)
+    for source in np.setdiff1d(whole.patients, left_out):
+        for label in range(len(TISSUES)):
+            side[np.flatnonzero((whole.patients == source) & (whole.labels == label))[3::4]] = SEEN
+    x, is_train = whole.views[0].astype(np.float64), side == "train"
+    spread = x[is_train].std(axis=0)
+    x = ((x - x[is_train].mean(axis=0)) / np.where(spread > 0, spread, 1)).astype(np.float16)
     encoder = f"kather2016-texture@84-without-{'-'.join(left_out)}"
     return {
-        side: replace(
-            whole,
-            name=f"{encoder}-{side}",
-            encoder=encoder,
-            views=(x,),
-            rows=np.flatnonzero(is_out == (side == "test")),
-        )
-        for side in ("train", "test")
+        name: replace(whole, name=f"{encoder}-{name}", encoder=encoder, views=(x,), rows=np.flatnonzero(side == name))
+        for name in ("train", *TESTS)
     }
 
 
