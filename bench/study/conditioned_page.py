@@ -105,25 +105,26 @@ def trust_of_topics() -> str:
 
 
 def tissue_summary() -> str:
-    """A line for each arm, a column for each question: over all folds and seeds."""
+    """A line for each test and arm, a column for each question: over all folds and seeds, and less 32 best alone."""
     rows = [row for row in read_rows(RESULTS / "study" / "tissue_summary.csv") if row["kind"] == "pooled"]
     questions = list(dict.fromkeys(row["question"] for row in rows))
-    groups: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
+    groups: dict[tuple[str, str, str, str], dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        groups[row["rest"], row["s"], row["seed"]][row["question"]] = row
+        groups[row["tested_on"], row["rest"], row["s"], row["seed"]][row["question"]] = row
     lines = []
-    for (rest, s, seeds), of_arm in groups.items():
+    for (tested_on, rest, s, seeds), of_arm in groups.items():
         cells = []
         for row in (of_arm[question] for question in questions):
-            less = f"; {interval(row, *LESS_BEST)}" if row["less_k_best"] else ""
+            less = f" ({_signed(row)})" if row["less_k_best"] else ""
             cells.append(interval(row, *ACCURACY) + less)
-        lines.append([SUMMARY_ARMS[rest], s, str(len(seeds.split())), *cells, _kept(of_arm["finding"])])
-    return table(["the S tokens", "S", "seeds", *questions, "finding: kept at least one"], lines)
+        lines.append([tested_on, SUMMARY_ARMS[rest], s, str(len(seeds.split())), *cells, _kept(of_arm["finding"])])
+    return table(["tested on", "the S tokens", "S", "seeds", *questions, "finding: kept at least one"], lines)
 
 
 def tissue_summary_folds() -> str:
-    """The same for each fold, a mean over seeds: 32 best alone, then each arm of as many seeds."""
+    """The same for each fold, on its sources left out: the mean over seeds, and the least and the most of them."""
     rows = [row for row in read_rows(RESULTS / "study" / "tissue_summary.csv") if row["kind"] == "seed"]
+    rows = [row for row in rows if row["tested_on"] == "left-out sources"]
     questions = list(dict.fromkeys(row["question"] for row in rows))
     groups: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -136,9 +137,14 @@ def tissue_summary_folds() -> str:
             str(len(found[questions[0]])),
             *(_mean_range(found[one]) for one in questions),
         ]
-        for (left_out, rest, s), found in sorted(groups.items(), key=lambda one: one[0][0])
+        for (left_out, rest, s), found in groups.items()
     ]
     return table(["sources left out", "the S tokens", "S", "seeds", *questions], lines)
+
+
+def _signed(row: Row) -> str:
+    estimate, low, high = (f"{float(row[name]) + 0.0:+.2f}" for name in LESS_BEST)
+    return f"{estimate} [{low}, {high}]"
 
 
 def _mean_range(values: list[float]) -> str:
