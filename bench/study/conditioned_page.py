@@ -16,13 +16,22 @@ from bench.common.tables import interval, read_rows, table, write_tables
 
 PAGE = ROOT / "docs" / "conditioned.md"
 ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
+LESS_BEST = ("less_k_best", "less_low", "less_high")
+SUMMARY_ARMS = {
+    "none": "nothing: 32 best alone",
+    "means of interleaved rows": "means of every S-th row",
+    "nearest to means of interleaved rows": "the tile nearest to each mean of every S-th row",
+    "nearest to k-means of equal size": "the tile nearest to each mean of equal pools",
+    "evenly spaced": "evenly spaced tiles",
+}
 Row = dict[str, str]
 
 
 def main() -> None:
     tables = {
         "topics": topics(), "tissue": tissue(), "trust": trust("trust"), "trust-tissue": trust("trust_tissue"),
-        "trust-topics": trust_of_topics(),
+        "trust-topics": trust_of_topics(), "tissue-summary": tissue_summary(),
+        "tissue-summary-folds": tissue_summary_folds(),
     }  # fmt: skip
     write_tables(PAGE, {f"conditioned:{name}": made for name, made in tables.items()})
 
@@ -91,9 +100,55 @@ def trust_of_topics() -> str:
     lines = []
     for (world, n), rows in groups.items():
         columns = [[float(row[name]) for row in rows] for name in shown]
-        cells = [f"{np.mean(one):.2f} ({min(one):.2f} to {max(one):.2f})" for one in columns]
-        lines.append([world, f"{int(n):,}", str(len(rows)), *cells])
+        lines.append([world, f"{int(n):,}", str(len(rows)), *map(_mean_range, columns)])
     return table(head, lines)
+
+
+def tissue_summary() -> str:
+    """A line for each test and arm, a column for each question: over all folds and seeds, and less 32 best alone."""
+    rows = [row for row in read_rows(RESULTS / "study" / "tissue_summary.csv") if row["kind"] == "pooled"]
+    questions = list(dict.fromkeys(row["question"] for row in rows))
+    groups: dict[tuple[str, str, str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        groups[row["tested_on"], row["rest"], row["s"], row["seed"]][row["question"]] = row
+    lines = []
+    for (tested_on, rest, s, seeds), of_arm in groups.items():
+        cells = []
+        for row in (of_arm[question] for question in questions):
+            less = f" ({_signed(row)})" if row["less_k_best"] else ""
+            cells.append(interval(row, *ACCURACY) + less)
+        lines.append([tested_on, SUMMARY_ARMS[rest], s, str(len(seeds.split())), *cells, _kept(of_arm["finding"])])
+    return table(["tested on", "the S tokens", "S", "seeds", *questions, "finding: kept at least one"], lines)
+
+
+def tissue_summary_folds() -> str:
+    """The same for each fold, on its sources left out: the mean over seeds, and the least and the most of them."""
+    rows = [row for row in read_rows(RESULTS / "study" / "tissue_summary.csv") if row["kind"] == "seed"]
+    rows = [row for row in rows if row["tested_on"] == "left-out sources"]
+    questions = list(dict.fromkeys(row["question"] for row in rows))
+    groups: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        groups[row["left_out"], row["rest"], row["s"]][row["question"]].append(float(row["accuracy"]))
+    lines = [
+        [
+            left_out,
+            SUMMARY_ARMS[rest],
+            s,
+            str(len(found[questions[0]])),
+            *(_mean_range(found[one]) for one in questions),
+        ]
+        for (left_out, rest, s), found in groups.items()
+    ]
+    return table(["sources left out", "the S tokens", "S", "seeds", *questions], lines)
+
+
+def _signed(row: Row) -> str:
+    estimate, low, high = (f"{float(row[name]) + 0.0:+.2f}" for name in LESS_BEST)
+    return f"{estimate} [{low}, {high}]"
+
+
+def _mean_range(values: list[float]) -> str:
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _kept(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""What the decoder is shown of a slide in `bench.study.summary_tokens`: K tokens, chosen and pooled in several ways."""
+"""What the studies of summary tokens show the decoder of a slide: K tokens, chosen and pooled in several ways."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_wsi.kernels import ScorerWeights
-from vllm_wsi.kernels.reference import apply_scorer
 from vllm_wsi.selection.evenly_spaced import evenly_spaced
 
 from .pooled_means import SAMPLE, Pools, labels_of, normalised, pooled, sample_centres
 
 K = 32
+BY_PLACE = ("mean of all", "means of stretches", "means of interleaved rows", "nearest to means of interleaved rows")
 COUNT_SCALE, SHARE_SCALE = 4.0, 4.0
 
 
@@ -46,6 +46,8 @@ ARMS = (
     Arm("mean of all", 1), Arm("means of stretches", 8),
     Arm("nearest to k-means of equal size", 8), Arm("nearest to k-means of equal size", 16),
     Arm("means of stretches", 4), Arm("means of stretches", 16), Arm("means of interleaved rows", 8),
+    Arm("means of interleaved rows", 4), Arm("means of interleaved rows", 16),
+    Arm("nearest to means of interleaved rows", 8),
 )  # fmt: skip
 
 
@@ -57,7 +59,7 @@ class Shown(NamedTuple):
 
 
 @torch.no_grad()
-def shown(features: Tensor, scorer: ScorerWeights, arms: Sequence[Arm], seed: int) -> list[Shown]:
+def shown(features: Tensor, scores: Tensor, arms: Sequence[Arm], seed: int, phi: Tensor | None = None) -> list[Shown]:
     """What each arm shows of a slide.
 
     The best patches come first, in their order on the slide, then the S others: patches in their order, stretches in
@@ -65,11 +67,13 @@ def shown(features: Tensor, scorer: ScorerWeights, arms: Sequence[Arm], seed: in
 
     Args:
         features: fp32 [N, d].
+        scores: fp32 [N].
         seed: of the random patches.
+        phi: fp32 [N, h], for arms whose clusters lie in that space.
     """
     x = normalised(features)
-    order = apply_scorer(features, scorer).argsort(descending=True, stable=True)
-    found, labels = [], _labels(x, features, scorer, arms)
+    order = scores.argsort(descending=True, stable=True)
+    found, labels = [], _labels(x, phi, arms)
     for arm in arms:
         kept = order[: K - arm.s].sort().values
         dropped = torch.ones(len(x), dtype=torch.bool)
@@ -82,11 +86,13 @@ def shown(features: Tensor, scorer: ScorerWeights, arms: Sequence[Arm], seed: in
             else:
                 places = evenly_spaced(arm.s, len(rows)) if arm.s else rows[:0]
             more, counts = x[rows[places]], torch.ones(arm.s)
-        elif arm.rest in ("mean of all", "means of stretches", "means of interleaved rows"):
+        elif arm.rest in BY_PLACE:
             place = torch.arange(len(rows))
-            of = place % arm.s if arm.rest == "means of interleaved rows" else place * arm.s // len(rows)
+            of = place % arm.s if arm.rest.endswith("interleaved rows") else place * arm.s // len(rows)
             pools = pooled(x[rows], of, arm.s)
             more, counts = normalised(pools.means()), pools.counts.float()
+            if arm.rest.startswith("nearest to "):
+                more = nearest_members(more, x[rows], of)
         else:
             whole, of = labels[arm.clusters, arm.s]
             pools = whole.without(x[kept], of[kept])
@@ -95,20 +101,32 @@ def shown(features: Tensor, scorer: ScorerWeights, arms: Sequence[Arm], seed: in
                 largest = counts.argsort(descending=True, stable=True)
                 more, counts = more[largest], counts[largest]
             elif arm.rest.startswith("nearest to "):
-                distances = torch.cdist(more, x).masked_fill(of[None] != torch.arange(arm.s)[:, None], torch.inf)
-                more = x[distances.index_fill(1, kept, torch.inf).argmin(dim=1)]
+                more = nearest_members(more, x[rows], of[rows])
         found.append(Shown(torch.cat((x[kept], more)), torch.cat((torch.ones(len(kept)), counts))))
     return found
 
 
-def _labels(
-    x: Tensor, features: Tensor, scorer: ScorerWeights, arms: Sequence[Arm]
-) -> dict[tuple[str, int], tuple[Pools, Tensor]]:
+def nearest_members(means: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    """[S, d]: of each pool the row that is nearest to its mean.
+
+    Args:
+        means: [S, d].
+        rows: [n, d].
+        labels: int64 [n], the pool of each row.
+    """
+    distances = torch.cdist(means, rows)
+    return rows[distances.masked_fill(labels[None] != torch.arange(len(means))[:, None], torch.inf).argmin(dim=1)]
+
+
+def _labels(x: Tensor, phi: Tensor | None, arms: Sequence[Arm]) -> dict[tuple[str, int], tuple[Pools, Tensor]]:
     """(Kind of k-means, S) -> the pools of all patches, and each patch's pool."""
     found = {}
     sample = evenly_spaced(SAMPLE, len(x))
     for rest, s in {(arm.clusters, arm.s) for arm in arms if "k-means" in arm.rest}:
-        space = hidden_vectors(features, scorer) if rest == "k-means of phi" else x
+        space = x
+        if rest == "k-means of phi":
+            assert phi is not None
+            space = phi
         labels = labels_of(space, sample_centres(space[sample], s, rest.endswith("equal size")))
         found[rest, s] = pooled(x, labels, s), labels
     return found

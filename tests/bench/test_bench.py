@@ -39,15 +39,15 @@ def test_the_kernel_benchmark_compares_every_provider_that_runs_here(tmp_path):
     assert "left out: torch.compile: not measured on the CPU" in out
 
 
-def test_the_page_of_the_kernels_is_what_the_arithmetic_and_the_compiled_rows_say(tmp_path):
-    copied = tmp_path / "kernels.md"
-    copied.write_text((ROOT / "docs" / "kernels.md").read_text())
-    run(
-        "-c",
-        f"from pathlib import Path; from bench.kernels import expected_time as page; page.PAGE = Path({str(copied)!r});"
-        "page.main()",
-    )
-    assert copied.read_text() == (ROOT / "docs" / "kernels.md").read_text()
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [("bench.kernels.expected_time", "kernels.md"), ("bench.study.conditioned_page", "conditioned.md")],
+)
+def test_a_page_is_what_its_program_makes_of_the_arithmetic_and_of_the_rows(tmp_path, program, name):
+    copied = tmp_path / name
+    copied.write_text((ROOT / "docs" / name).read_text())
+    run("-c", f"from pathlib import Path; import {program} as page; page.PAGE = Path({str(copied)!r}); page.main()")
+    assert copied.read_text() == (ROOT / "docs" / name).read_text()
 
 
 def test_the_tables_of_serving_are_what_the_newest_rows_say(tmp_path):
@@ -132,6 +132,57 @@ def test_summary_tokens_are_trained_judged_and_compared_on_questions_of_share(tm
     assert {row["question"] for row in rows} == {"prevalence", "counting", "finding"}
     assert [row["questions"] for row in rows if row["kind"] == "pooled"] == ["8"] * 6
     assert all((row["less_k_best"] != "") == (row["kind"] == "pooled") for row in rows)
+
+
+def test_summary_tokens_on_tissue_are_judged_on_tiles_of_source_slides_that_were_left_out(tmp_path, shared_data):
+    where = ("bench.study.tissue_summary", tmp_path, "--tissue-dir", shared_data / "tissue")
+    sizes = ("--steps", 2, "--training-slides", 32, "--questions", 4, "--folds", 0, 1, "--seeds", 0, "--arms", 0, 21)
+    run("-m", *where, *sizes, "--csv", tmp_path / "rows.csv")
+    rows = rows_of(tmp_path / "rows.csv")
+    seeds, pooled = ([row for row in rows if row["kind"] == kind] for kind in ("seed", "pooled"))
+    assert {row["left_out"] for row in seeds} == {"02 04 06", "01 03 08 10"}
+    assert (
+        {row["tested_on"] for row in seeds}
+        == {row["tested_on"] for row in pooled}
+        == {"seen sources", "left-out sources"}
+    )
+    asked = {row["question"]: row["questions"] for row in pooled}
+    assert {name: asked[name] for name in ("prevalence", "counting", "finding")} == dict.fromkeys(
+        ("prevalence", "counting", "finding"), "8"
+    )
+    assert {row["rest"] for row in pooled if row["less_k_best"] != ""} == {"means of interleaved rows"}
+
+
+def test_slides_of_shares_hold_tiles_of_their_own_side_and_the_share_that_the_answer_says(shared_data):
+    code = f"""
+import numpy as np
+from bench.study.tissue_shares import *
+pools = fold_pools({str(shared_data / "tissue")!r}, FOLDS[0])
+assert sorted(np.concatenate([pool.rows for pool in pools.values()])) == list(range(5000))
+for side, pool in pools.items():
+    for slide in (TissueShareSlide(pool, number) for number in range(60)):
+        sources = set(pool.patients[slide.made.rows].tolist())
+        assert (sources <= set(FOLDS[0])) == (side == LEFT_OUT), sources
+        counts = np.bincount(slide.labels(), minlength=len(CLASSES))
+        tumour = counts[CLASSES.index("TUMOR")] / slide.num_patches
+        if slide.kind == "prevalence":
+            assert CLASSES[counts.argmax()] == NAMED[slide.made.answer]
+        elif slide.kind == "counting":
+            assert abs(tumour - AMOUNTS[slide.made.answer]) <= 0.25 * AMOUNTS[slide.made.answer]
+        else:
+            assert 4 <= counts[CLASSES.index(FINDINGS[slide.made.answer])] <= 12
+"""
+    run("-c", code)
+
+
+def test_the_tile_nearest_to_a_mean_is_one_of_its_own_pool():
+    code = """
+import torch
+from bench.study.summary_arms import nearest_members
+rows = torch.tensor([[0.0], [5.0], [1.0], [9.0]])
+print(nearest_members(torch.tensor([[4.0], [1.0]]), rows, torch.tensor([0, 1, 0, 1])).tolist())
+"""
+    assert run("-c", code) == "[[1.0], [5.0]]\n"
 
 
 def test_pooled_means_have_the_same_bits_in_chunks_of_two_sizes(tmp_path):
