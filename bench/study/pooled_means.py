@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_wsi.kernels import block_rows, map_blocks
+from vllm_wsi.selection.slide_pools import STEP, normalised
 
 SAMPLE, ROUNDS, PRICE_ROUNDS = 1024, 8, 60
-STEP = 2.0**-16
 
 
 class Centres(NamedTuple):
@@ -42,11 +42,6 @@ class Pools(NamedTuple):
     def means(self) -> Tensor:
         """fp32 [S, d]; 0 where a pool is empty."""
         return (self.sums / self.counts.clamp_min(1)[:, None]).float()
-
-
-def normalised(features: Tensor) -> Tensor:
-    """As `SlideProjector.normalise`, so that a loud patch weighs no more than another."""
-    return F.layer_norm(features.float(), features.shape[-1:])
 
 
 def sample_centres(sample: Tensor, count: int, equal: bool = False) -> Centres:

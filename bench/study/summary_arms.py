@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vllm_wsi.kernels import ScorerWeights
 from vllm_wsi.selection.evenly_spaced import evenly_spaced
+from vllm_wsi.selection.slide_pools import normalised
 
-from .pooled_means import SAMPLE, Pools, labels_of, normalised, pooled, sample_centres
+from .pooled_means import SAMPLE, Pools, labels_of, pooled, sample_centres
 
 K = 32
 BY_PLACE = ("mean of all", "means of stretches", "means of interleaved rows", "nearest to means of interleaved rows")

@@ -5,7 +5,8 @@ selection (K = 32, h = 256) and then, in turns, for each S: finding the centres 
 one), and the pass that normalises, labels and adds every row. Medians of CPU seconds, because other work shares the
 cores. A pass beside the scorer would read each chunk once for both, so the time to read is left out; it normalises
 anew, which a fused pass need not. `stretches` adds rows to S pools by their places, without centres. Each pass runs
-twice, in chunks of two sizes, and `same_bits` says whether sums and counts agree bit by bit.
+twice, in chunks of two sizes, and `same_bits` says whether sums and counts agree bit by bit. `summary tokens` is what
+`SlideSelector(.., summary_tokens=S)` takes longer than without, all in all.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import torch
 from bench.common.record import RESULTS, append_row, check_header
 from vllm_wsi.selection.chunk_reader import ChunkReader, read_tensor_rows
 from vllm_wsi.selection.evenly_spaced import evenly_spaced
-from vllm_wsi.selection.scorer import frozen_scorer, seeded_scorer
+from vllm_wsi.selection.scorer import FrozenScorer, frozen_scorer, seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
+from vllm_wsi.selection.slide_pools import normalised
 from vllm_wsi.slides import FeatureFile, open_features
 from vllm_wsi.slides.synthetic import write_synthetic_slide
 
-from .pooled_means import SAMPLE, Centres, Pools, add_chunk, empty_pools, normalised, pooled, sample_centres
+from .pooled_means import SAMPLE, Centres, Pools, add_chunk, empty_pools, pooled, sample_centres
 
 CSV = RESULTS / "study" / "summary_cost.csv"
 COLUMNS = (
@@ -37,6 +39,7 @@ COLUMNS = (
 )  # fmt: skip
 K, HIDDEN = 32, 256
 CHUNK_ROWS = (8192, 5000)
+SERVED = ("summary tokens", 8)
 PLACE_ROWS = 256  # of a slide that are normalised and added at once, by place
 
 
@@ -62,13 +65,16 @@ def main() -> None:
 def measured(slide: FeatureFile, rounds: int) -> list[dict[str, object]]:
     scorer = frozen_scorer(seeded_scorer("patch", slide.feature_dim, HIDDEN, seed=0))
     selector = SlideSelector(scorer, K)
-    cases = [("k-means", 4), ("k-means", 8), ("k-means", 16), ("k-means of equal size", 8), ("stretches", 8)]
+    cases = [("k-means", 4), ("k-means", 8), ("k-means", 16), ("k-means of equal size", 8), ("stretches", 8), SERVED]
     selections: list[float] = []
     seconds: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
     same = dict.fromkeys(cases, True)
     for _ in range(rounds):
         selections.append(cpu_seconds(lambda: selector.select(slide)))
-        for rest, s in cases:
+        took, is_same = with_summary(slide, scorer)
+        seconds[SERVED].append((0.0, took - selections[-1]))
+        same[SERVED] &= is_same
+        for rest, s in cases[:-1]:
             centres, began = None, time.process_time()
             if rest != "stretches":
                 rows = read_tensor_rows(slide, evenly_spaced(SAMPLE, slide.num_patches))
@@ -86,6 +92,17 @@ def measured(slide: FeatureFile, rounds: int) -> list[dict[str, object]]:
         full = row | {"rest": rest, "s": s} | dict(zip(COLUMNS[-5:], values, strict=True))
         made.append({name: round(one, 4) if isinstance(one := full[name], float) else one for name in COLUMNS})
     return made
+
+
+def with_summary(slide: FeatureFile, scorer: FrozenScorer) -> tuple[float, bool]:
+    """(CPU seconds of one selection with summary tokens, whether other chunks give their same bits)."""
+    began = time.process_time()
+    found = SlideSelector(scorer, K, summary_tokens=SERVED[1]).select(slide).pooled
+    seconds = time.process_time() - began
+    again = SlideSelector(scorer, K, chunk_rows=CHUNK_ROWS[1], summary_tokens=SERVED[1]).select(slide).pooled
+    assert found is not None
+    assert again is not None
+    return seconds, torch.equal(found, again)
 
 
 def one_pass(slide: FeatureFile, centres: Centres | None, s: int, chunk_rows: int) -> tuple[Pools, float]:
