@@ -34,7 +34,6 @@ from vllm_wsi.store.store_settings import StoreSettings
 
 from .conftest import D, make_slide, slide_message
 from .test_parity import NEW_TOKENS, ask_vllm, start_engine
-from .test_viewer import chromium, playwright_api  # noqa: F401 - a fixture
 
 K, N = 8, 3000
 ASKED = ("Which tissue is this?", "Is there necrosis, and where?")
@@ -253,14 +252,15 @@ def test_an_evaluation_says_of_each_answer_what_its_own_selection_says_and_no_sl
 
 @pytest.mark.server
 @pytest.mark.browser
-def test_the_page_shows_the_patches_of_each_question(chromium, server, folder):  # noqa: F811
+def test_the_page_shows_the_patches_of_each_question(chromium, server, folder):
     path = make_slide(folder / "seen.safetensors", N, seed=6)
     page = chromium.new_page()
     page.set_default_timeout(30_000)
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(f"{server.root}/wsi/#slide={quote(path.as_uri(), safe='')}")
-    expect = playwright_api.expect
+    from playwright.sync_api import expect
+
     expect(page.locator("#kept-note")).to_have_text(f"{K} of 3,000", timeout=30_000)
     for question in ASKED:
         page.fill("#question", question)
