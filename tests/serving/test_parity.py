@@ -1,6 +1,7 @@
 """vLLM answers as the transformers model does: same tokens, same log-probabilities."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -25,7 +26,11 @@ def start_engine(checkpoint, media_path, **options):
 
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4, "seed": 0}
     settings |= {"limit_mm_per_prompt": {"image": 3}, "allowed_local_media_path": str(media_path)} | options
-    return LLM(str(checkpoint), **settings)
+    llm = LLM(str(checkpoint), **settings)
+    if os.environ.get("WSI_TESTS_V2"):  # `test_v2_runner.py`
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        assert any(kind.__module__ == "vllm.v1.worker.gpu.model_runner" for kind in type(runner).__mro__)
+    return llm
 
 
 @pytest.fixture(scope="module")

@@ -104,15 +104,6 @@ def test_figures_are_drawn_and_the_record_says_what_was_run(out):
     assert str(out) not in json.dumps(record)
 
 
-def test_a_question_file_is_studied_by_the_length_of_its_slides(tmp_path):
-    arguments = question_files(tmp_path, [40] * 3 + [90] * 3 + [300], HaystackWorld())
-    assert main(["study", *arguments, "--out", str(tmp_path / "out")]) == 0
-    rows = rows_of(tmp_path / "out" / "policies.csv")
-    learned = [row for row in rows if (row["policy"], row["positions"]) == (LEARNED, "original")]
-    assert [(row["length"], row["questions"]) for row in learned] == [("<64", "3"), ("64-128", "3"), ("256-512", "1")]
-    assert not any(row["policy"] == "oracle" for row in rows)
-
-
 def test_lengths_fall_into_the_bins_of_the_papers_figure():
     items = [HaystackWorld().slide("test", 0, n).item() for n in (63, 64, 127, 128, 4095, 4096, 9000)]
     found = {name: len(part) for name, part in by_length(items).items()}
@@ -126,7 +117,7 @@ def test_a_list_of_slides_that_says_nothing_is_refused(slides):
 
 
 def test_studies_of_one_seed_agree(tmp_path):
-    groups = groups_of_length("64:6", HaystackWorld())
+    groups = groups_of_length("64:2", HaystackWorld())
     tables = [Study(str(DEMO_CHECKPOINT), groups, tmp_path / name, seed=4).policy_rows() for name in "ab"]
     assert tables[0] == tables[1]
 
@@ -192,25 +183,6 @@ def test_a_recipe_with_a_ready_scorer_is_refused_since_every_arm_begins_with_a_n
         check_recipe(TrainSettings.model_validate(recipe), groups)
 
 
-def test_an_arm_changes_its_switches_and_nothing_else_of_the_recipe(tmp_path, monkeypatch):
-    recipe = tiny_recipe(tau_start=1.0, tau_end=0.2, tau_fraction=0.5, k_start=30, k_fraction=0.3, gate="scale")
-    settings = TrainSettings.model_validate(recipe)
-    seen, run = [], ablations.run_stage
-
-    def note(model, stage, *arguments):
-        seen.append(stage.sparselearn)
-        return run(model, stage, *arguments)
-
-    monkeypatch.setattr(ablations, "run_stage", note)
-    groups = groups_of_length("50:2", HaystackWorld(feature_dim=16))
-    list(run_ablations(settings, groups, GENERATORS, [1], tmp_path / "work"))  # one seed: in this process
-    switches = [{"gate": gate.gate, "denoiser": gate.denoiser, "relaxation": gate.relaxation} for gate in seen]
-    assert switches == [SWITCHES | changes for changes in ARMS.values()]
-    own = settings.stages[-1].sparselearn
-    restored = [gate.changed(gate=own.gate, denoiser=own.denoiser, relaxation=own.relaxation) for gate in seen]
-    assert all(gate == own for gate in restored)
-
-
 def test_the_soft_path_is_judged_through_its_own_denoiser_at_the_k_that_is_served(monkeypatch):
     model = SparseWSIForConditionalGeneration.from_pretrained(DEMO_CHECKPOINT).eval()
     encoder = ChatRenderer(AutoTokenizer.from_pretrained(DEMO_CHECKPOINT))
@@ -247,29 +219,59 @@ def test_ablations_of_another_feature_size_are_refused_before_anything_is_judged
     assert not (tmp_path / "out").exists()
 
 
-def test_ablations_beside_questions_are_judged_on_them_broken_patches_and_all(tmp_path):
-    """bfloat16 files with a NaN patch each, one of a length that K keeps whole."""
+@pytest.fixture(scope="module")
+def of_questions(tmp_path_factory):
+    """(Folder of a study with ablations of a question file, the gates of the arms it trained, that of the recipe):
+    bfloat16 files with a NaN patch each, most of a length that K keeps whole."""
 
     def broken(x):
         x[3] = torch.nan
         return x.bfloat16()
 
-    arguments = question_files(tmp_path, [33] * 33 + [200], HaystackWorld(), broken)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(feature_dim=64)))
-    arguments += ["--ablations", str(tmp_path / "recipe.yaml"), "--seeds", "1"]
-    assert main(["study", *arguments, "--out", str(tmp_path / "out")]) == 0
-    rows = rows_of(tmp_path / "out" / "ablations.csv")
+    def note(model, stage, *arguments):
+        seen.append(stage.sparselearn)
+        return run(model, stage, *arguments)
+
+    path, seen, run = tmp_path_factory.mktemp("questions"), [], ablations.run_stage
+    arguments = question_files(path, [33] * 33 + [200], HaystackWorld(), broken)
+    recipe = tiny_recipe(64, tau_start=1.0, tau_end=0.2, tau_fraction=0.5, k_start=30, k_fraction=0.3, gate="scale")
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments += ["--ablations", str(path / "recipe.yaml"), "--seeds", "1"]  # one seed: in this process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablations, "run_stage", note)
+        assert main(["study", *arguments, "--out", str(path / "out")]) == 0
+    return path / "out", seen, TrainSettings.model_validate(recipe).stages[-1].sparselearn
+
+
+def test_a_question_file_is_studied_by_the_length_of_its_slides(of_questions):
+    rows = rows_of(of_questions[0] / "policies.csv")
+    learned = [row for row in rows if (row["policy"], row["positions"]) == (LEARNED, "original")]
+    assert [(row["length"], row["questions"]) for row in learned] == [("<64", "33"), ("128-256", "1")]
+    assert not any(row["policy"] == "oracle" for row in rows)
+
+
+def test_an_arm_changes_its_switches_and_nothing_else_of_the_recipe(of_questions):
+    _, seen, own = of_questions
+    switches = [{"gate": gate.gate, "denoiser": gate.denoiser, "relaxation": gate.relaxation} for gate in seen]
+    assert switches == [SWITCHES | changes for changes in ARMS.values()]
+    restored = [gate.changed(gate=own.gate, denoiser=own.denoiser, relaxation=own.relaxation) for gate in seen]
+    assert all(gate == own for gate in restored)
+
+
+def test_ablations_beside_questions_are_judged_on_them_broken_patches_and_all(of_questions):
+    out = of_questions[0]
+    rows = rows_of(out / "ablations.csv")
     assert {(row["length"], row["questions"]) for row in rows} == {("<64", "33"), ("128-256", "1")}
     assert {row["leakage_slides"] for row in rows} == {"16", "1"}  # K is 4
-    assert len(rows_of(tmp_path / "out" / "ablation_questions.csv")) == 34 * len(ARMS)
-    tests = rows_of(tmp_path / "out" / "ablation_tests.csv")  # key patches are not known here
+    assert len(rows_of(out / "ablation_questions.csv")) == 34 * len(ARMS)
+    tests = rows_of(out / "ablation_tests.csv")  # key patches are not known here
     assert [(row["arm"], row["measure"]) for row in tests[::2]] == [
         (arm, "accuracy") for arm in ARMS if arm != REFERENCE
     ]
     assert {(row["seeds"], row["seeds_p"]) for row in tests} == {("1", "1.0")}
-    assert (tmp_path / "out" / "umap.png").read_bytes().startswith(PNG)
+    assert (out / "umap.png").read_bytes().startswith(PNG)
     # All 32 finite patches of the short slides are kept: nothing is dropped to inform of.
-    assert not (tmp_path / "out" / "information.csv").exists()
+    assert not (out / "information.csv").exists()
 
 
 def test_the_picture_shows_finite_patches_as_the_file_means_them(tmp_path, monkeypatch):
