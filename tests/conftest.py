@@ -11,10 +11,11 @@ import pytest
 
 # Groups of tests that take a minute or more, which begin first.
 LONG = (
-    "test_real_decoder.py", "test_trained.py", "test_decoder_dtype.py", "test_parity.py", "test_study.py",
-    "shared_server", "test_train.py", "test_ray.py",
-    "test_eval.py", "test_cli.py", "test_demo_tissue.py", "test_server_defaults.py", "test_interpreted.py",
-    "test_compile.py", "test_bench.py", "test_examples.py",
+    "test_study.py", "test_interpreted.py", "shared_server", "test_ray.py", "test_real_decoder.py", "test_cli.py",
+    "test_bench.py", "test_eval.py", "test_parity.py", "test_train.py", "test_v2_runner.py", "test_demo_tissue.py",
+    "test_examples.py", "test_trained.py", "test_stored_slides.py", "test_soak.py", "test_server_defaults.py",
+    "test_compile_ahead.py", "test_stalled_slides.py", "test_hardness.py", "test_adapters.py", "test_compile.py",
+    "test_decoder_dtype.py",
 )  # fmt: skip
 NOT_FAST = {"server", "engine", "browser", "slow"}
 
