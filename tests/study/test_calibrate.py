@@ -83,7 +83,11 @@ def test_the_command_writes_what_a_selection_then_says(copied, tmp_path, capsys)
             path = tmp_path / f"{finding}.safetensors"
             _save(slide, path)
         assert main(["select", str(path), "--checkpoint", str(copied), "--encoder-mismatch", "allow"]) == 0
-        said[finding] = json.loads(capsys.readouterr().out)
+        printed = capsys.readouterr()
+        said[finding] = json.loads(printed.out)
+        assert [line for line in printed.err.splitlines() if line.startswith(f"{path}: ")] == [
+            f"{path}: {warning}" for warning in said[finding]["warnings"]
+        ]
     assert said["there"]["sufficiency"] > 0.9 > 0.2 > said["none"]["sufficiency"]
     assert said["there"]["warnings"] == []
     assert said["none"]["warnings"] == ["No patch of this slide stands out: what is asked for is probably not on it."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +11,9 @@ from vllm_wsi.errors import needs_extra
 
 from .options import DEVICE_HELP, Encoder, EncoderMismatch, argument, option
 
-K_HELP = "patches to keep (default: the checkpoint's)"
+logger = logging.getLogger(__name__)
+
+K_HELP = "patches to keep, summary tokens among them (default: the checkpoint's)"
 QUESTION_HELP = "that the patches are chosen for, with a checkpoint whose scorer hears it (default: none is asked)"
 UNIT_HELP = "of the coordinates, where the file does not say it"
 GUESS_HELP = "draw upon --slide by a unit or patch size that is only guessed"
@@ -73,3 +76,5 @@ def select(
             if montage is not None:
                 overlay.write_montage(montage)
     print(json.dumps({"file": str(file), "checkpoint": checkpoint, **record}))
+    for warning in trust.warnings:  # on stderr too: a line of JSON hides them
+        logger.warning("%s: %s", file, warning)
