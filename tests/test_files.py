@@ -31,7 +31,9 @@ def test_a_folder_gets_its_name_when_it_is_whole_and_an_earlier_half_is_not_mixe
     (half / "half").write_text("x")
     with new_folder(path) as folder:
         (folder / "whole").write_text("x")
+        (folder / "whole").chmod(0o600)  # as safetensors leaves it
         assert not path.exists()
+    assert (path / "whole").stat().st_mode & 0o777 == path.stat().st_mode & 0o666  # a server of another user reads it
     assert [one.name for one in path.iterdir()] == ["whole"]
     assert list(tmp_path.iterdir()) == [path]
 

@@ -68,6 +68,10 @@ def new_folder(path: Path, is_main: bool = True) -> Iterator[Path]:
         partial.mkdir(parents=True)
     yield partial
     if is_main:
+        mode = partial.stat().st_mode & 0o666  # safetensors makes files that their owner alone may read
+        for file in partial.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode)
         os.rename(partial, path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,7 +50,20 @@ def test_labels_that_a_threshold_parts_give_a_finite_slope_and_equal_lengths_no_
     x = np.c_[[0.0, 1.0, 2.0, 3.0], np.full(4, 6.9)]
     slope, of_length, _ = logistic_fit(x, np.array([False, False, True, True]))
     assert 0 < slope < 100
-    assert of_length == pytest.approx(0, abs=1e-6)
+    assert of_length == 0
+    alike = np.c_[np.arange(60.0), np.log(np.full(60, 200))]  # whose mean is not exactly one of them
+    assert logistic_fit(alike, np.arange(60) % 3 == 0)[1] == 0
+
+
+def test_a_temperature_at_the_end_of_the_range_is_said(copied, caplog):
+    items = haystack_items("validation", 24, 512, empty_share=0.5)
+    wrong = [
+        replace(item, turns=((item.question, next(one for one in item.options if one != item.answer)),))
+        for item in items
+    ]
+    with caplog.at_level("WARNING", logger="vllm_wsi"):
+        calibrate(copied, haystack_items("train", 2, 512), wrong, "none")
+    assert "temperature: found 20.0" in caplog.text
 
 
 def test_higher_scores_never_tell_of_less():

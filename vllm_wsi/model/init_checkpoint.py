@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFast
 
 from vllm_wsi.errors import CheckpointError
-from vllm_wsi.files import refuse_content
+from vllm_wsi.files import new_folder, refuse_content
 from vllm_wsi.selection.scorer import seeded_scorer
 
 from .checkpoint import SCORER_PREFIX
@@ -117,10 +117,11 @@ def init_checkpoint(out: str | Path, settings: TinySettings) -> None:
     Raises:
         SettingsError: a directory with content.
     """
-    out = _new_directory(out)
+    refuse_content(out := Path(out).absolute())
     model, tokenizer = new_model(settings)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with new_folder(out) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
 
 def init_shape(out: str | Path, settings: SlideSettings, text_config: dict[str, Any]) -> None:
@@ -150,12 +151,13 @@ def init_shape(out: str | Path, settings: SlideSettings, text_config: dict[str, 
     shape = text_config | {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos}
     config = _config(settings, shape, tokenizer)
     scorer = seeded_scorer(seed=settings.seed or 0, **config.scorer_options)
-    out = _new_directory(out)
-    config.save_pretrained(out)
-    GenerationConfig(eos_token_id=eos, pad_token_id=eos).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    refuse_content(out := Path(out).absolute())
     state = {f"{SCORER_PREFIX}{name}": value for name, value in scorer.state_dict().items()}
-    save_file(state, out / SINGLE, metadata={"format": "pt"})
+    with new_folder(out) as partial:
+        config.save_pretrained(partial)
+        GenerationConfig(eos_token_id=eos, pad_token_id=eos).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        save_file(state, partial / SINGLE, metadata={"format": "pt"})
 
 
 def _config(
@@ -184,10 +186,3 @@ def _scorer(settings: SlideSettings) -> dict[str, Any]:
         if settings.free_tokens is not None:
             scorer["free_tokens"] = settings.free_tokens
     return scorer
-
-
-def _new_directory(out: str | Path) -> Path:
-    out = Path(out)
-    refuse_content(out)
-    out.mkdir(parents=True, exist_ok=True)
-    return out

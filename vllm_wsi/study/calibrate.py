@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from vllm_wsi.settings import Settings
 from vllm_wsi.training.settings import DataSettings, read_yaml
 
 from .answering import choose
+
+logger = logging.getLogger(__name__)
 
 SHOWS_ENOUGH = 0.95
 """Share of the validation slides with evidence whose sufficiency is at least `Calibration.enough`."""
@@ -183,9 +186,15 @@ def fitted(scorer: str, training: Sequence[SampledSlide], asked: Sequence[ReadAn
     known = [summary for summary in summaries if summary is not None]
     patches = np.array([one.selection.num_patches for one in asked])
     weights = logistic_fit(np.stack([[one.best for one in known], np.log(patches)], axis=1), shows)
+    temperature = temperature_fit([one.logprobs for one in asked], [one.right for one in asked])
+    if abs(math.log(temperature)) > 0.999 * MAX_LOG_TEMPERATURE:
+        logger.warning(
+            "validation: temperature: found %.2f, an end of the range that is searched: the first tokens of options "
+            "hardly tell which answer is right, so a confidence will say little", temperature,
+        )  # fmt: skip
     values: dict[str, Any] = {
         "scorer": scorer,
-        "temperature": temperature_fit([one.logprobs for one in asked], [one.right for one in asked]),
+        "temperature": temperature,
         **dict(zip(("best_weight", "log_patches_weight", "bias"), weights, strict=True)),
         "usual": usual_scores(training, known, patches),
         "num_slides": len(asked),
@@ -255,7 +264,8 @@ def logistic_fit(features: NDArray, shows: NDArray) -> tuple[float, float, float
     with needs_extra("eval"):
         from scipy.optimize import minimize
 
-    mean, scale = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
+    mean, spread = features.mean(axis=0), features.std(axis=0)
+    scale = np.where(spread > 1e-6, spread, np.inf)  # what is alike everywhere gets no weight
     x = np.c_[(features - mean) / scale, np.ones(len(features))]
     positive = shows.sum()
     targets = np.where(shows, (positive + 1) / (positive + 2), 1 / (len(shows) - positive + 2))
