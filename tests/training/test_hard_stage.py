@@ -260,9 +260,10 @@ def test_a_model_with_summary_tokens_ends_with_the_stage_that_shows_them(tmp_pat
         SettingsError, match="hard: selection: found None in the last stage of a model with 2 summary_t"
     ):
         train(settings(stage(), plain, summary_tokens=2), tmp_path / "run", GENERATORS)
+    assert not (tmp_path / "run" / "settings.json").exists()  # the mended settings may be run there
     gate = plain | {"name": "soft", "sparselearn": {"num_slide_tokens": 4}, "learning_rate": RATES}
     with pytest.raises(SettingsError, match="soft: num_slide_tokens: found 4, wanted 2, as the model keeps patches"):
-        train(settings(gate, stage(), summary_tokens=2), tmp_path / "other", GENERATORS)
+        train(settings(gate, stage(), summary_tokens=2), tmp_path / "run", GENERATORS)
 
 
 RATES = dict.fromkeys(("scorer", "denoiser", "projector", "lora"), 1e-2)

@@ -7,15 +7,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
-from vllm_wsi.errors import SettingsError
+from vllm_wsi.errors import SettingsError, WsiError
 from vllm_wsi.files import new_folder
 from vllm_wsi.model.chat_renderer import ChatRenderer
 from vllm_wsi.model.config import SparseWSIConfig
+from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.questions.items import QuestionError, SlideItem
 from vllm_wsi.questions.reader import read_questions
 
@@ -31,6 +33,7 @@ from .start_model import name_end_of_turn, start_model
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"  # of a run's directory
+SETTINGS = "settings.json"  # of a run's directory: what it was started with
 REMEMBERED_SLIDES = "slides.json"  # of a run's directory: what the look at the slides found
 
 Generators = Mapping[str, Callable[..., Sequence[SlideItem]]]
@@ -56,15 +59,12 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     finished = output / CHECKPOINT
     processes = PartialState(cpu=not torch.cuda.is_available())
     _claim(output, settings, processes)
-    start = _with_scorer(settings, output / SCORER_RUN, generators)
-    set_seed(settings.seed)
-    model, tokenizer = start_model(start, settings.seed)
-    refuse_rounded_steps(settings.stages, model)
-    refuse_beside_questions(settings.stages, model)
-    refuse_unseen_summary(settings.stages, model.config)
-    if any(stage.questions_per_sequence > 1 for stage in settings.stages):
-        attend_to_shared_prefix(model.language_model)  # refuses a decoder that cannot, before slides are read
-    datasets = _checked_datasets(settings, ChatRenderer(tokenizer), model.config, generators or {}, output, processes)
+    try:
+        start, model, tokenizer, datasets = _checked_start(settings, output, generators or {}, processes)
+    except WsiError:
+        if processes.is_main_process:
+            _unclaim(output)
+        raise
     if processes.is_main_process:
         slow = (said for dataset in datasets if (said := dataset.slow_reading()) is not None)
         if (said := next(slow, None)) is not None:
@@ -94,6 +94,29 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
             tokenizer.save_pretrained(folder)
     processes.wait_for_everyone()
     return finished
+
+
+class _Start(NamedTuple):
+    """What a run begins with."""
+
+    settings: ModelSettings
+    model: SparseWSIForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    datasets: list[SlideDataset]  # of each stage
+
+
+def _checked_start(settings: TrainSettings, output: Path, generators: Generators, processes: PartialState) -> _Start:
+    """Raises WsiError for whatever can be told before the first step."""
+    start = _with_scorer(settings, output / SCORER_RUN, generators)
+    set_seed(settings.seed)
+    model, tokenizer = start_model(start, settings.seed)
+    refuse_rounded_steps(settings.stages, model)
+    refuse_beside_questions(settings.stages, model)
+    refuse_unseen_summary(settings.stages, model.config)
+    if any(stage.questions_per_sequence > 1 for stage in settings.stages):
+        attend_to_shared_prefix(model.language_model)  # refuses a decoder that cannot, before slides are read
+    datasets = _checked_datasets(settings, ChatRenderer(tokenizer), model.config, generators, output, processes)
+    return _Start(start, model, tokenizer, datasets)
 
 
 def _with_scorer(settings: TrainSettings, output: Path, generators: Generators | None) -> ModelSettings:
@@ -193,10 +216,16 @@ def _claim(output: Path, settings: TrainSettings, processes: PartialState) -> No
     """Makes the output directory this run's own: all processes look, the main one writes."""
     if (output / CHECKPOINT).exists():
         raise SettingsError(f"{output}: found a finished run, wanted a new directory")
-    text, mine = settings.model_dump_json(indent=2), output / "settings.json"
+    text, mine = settings.model_dump_json(indent=2), output / SETTINGS
     if mine.exists() and mine.read_text() != text:
-        raise SettingsError(f"{output}: found a run of other settings (settings.json), wanted a new directory")
+        raise SettingsError(f"{output}: found a run of other settings ({SETTINGS}), wanted a new directory")
     processes.wait_for_everyone()
     if processes.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         mine.write_text(text)
+
+
+def _unclaim(output: Path) -> None:
+    """Gives the directory back, unless something was trained in it: mended settings may then take their place."""
+    if not (output / "stages").exists() and not (output / SCORER_RUN).exists():
+        (output / SETTINGS).unlink(missing_ok=True)
