@@ -10,7 +10,10 @@ if __name__ == "triton_kernels":
     )
 
 from .blocks import block_rows, map_blocks
-from .op import ScoredTopK, score_topk
+from .op import ScoredTopK, gpu_vectors, score_topk
 from .reference import ScorerWeights, score_patches, select_topk
 
-__all__ = ["ScoredTopK", "ScorerWeights", "block_rows", "map_blocks", "score_patches", "score_topk", "select_topk"]
+__all__ = [
+    "ScoredTopK", "ScorerWeights", "block_rows", "gpu_vectors", "map_blocks", "score_patches", "score_topk",
+    "select_topk",
+]  # fmt: skip

@@ -16,6 +16,7 @@ from .launch_table import DTYPES, Card, fused_config, score_config, supports
 from .reference import ScorerWeights
 from .score import score_triton
 from .select import select_triton
+from .vectors import vectors_triton
 
 
 def compile_ahead(weights: ScorerWeights, sizes: Sequence[int], arch: int) -> int:
@@ -47,6 +48,16 @@ def compile_ahead(weights: ScorerWeights, sizes: Sequence[int], arch: int) -> in
                 score_triton(x, weights, score_config(arch, weights.feature_dim, weights.hidden_size, dtype))
                 count += 1
     return count
+
+
+def compile_vectors_ahead(weights: ScorerWeights, arch: int) -> int:
+    """The same of a scorer with R outputs: the kernel of `gpu_vectors`, for features of every dtype that it takes."""
+    inputs = [torch.zeros(16, weights.feature_dim, dtype=dtype) for dtype in DTYPES]
+    taken = [x for x in inputs if weights.hidden_size and supports(x, weights)]
+    with card_that_is_not_there(arch):
+        for x in taken:
+            vectors_triton(x, weights, score_config(arch, weights.feature_dim, weights.hidden_size, x.dtype))
+    return len(taken)
 
 
 @contextmanager

@@ -18,8 +18,8 @@ class FoldedScorer(NamedTuple):
     weight: Tensor  # [d, h_pad] in X's dtype; [d] fp32 where h = 0
     column_sum: Tensor  # fp32 [h_pad], of the rounded weight; [1] where h = 0
     bias: Tensor  # fp32 [h_pad]
-    out_weight: Tensor  # fp32 [h_pad]
-    out_bias: Tensor  # fp32 [1]
+    out_weight: Tensor  # fp32 [h_pad]; [R, h_pad] of a scorer with R outputs
+    out_bias: Tensor  # fp32 [1]; [R]
     eps: float
     hidden_size: int  # h, 0 for the linear scorer
 
@@ -49,10 +49,10 @@ def fold_scorer(weights: ScorerWeights, dtype: torch.dtype) -> FoldedScorer:
     weight[:, :h] = (hidden - hidden.mean(dim=1, keepdim=True)).T.to(dtype)
     bias = torch.zeros(pad, dtype=torch.float32, device=hidden.device)
     bias[:h] = weights.hidden_bias.double() + weights.hidden_weight.double() @ shift
-    out = torch.zeros_like(bias)
-    out[:h] = weights.out_weight
+    out = bias.new_zeros(*weights.out_weight.shape[:-1], pad)
+    out[..., :h] = weights.out_weight
     column_sum = weight.double().sum(dim=0).float()
-    return FoldedScorer(weight, column_sum, bias, out, weights.out_bias[None].float(), weights.norm_eps, h)
+    return FoldedScorer(weight, column_sum, bias, out, weights.out_bias.reshape(-1).float(), weights.norm_eps, h)
 
 
 class _CachedFold(NamedTuple):

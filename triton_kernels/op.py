@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .launch_table import supports
 from .reference import Running, ScorerWeights, Selected, padded_k, score_patches, select_topk
 
 
@@ -98,6 +99,22 @@ def _on_cuda(
 
     with torch.cuda.device(features.device):
         return _with_scores(*score_topk_cuda(features, weights, k, cu_seqlens, first_row, running, by_score))
+
+
+def gpu_vectors(features: Tensor, weights: ScorerWeights) -> Tensor | None:
+    """fp32 [N, R] of a scorer with R outputs, in one launch on CUDA; no gradient passes. None where no kernel takes the
+    input, and `reference.score_vectors` has to do it.
+
+    Args:
+        features: [N, d].
+        weights: on the features' device; `out_weight` [R, h] and `out_bias` [R].
+    """
+    if not (features.is_cuda and weights.hidden_size and supports(features, weights)):
+        return None
+    from .vectors import vectors_triton
+
+    with torch.cuda.device(features.device):
+        return vectors_triton(features, weights)
 
 
 def _with_scores(selected: Selected, scores: Tensor) -> ScoredTopK:

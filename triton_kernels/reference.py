@@ -26,6 +26,7 @@ class ScorerWeights(NamedTuple):
     """Parameters of a per-patch scorer, fp32: LayerNorm(d), Linear(d, h), GELU, Linear(h, 1).
 
     Without a hidden layer (`hidden_weight` and `hidden_bias` None, h = 0) `out_weight` is [d]: LayerNorm, Linear(d, 1).
+    Of a scorer with R outputs (`score_vectors`) `out_weight` is [R, h] and `out_bias` [R].
     """
 
     norm_weight: Tensor  # [d]

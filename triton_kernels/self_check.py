@@ -6,11 +6,12 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .fold import fold_scorer
 from .launch_table import DTYPES, supports
-from .op import ScoredTopK, score_topk
+from .op import ScoredTopK, gpu_vectors, score_topk
 from .reference import ScorerWeights, select_topk
 
 CHUNKS = (3000, 1001)
@@ -58,6 +59,35 @@ def check_device(weights: ScorerWeights, k: int, device: torch.device, chunks: t
             )
 
 
+def check_vectors(weights: ScorerWeights, device: torch.device, n: int = sum(CHUNKS)) -> None:
+    """The same of a scorer with R outputs: the vectors of a slide, twice for each dtype that a kernel takes.
+
+    Args:
+        weights: on the CPU, of `score_vectors`.
+        n: rows of the slide.
+
+    Raises:
+        DeviceMismatch: as `check_device`.
+    """
+    on_device = weights.to(device)
+    for dtype in DTYPES:
+        x = awkward_slide(n, weights.feature_dim, dtype)
+        found, again = (gpu_vectors(x.to(device), on_device) for _ in range(2))
+        if found is None or again is None:  # PyTorch does it
+            continue
+        if not torch.equal(_bits(found), _bits(again)):
+            raise DeviceMismatch(f"vectors of {dtype}: found two runs that differ, wanted the same bits")
+        vectors, exact = found.cpu(), exact_scores(x, weights, dtype)
+        wrong = torch.isfinite(vectors) != torch.isfinite(exact.scores)
+        wrong |= torch.isfinite(vectors) & ((vectors - exact.scores).abs() > exact.tolerance)
+        if bool(wrong.any()):
+            row, r = wrong.nonzero()[0].tolist()
+            raise DeviceMismatch(
+                f"vectors of {dtype}: row {row}, number {r}: found {float(vectors[row, r]):.6g}, wanted "
+                f"{float(exact.scores[row, r]):.6g} within {float(exact.tolerance[row, r]):.1g}"
+            )
+
+
 def awkward_slide(n: int, feature_dim: int, dtype: torch.dtype) -> Tensor:
     """Features [n, d] with many ties, and rows that hold NaN or infinities."""
     generator = torch.Generator().manual_seed(0)
@@ -68,8 +98,8 @@ def awkward_slide(n: int, feature_dim: int, dtype: torch.dtype) -> Tensor:
 
 
 class ExactScores(NamedTuple):
-    scores: Tensor  # fp64 [n]
-    tolerance: Tensor  # fp64 [n]: what sums in fp32 may differ by
+    scores: Tensor  # fp64 [n]; [n, R] of a scorer with R outputs
+    tolerance: Tensor  # of the same shape: what sums in fp32 may differ by
 
 
 def exact_scores(x: Tensor, weights: ScorerWeights, dtype: torch.dtype) -> ExactScores:
@@ -86,8 +116,8 @@ def exact_scores(x: Tensor, weights: ScorerWeights, dtype: torch.dtype) -> Exact
         z = rstd * (x @ product - mean * folded.column_sum.double()) + folded.bias
         magnitude = rstd * (x.abs() @ product.abs() + mean.abs() * folded.column_sum.abs()) + folded.bias.abs()
         out = folded.out_weight.double()
-        scores = (z * (1 + torch.erf(z / math.sqrt(2))) / 2) @ out
-        tolerance = (PRODUCT_ERROR * magnitude + GELU_ERROR) @ out.abs()
+        scores = F.linear(z * (1 + torch.erf(z / math.sqrt(2))) / 2, out)
+        tolerance = F.linear(PRODUCT_ERROR * magnitude + GELU_ERROR, out.abs())
     scores = scores + folded.out_bias.double()
     return ExactScores(scores, tolerance + PRODUCT_ERROR * folded.out_bias.double().abs())
 

@@ -29,19 +29,18 @@ def score_tile(
     if H == 0:
         score = _linear_tile(x_row, weight_ptr, column_sum_ptr, out_bias_ptr, eps, D, BLOCK_M, BLOCK_K)
     else:
-        score = _hidden_tile(
-            x_row, weight_ptr, column_sum_ptr, bias_ptr, out_weight_ptr, out_bias_ptr, eps,
-            D, H, BLOCK_M, BLOCK_K, PRECISION,
-        )  # fmt: skip
+        z = hidden_tile(x_row, weight_ptr, column_sum_ptr, bias_ptr, eps, D, H, BLOCK_M, BLOCK_K, PRECISION)
+        score = tl.sum(z * tl.load(out_weight_ptr + tl.arange(0, H))[None, :], axis=1) + tl.load(out_bias_ptr)
     return score
 
 
 # Many parameters: as `score_tile`.
 @triton.jit
-def _hidden_tile(
-    x_row, weight_ptr, column_sum_ptr, bias_ptr, out_weight_ptr, out_bias_ptr, eps,
+def hidden_tile(
+    x_row, weight_ptr, column_sum_ptr, bias_ptr, eps,
     D: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """What the hidden layer makes of the rows at x_row, behind its GELU: fp32 [BLOCK_M, H]."""
     column = tl.arange(0, BLOCK_K)
     hidden = tl.arange(0, H)
     # The variance is taken about the first columns' mean: without it a large common offset would cancel badly.
@@ -59,8 +58,7 @@ def _hidden_tile(
     mean = shift + offset
     rstd = _rstd(mean, variance, eps)
     z = rstd[:, None] * (product - mean[:, None] * tl.load(column_sum_ptr + hidden)[None, :])
-    z = _gelu(z + tl.load(bias_ptr + hidden)[None, :])
-    return tl.sum(z * tl.load(out_weight_ptr + hidden)[None, :], axis=1) + tl.load(out_bias_ptr)
+    return _gelu(z + tl.load(bias_ptr + hidden)[None, :])
 
 
 # Many parameters: as `score_tile`.

@@ -17,6 +17,7 @@ from vllm_wsi.kernels.fused import _score_topk_kernel
 from vllm_wsi.kernels.launch_table import SELECT_BLOCK, SELECT_WARPS, LaunchConfig, precision, top_k_sizes
 from vllm_wsi.kernels.score import _score_kernel
 from vllm_wsi.kernels.select import _select_kernel
+from vllm_wsi.kernels.vectors import _vectors_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -84,6 +85,13 @@ def compile_kernel(kernel: Any, arch: int, signature: dict, constants: dict, con
 def compile_score(arch: int, d: int, h: int, dtype: torch.dtype, config: LaunchConfig) -> Compiled:
     """The kernel that scores, for features [N, d] and a hidden layer of h, 0 for none."""
     return compile_kernel(_score_kernel, arch, _features(dtype, h), _tile_sizes(d, h, dtype, config), config)
+
+
+def compile_vectors(arch: int, d: int, h: int, rank: int, dtype: torch.dtype, config: LaunchConfig) -> Compiled:
+    """The kernel that makes R numbers of each patch."""
+    constants = _tile_sizes(d, h, dtype, config) | {"R": rank}
+    signature = _features(dtype, h) | {"vectors_ptr": "*fp32"}
+    return compile_kernel(_vectors_kernel, arch, signature, constants, config)
 
 
 def compile_select(arch: int, k: int, *, ragged: bool = False) -> Compiled:

@@ -29,6 +29,13 @@ def test_the_scoring_kernel_spills_no_register_and_uses_the_tensor_cores(arch, h
     assert found.shared_bytes <= compiled.SHARED_KIB[arch] * 1024
 
 
+@pytest.mark.parametrize(("arch", "h", "dtype"), [(80, 256, torch.bfloat16), (90, 256, torch.float32)])
+def test_the_kernel_of_vectors_spills_no_register_and_uses_the_tensor_cores(arch, h, dtype):
+    found = compiled.compile_vectors(arch, 512, h, 16, dtype, score_config(arch, 512, h, dtype))
+    assert found.spills == 0
+    assert found.tensor_op == TENSOR_OP[arch]
+
+
 @pytest.mark.parametrize(("arch", "h", "dtype"), [(90, 128, torch.bfloat16), (100, 256, torch.float32)])
 def test_the_one_launch_of_the_table_spills_no_register(arch, h, dtype):
     config = fused_config(Card(arch, 1), seeded_scorer("patch", 512, h, seed=0).weights(), dtype, 32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from vllm_wsi.kernels.compile_ahead import compile_ahead
+from vllm_wsi.kernels.compile_ahead import compile_ahead, compile_vectors_ahead
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.tiny_settings import TinySettings
 from vllm_wsi.selection.scorer import seeded_scorer
@@ -48,6 +48,15 @@ def test_one_launch_and_two_are_compiled_for_each_dtype_that_a_kernel_scores(mon
     assert Counter(name.rsplit(".", 1)[-1] for name in asked) == {
         "_score_topk_kernel": 3, "_select_kernel": 3, "_score_kernel": 3,
     }  # fmt: skip
+
+
+def test_one_launch_for_each_dtype_makes_the_vectors_of_a_scorer_that_hears_the_question(monkeypatch):
+    asked = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *, fn, **_: asked.append(fn.name) or True)
+    for h, count in ((16, 3), (0, 0)):  # without a hidden layer PyTorch does it
+        scorer = seeded_scorer("question", 256, h, seed=0, rank=4, free_tokens=2, text_size=8).requires_grad_(False)
+        assert compile_vectors_ahead(scorer.vector_weights(), 90) == count
+    assert Counter(name.rsplit(".", 1)[-1] for name in asked) == {"_vectors_kernel": 3}
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_x", "hopper", ""])

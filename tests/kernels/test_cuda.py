@@ -5,6 +5,7 @@ import torch
 
 from vllm_wsi.kernels import score_topk
 from vllm_wsi.kernels.buffers import stream_workspace
+from vllm_wsi.kernels.self_check import check_vectors
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.slides import features_in_memory
@@ -35,6 +36,17 @@ def test_a_cuda_graph_replays_on_new_features():
         torch.cuda.synchronize()
         fresh = score_topk(x, scorer, K)
         assert all(torch.equal(one, other) for one, other in zip(captured, fresh, strict=True))
+
+
+@pytest.mark.parametrize("h", [64, 256])
+def test_vectors_of_a_scorer_that_hears_the_question_are_right_on_this_card(h):
+    scorer = seeded_scorer("question", D, h, seed=0, rank=16, free_tokens=8, text_size=8).requires_grad_(False)
+    check_vectors(scorer.vector_weights(), torch.device("cuda"))
+    slide = features_in_memory(features(10_000).numpy())
+    query = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    one, other = (SlideSelector(scorer, K, "cuda", chunk_rows=rows).select(slide, query=query) for rows in (3000, None))
+    assert torch.equal(one.indices, other.indices)
+    assert torch.equal(one.scores, other.scores)
 
 
 def test_a_hundred_repeats_beside_a_kernel_on_another_stream_give_the_same_bits():

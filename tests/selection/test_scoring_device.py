@@ -11,7 +11,7 @@ from triton.compiler.errors import CompilationError
 
 from vllm_wsi.errors import SettingsError, SetupError
 from vllm_wsi.kernels import score_topk, self_check
-from vllm_wsi.selection import best_of_file, scoring_device
+from vllm_wsi.selection import best_of_file, question_selection, scoring_device
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.scoring_device import GPU_THREADS, Cpu, Gpu
 from vllm_wsi.selection.selector import SlideSelector
@@ -108,6 +108,54 @@ def test_a_context_scorer_runs_on_the_gpu_too(gpus):
     found = SlideSelector(scorer, K, "cuda", chunk_rows=70).select(slide())
     assert found.scored_on == NAME
     assert torch.equal(found.indices, SlideSelector(scorer, K).select(slide()).indices)
+
+
+def question_scorer():
+    scorer = seeded_scorer("question", D, 16, seed=0, rank=4, free_tokens=2, text_size=8, num_slide_tokens=K)
+    return scorer.requires_grad_(False)
+
+
+def as_a_kernel(x, weights):
+    """What a kernel gives, to rounding: products of the dtype of X."""
+    return self_check.exact_scores(x, weights, x.dtype).scores.float()
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_a_scorer_that_hears_the_question_takes_its_vectors_from_the_kernel_where_there_is_one(
+    gpus, monkeypatch, has_kernel
+):
+    calls = []
+
+    def kernel(x, weights):
+        calls.append(len(x))
+        return as_a_kernel(x, weights) if has_kernel else None
+
+    for module in (self_check, question_selection):
+        monkeypatch.setattr(module, "gpu_vectors", kernel)
+    chooser = SlideSelector(question_scorer(), K, "cuda", chunk_rows=70)
+    chooser.start()
+    assert len(calls) == 6  # the check: twice for each dtype
+    found = chooser.select(slide())
+    assert found.scored_on == NAME
+    assert sum(calls[6:]) == slide().num_patches
+    assert torch.equal(found.indices, SlideSelector(question_scorer(), K).select(slide()).indices)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "another", "nan"])
+def test_a_gpu_whose_vectors_are_wrong_is_not_taken(gpus, monkeypatch, caplog, fault):
+    calls = []
+
+    def kernel(x, weights):
+        calls.append(x)
+        found = as_a_kernel(x, weights)
+        if fault == "nan":
+            return found.nan_to_num(0)
+        return found + (1e-2 if fault == "wrong" else 1e-7 * len(calls))
+
+    monkeypatch.setattr(self_check, "gpu_vectors", kernel)
+    with caplog.at_level(logging.WARNING, logger="vllm_wsi"):
+        assert isinstance(SlideSelector(question_scorer(), K, "auto").start(), Cpu)
+    assert "DeviceMismatch: vectors of torch." in caplog.text
 
 
 @pytest.mark.parametrize(

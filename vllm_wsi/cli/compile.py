@@ -19,21 +19,25 @@ def compile_kernels(
     with needs_extra("gpu"):
         import triton
 
-        from vllm_wsi.kernels.compile_ahead import compile_ahead
+        from vllm_wsi.kernels.compile_ahead import compile_ahead, compile_vectors_ahead
     from vllm_wsi.kernels import ScorerWeights
     from vllm_wsi.kernels.reference import MAX_FAST_K
     from vllm_wsi.model.checkpoint import load_scorer, read_config
+    from vllm_wsi.selection.question_scorer import QuestionScorer
 
     digits = arch.removeprefix("sm_")
     if not (digits.isascii() and digits.isdigit() and 80 <= int(digits) <= 130):
         raise SettingsError(f"--arch: found {arch!r}, wanted sm_80 .. sm_130")
     scorer, k = load_scorer(checkpoint), read_config(checkpoint).num_kept_patches
-    if not isinstance(scorer, ScorerWeights):
+    if not isinstance(scorer, ScorerWeights | QuestionScorer):
         raise SettingsError(
             f"{checkpoint}: found a scorer over the whole slide, which PyTorch runs: nothing to compile"
         )
     began = time.monotonic()
-    count = compile_ahead(scorer, [one for one in (k, MAX_FAST_K) if one <= MAX_FAST_K], int(digits))
+    if isinstance(scorer, QuestionScorer):
+        count = compile_vectors_ahead(scorer.vector_weights(), int(digits))
+    else:
+        count = compile_ahead(scorer, [one for one in (k, MAX_FAST_K) if one <= MAX_FAST_K], int(digits))
     folder = triton.knobs.cache.dir
     typer.echo(
         f"{count} kernels for {arch} in {folder}, by Triton {triton.__version__}: {time.monotonic() - began:.0f} s"

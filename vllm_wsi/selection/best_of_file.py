@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -15,7 +13,7 @@ from vllm_wsi.slides import FeatureFile
 
 from .chunk_reader import ChunkReader, read_tensor_rows
 from .scorer import ContextScorer
-from .scoring_device import Cpu, Place
+from .scoring_device import Place, launching
 from .slide_pools import SlideScores, filled_pools, open_pools
 
 
@@ -27,10 +25,6 @@ class Kept(NamedTuple):
     features: Tensor
 
 
-_launching = threading.Lock()
-"""Around the launches of a GPU's threads: what two of them need compiled is compiled once."""
-
-
 def best_in_stream(
     reader: ChunkReader, weights: ScorerWeights, k: int, place: Place, summary_tokens: int
 ) -> tuple[Kept, SlideScores]:
@@ -38,7 +32,7 @@ def best_in_stream(
 
     def score_chunk(start: int, chunk: Tensor, running: ScoredTopK | None) -> ScoredTopK:
         x = chunk.to(place.device, non_blocking=True)
-        with contextlib.nullcontext() if isinstance(place, Cpu) else _launching:
+        with launching(place):
             found = score_topk(x, weights, k, first_row=start, running=running)
         if pools is not None:
             pools.add_chunk(start, x)

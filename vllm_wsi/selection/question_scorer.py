@@ -79,10 +79,10 @@ class QuestionScorer(nn.Module):
         """How many of k patches the query without a question chooses."""
         return min(k, round(k * self.free_tokens / self.num_slide_tokens))
 
-    def vectors(self, features: Tensor) -> Tensor:
-        """phi, fp32 [..., n, R], of features [..., n, d]; NaN by `MAX_MAGNITUDE`."""
+    def vector_weights(self) -> ScorerWeights:
+        """phi's parameters: `out_weight` [R, h], or [R, d] where h = 0."""
         hidden = self.hidden
-        weights = ScorerWeights(
+        return ScorerWeights(
             norm_weight=self.norm.weight.float(),
             norm_bias=self.norm.bias.float(),
             hidden_weight=None if hidden is None else hidden.weight.float(),
@@ -91,8 +91,11 @@ class QuestionScorer(nn.Module):
             out_bias=self.out.bias.float(),
             norm_eps=self.norm.eps,
         )
+
+    def vectors(self, features: Tensor) -> Tensor:
+        """phi, fp32 [..., n, R], of features [..., n, d]; NaN by `MAX_MAGNITUDE`."""
         flat = features.reshape(-1, features.shape[-1])
-        return score_vectors(flat, weights).view(*features.shape[:-1], self.rank)
+        return score_vectors(flat, self.vector_weights()).view(*features.shape[:-1], self.rank)
 
     def query(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """a(q), fp32 [..., R], of a question.

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_wsi.kernels import map_blocks, select_topk
+from vllm_wsi.kernels import gpu_vectors, map_blocks, select_topk
 
 from .chunk_reader import ChunkReader
 from .question_scorer import QuestionScorer
-from .scoring_device import Place
+from .scoring_device import Place, launching
 from .slide_pools import SlideScores, filled_pools, open_pools
 
 
@@ -47,14 +47,17 @@ def slide_vectors(reader: ChunkReader, scorer: QuestionScorer, place: Place, sum
     """phi of all patches, [N, R] in the dtype in which it is kept (`vector_dtype`), and their pools; on the CPU."""
 
     def fill(start: int, chunk: Tensor) -> None:
-        out = torch.empty(len(chunk), scorer.rank, device=place.device)
         x = chunk.to(place.device, non_blocking=True)
-        map_blocks(x, start, scorer.vectors, out, scorer.block_rows)
+        with launching(place):
+            out = gpu_vectors(x, weights)
+        if out is None:
+            out = torch.empty(len(chunk), scorer.rank, device=place.device)
+            map_blocks(x, start, scorer.vectors, out, scorer.block_rows)
         if pools is not None:
             pools.add_chunk(start, x)
         vectors[start : start + len(chunk)] = out.cpu()
 
-    vectors = torch.empty(reader.num_patches, scorer.rank, dtype=scorer.vector_dtype)
+    vectors, weights = torch.empty(reader.num_patches, scorer.rank, dtype=scorer.vector_dtype), scorer.vector_weights()
     pools = open_pools(summary_tokens, scorer.feature_dim, place.device)
     done: Future[None] | None = None
     for start, chunk in reader.chunks():  # one chunk is worked on while the next is read

@@ -7,15 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from vllm_wsi.errors import SettingsError, SetupError
 from vllm_wsi.kernels import ScorerWeights, score_topk
-from vllm_wsi.kernels.self_check import check_device
+from vllm_wsi.kernels.self_check import check_device, check_vectors
 
 from .chunk_reader import CUDA_CHUNK_BYTES
+from .question_scorer import QuestionScorer
 from .scorer import FrozenScorer
 
 GPU_THREADS = 2
@@ -146,6 +148,8 @@ class ScoringDevice:
             if isinstance(scorer, ScorerWeights):
                 for k in sizes:
                     check_device(scorer, k, device)
+            elif isinstance(scorer, QuestionScorer):
+                check_vectors(scorer.vector_weights(), device)
             checked = time.monotonic() - began
             told = _timed(gpu, scorer)
         except Exception as error:  # whatever it is, slides can be scored without a GPU
@@ -158,6 +162,14 @@ class ScoringDevice:
             return Cpu()
         self.told = f"slides are scored on {gpu.name}: compiled and checked in {checked:.1f} s{told}"
         return gpu
+
+
+_launching = threading.Lock()
+
+
+def launching(place: Place) -> AbstractContextManager[object]:
+    """Around the launches of a GPU's threads: what two of them need compiled is compiled once."""
+    return nullcontext() if isinstance(place, Cpu) else _launching
 
 
 def num_gpus() -> int:
