@@ -261,6 +261,10 @@ def test_a_model_with_summary_tokens_ends_with_the_stage_that_shows_them(tmp_pat
     ):
         train(settings(stage(), plain, summary_tokens=2), tmp_path / "run", GENERATORS)
     assert not (tmp_path / "run" / "settings.json").exists()  # the mended settings may be run there
+    missing = stage(data={"questions": [str(tmp_path / "no.json")], "features": str(tmp_path)})
+    with pytest.raises(OSError, match=r"no\.json"):
+        train(settings(missing), tmp_path / "run", GENERATORS)
+    assert not (tmp_path / "run" / "settings.json").exists()
     gate = plain | {"name": "soft", "sparselearn": {"num_slide_tokens": 4}, "learning_rate": RATES}
     with pytest.raises(SettingsError, match="soft: num_slide_tokens: found 4, wanted 2, as the model keeps patches"):
         train(settings(gate, stage(), summary_tokens=2), tmp_path / "run", GENERATORS)

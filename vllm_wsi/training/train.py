@@ -61,7 +61,7 @@ def train(settings: TrainSettings, output: str | Path, generators: Generators | 
     _claim(output, settings, processes)
     try:
         start, model, tokenizer, datasets = _checked_start(settings, output, generators or {}, processes)
-    except WsiError:
+    except (WsiError, OSError):  # a file of questions that is not there is an OSError
         if processes.is_main_process:
             _unclaim(output)
         raise
