@@ -37,7 +37,7 @@ from .scorer_arms import begin_with, trained
 
 CSV = RESULTS / "study" / "topic_scorers.csv"
 COLUMNS = (
-    "seed", "num_patches", "questions", "k", "arm", "steps", "accuracy", "accuracy_low", "accuracy_high",
+    "seed", "k", "steps", "num_patches", "questions", "arm", "accuracy", "accuracy_low", "accuracy_high",
     "key_patch_recall", "kept_at_least_one",
 )  # fmt: skip
 K, D = 32, 64

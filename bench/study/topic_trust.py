@@ -23,9 +23,11 @@ from vllm_wsi.questions.items import SlideItem
 from vllm_wsi.study.calibrate import ask, calibrate
 
 from .topic_scorers import QUESTION, D, decoder_of, scorer_of
-from .trust import COLUMNS, EMPTY, measures
+from .trust import COLUMNS as OF_A_WORLD
+from .trust import EMPTY, measures
 
 CSV = RESULTS / "study" / "topic_trust.csv"
+COLUMNS = ("seed", *OF_A_WORLD)
 TRAINING_ABSENT = 0.2
 WORLDS: dict[str, dict[str, Any]] = {"its own": {}, "noise 1.5": {"noise": 1.5}, "noise 2.0": {"noise": 2.0}}
 OTHER_SEED = 1000  # of another world's patch types
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=128, help="of each world and length (default 128)")
     parser.add_argument("--csv", type=Path, default=CSV, help="append the rows to this file")
     args = parser.parse_args()
-    check_header(args.csv, ("seed", *COLUMNS))
+    check_header(args.csv, COLUMNS)
     for seed in args.seeds:
         runs = args.runs / str(seed)
         decoder = decoder_of(runs / "decoder", seed, args.decoder_steps, TRAINING_ABSENT)
