@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import numpy as np
+from scipy.stats import t
 
 from bench.common.record import RESULTS, ROOT
 from bench.common.tables import interval, read_rows, table, write_tables
@@ -30,27 +31,34 @@ Row = dict[str, str]
 def main() -> None:
     tables = {
         "topics": topics(), "tissue": tissue(), "trust": trust("trust"), "trust-tissue": trust("trust_tissue"),
-        "trust-topics": trust_of_topics(), "tissue-summary": tissue_summary(),
+        "trust-topics": trust_of_topics(), "summary-cost": summary_cost(), "tissue-summary": tissue_summary(),
         "tissue-summary-folds": tissue_summary_folds(),
     }  # fmt: skip
     write_tables(PAGE, {f"conditioned:{name}": made for name, made in tables.items()})
 
 
 def topics() -> str:
-    """A line for each arm, a column for each length and seed."""
-    cells: dict[tuple[str, str], dict[tuple[int, int], Row]] = defaultdict(dict)
+    """A line for each arm, three columns for each length: over the worlds, each of a seed of its own."""
+    cells: dict[tuple[str, str], dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in read_rows(RESULTS / "study" / "topic_scorers.csv"):
         fixed = row["arm"] in ("random", "oracle", "ideal, question-free")
-        steps = "-" if fixed else row["steps"]
-        cells[row["arm"], steps].setdefault((int(row["num_patches"]), int(row["seed"])), row)
-    columns = sorted({place for of_arm in cells.values() for place in of_arm})
-    head = ["chosen by", "steps", *(f"N = {n:,}, seed {seed}" for n, seed in columns)]
+        cells[row["arm"], "-" if fixed else row["steps"]][row["num_patches"]].setdefault(row["seed"], row)
+    question = next(of_arm for (arm, _), of_arm in cells.items() if arm == "question")
+    head = ["chosen by", "steps"]
+    for n, of_seed in question.items():
+        head += [f"N = {int(n):,}, {len(of_seed)} worlds: right", "the question more", "kept"]
     lines = []
     for (arm, steps), of_arm in cells.items():
-        shown = [of_arm.get(place) for place in columns]
-        lines.append(
-            [arm, steps, *("-" if one is None else f"{interval(one, *ACCURACY)} ({_kept(one)})" for one in shown)]
-        )
+        line = [arm, steps]
+        for n, of_seed in of_arm.items():
+            assert of_seed.keys() == question[n].keys(), (
+                f"{arm}, {steps} steps, N = {n}: other seeds than the question's"
+            )
+            right = {seed: float(row["accuracy"]) for seed, row in of_seed.items()}
+            more = [float(row["accuracy"]) - right[seed] for seed, row in question[n].items()]
+            kept = np.mean([float(row["kept_at_least_one"]) for row in of_seed.values()])
+            line += [_mean_range([*right.values()]), "-" if arm == "question" else _t_interval(more), f"{kept:.2f}"]
+        lines.append(line)
     return table(head, lines)
 
 
@@ -104,6 +112,22 @@ def trust_of_topics() -> str:
     return table(head, lines)
 
 
+def summary_cost() -> str:
+    """A line for each way to make the S means, a column for each width of the features; the newest rows."""
+    newest: dict[str, dict[tuple[str, str], Row]] = defaultdict(dict)
+    for row in read_rows(RESULTS / "study" / "summary_cost.csv"):
+        newest[row["feature_dim"]][row["rest"], row["s"]] = row
+    lines = [["the selection", *(_two(next(iter(rows.values())), "select_cpu_seconds") for rows in newest.values())]]
+    for rest, s in dict.fromkeys(case for rows in newest.values() for case in rows):
+        line = [f"{rest}, S = {s}"]
+        for rows in newest.values():
+            row = rows[rest, s]
+            added = float(row["centres_cpu_seconds"]) + float(row["pass_cpu_seconds"])
+            line.append(f"{added:.2f} ({_two(row, 'added_over_select')} of the selection)")
+        lines.append(line)
+    return table(["", *(f"d = {int(d):,}" for d in newest)], lines)
+
+
 def tissue_summary() -> str:
     """A line for each test and arm, a column for each question: over all folds and seeds, and less 32 best alone."""
     rows = [row for row in read_rows(RESULTS / "study" / "tissue_summary.csv") if row["kind"] == "pooled"]
@@ -145,6 +169,12 @@ def tissue_summary_folds() -> str:
 def _signed(row: Row) -> str:
     estimate, low, high = (f"{float(row[name]) + 0.0:+.2f}" for name in LESS_BEST)
     return f"{estimate} [{low}, {high}]"
+
+
+def _t_interval(values: list[float]) -> str:
+    """Of the mean, 95 %, by Student's t."""
+    mean, half = np.mean(values), t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
 def _mean_range(values: list[float]) -> str:
