@@ -9,7 +9,8 @@ from PIL import Image
 
 from vllm_wsi.cli import demo_run, demo_tissue
 from vllm_wsi.cli.app import main
-from vllm_wsi.cli.demo_slides import DemoSlide
+from vllm_wsi.cli.demo_slides import DemoSlide, users_slide
+from vllm_wsi.encoding.encoders import LITE
 from vllm_wsi.encoding.image import open_image, read_scaled
 from vllm_wsi.errors import SetupError
 from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
@@ -89,6 +90,16 @@ def test_features_of_the_tissue_checkpoints_encoder_are_asked_of_it_and_others_a
         path = tmp_path / "a.safetensors"
         write_features(path, np.ones((2, 8), np.float16), metadata={} if encoder is None else {"encoder": encoder})
         assert demo_tissue.fits_tissue(DemoSlide(path)) == fits
+
+
+def test_an_image_of_the_users_with_few_patches_is_encoded_again_in_patches_that_overlap(tmp_path, capsys):
+    image = fetched(CMU_SMALL_REGION, EFFICIENTNET_LITE0)[0]
+    slide = users_slide(image, LITE, tmp_path)
+    assert slide.num_patches == 13
+    closer = demo_tissue.on_a_closer_grid(slide, tmp_path)
+    assert (closer.num_patches, closer.image) == (294, image.resolve())
+    assert "13 patches of 200 um are few; they overlap now" in capsys.readouterr().err
+    assert demo_tissue.on_a_closer_grid(closer, tmp_path) is closer
 
 
 @pytest.mark.server

@@ -122,7 +122,7 @@ def test_without_the_slide_image_both_pictures_are_drawn_from_the_coordinates(ch
         assert outline == [255, 200, 0]
 
 
-def test_microns_reach_the_slide_by_its_mpp(checkpoints, tmp_path, capsys):
+def test_microns_reach_the_slide_by_its_mpp(checkpoints, tmp_path, capsys, caplog):
     rng = np.random.default_rng(0)
     with h5py.File(tmp_path / "stamp.h5", "w") as file:
         file["feats"] = rng.standard_normal((12, 48)).astype(np.float16)
@@ -139,6 +139,11 @@ def test_microns_reach_the_slide_by_its_mpp(checkpoints, tmp_path, capsys):
         wanted = [[x * 512, y * 512] for y in range(3) for x in range(4)]
         assert np.allclose([ring[0] for ring in rings], wanted)
         assert np.allclose([ring[2] for ring in rings], np.array(wanted) + 512)
+    with h5py.File(tmp_path / "stamp.h5", "a") as file:
+        file.attrs["mpp"] = 0.25
+    with caplog.at_level("WARNING", logger="vllm_wsi"):
+        select(capsys, *arguments, "--mpp", "0.5")
+    assert "mpp: found 0.25 in the file, but 0.5 was given, which is taken" in caplog.text
 
 
 def test_what_cannot_be_placed_is_said_in_one_sentence(checkpoints, tmp_path, capsys):

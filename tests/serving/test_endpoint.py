@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -486,6 +487,16 @@ def test_a_guessed_place_is_called_that_and_drawn_upon_the_slide_only_when_it_is
     assert http.get("heatmap.png", params={"url": url, **said}).status_code == 200
     record = http.post("select", json={"url": url, **said}).json()
     assert (record["coord_unit_source"], record["patch_size"]["source"], record["guesses"]) == ("given", "given", [])
+
+
+@pytest.mark.parametrize("said", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_that_is_not_called_json_is_refused_in_a_sentence(http, media, said):
+    body = json.dumps({"url": (media / "grid.safetensors").as_uri()})
+    answer = http.post("select", content=body, headers={} if said is None else {"content-type": said})
+    assert answer.status_code == 400
+    assert f"content-type: found {said or 'none'}, wanted application/json" in answer.text
+    accepted = http.post("select", content=body, headers={"content-type": "Application/JSON; charset=utf-8"})
+    assert accepted.status_code == 200
 
 
 def test_what_a_request_says_against_the_file_is_refused(http, media):

@@ -14,6 +14,7 @@ from vllm_wsi.slides.places import (
     bounds_metadata,
     guesses,
     origin,
+    overruled_mpp,
     patch_size,
     refuse_guesses,
     settle,
@@ -202,6 +203,21 @@ def test_a_user_fills_what_is_guessed_or_unknown_and_contradicts_nothing_that_th
         with pytest.raises(SlideError, match="found coordinates in px by the file, but um was given"):
             settle("a", "px", source, guess, Said(coord_unit="um"))
         assert settle("a", "px", source, guess, Said(coord_unit="px"))[0] == Unit("px", source)
+
+
+@pytest.mark.parametrize(
+    ("in_file", "given", "said"),
+    [
+        ("0.25", 0.5, "mpp: found 0.25 in the file, but 0.5 was given, which is taken"),
+        ("0.499", 0.5, None),  # rounded
+        ("0.25", None, None),
+        ("unknown", 0.5, None),
+        (None, 0.5, None),
+    ],
+)
+def test_microns_per_pixel_that_overrule_the_files_are_told(in_file, given, said):
+    metadata = {} if in_file is None else {"mpp": in_file}
+    assert overruled_mpp(metadata, Said(mpp=given)) == said
 
 
 def test_a_guess_is_named_and_refused_until_it_is_accepted():

@@ -98,7 +98,7 @@ def test_a_place_that_is_not_finite_is_refused():
 def test_what_is_missing_is_named():
     with pytest.raises(SlideError, match="coords: found none"):
         level0_rects("a", None, None, PatchSize(1, "px", "file"), {})
-    with pytest.raises(SlideError, match="coords: found no unit, wanted it given, px or um"):
+    with pytest.raises(SlideError, match="coords: found no unit, wanted coord_unit given, px or um"):
         level0_rects("a", GRID, None, PatchSize(1, "px", "file"), {})
     with pytest.raises(SlideError, match="patch_size_level0: found none"):
         level0_rects("a", GRID, "px", None, {})

@@ -33,6 +33,8 @@ def show(server: VllmServer, slide: DemoSlide, checkpoint: Path, out: Path) -> N
     if not first["read"]:
         print("           (the selection store knows this slide: nothing was read)")
     selection = _post(f"{server.api}/wsi/select", {"url": url})
+    for warning in selection["warnings"]:  # beside the answer, as they tell how far to trust it
+        print(f"           {warning}")
     _print_selection(selection)
     if slide.virtual is not None:
         rows = slide.virtual.key_patches.tolist()
@@ -120,8 +122,6 @@ def _print_selection(selection: dict) -> None:
         print(
             f"           sufficiency {selection['sufficiency']:.2f}, in distribution {usual:.2f} (docs/train/trust.md)"
         )
-        for warning in selection["warnings"]:
-            print(f"           {warning}")
     match = selection["encoder_match"]
     if match["remark"] is not None:
         print(f"           encoder: {match['features']}; the checkpoint's: {match['checkpoint']}; {match['remark']}")

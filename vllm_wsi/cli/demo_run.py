@@ -20,7 +20,7 @@ from vllm_wsi.store.store_settings import ENVIRONMENT
 
 from .demo_answers import show
 from .demo_slides import UNFAMILIAR, DemoSlide, Progress, Scene, photograph, users_slide, virtual_slide
-from .demo_tissue import fits_tissue, tissue_scene, tissue_slides
+from .demo_tissue import fits_tissue, on_a_closer_grid, tissue_scene, tissue_slides
 
 UNTRAINED = "random weights: the answer is noise, the path is real"
 VIRTUAL_MODEL = "the demo checkpoint, trained on virtual slides alone"
@@ -79,7 +79,7 @@ def _scenes(options: DemoOptions, work: Path) -> list[Scene]:
         slide.note = UNFAMILIAR if slide.image is not None else ""
         return [Scene(options.checkpoint, options.checkpoint.name, [slide])]
     if fits_tissue(slide):
-        return [tissue_scene([slide])]
+        return [tissue_scene([on_a_closer_grid(slide, work)])]
     slide.note = UNTRAINED
     checkpoint = _random_weights(work / "checkpoint", slide)
     return [Scene(checkpoint, "random weights", [slide], server_args=("--dtype", "float32"))]

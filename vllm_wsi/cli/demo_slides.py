@@ -56,13 +56,15 @@ class DemoSlide:
     note: str = ""
     encoder_mismatch: Mismatch = "refuse"
     facts: str = field(init=False)
+    num_patches: int = field(init=False)
     feature_dim: int = field(init=False)
     metadata: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         with open_features(self.features) as opened:
             self.facts = f"{opened.num_patches:,} patches x {opened.feature_dim}, {opened.dtype}, {opened.format}"
-            self.feature_dim, self.metadata = opened.feature_dim, opened.metadata
+            self.num_patches, self.feature_dim = opened.num_patches, opened.feature_dim
+            self.metadata = opened.metadata
 
 
 @dataclass

@@ -6,6 +6,7 @@ The package holds what training added to them: scorer, projector and LoRA of the
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ QUESTIONS = (
     "How much of this slide is invasive carcinoma? Answer in a sentence.",
 )
 STEP_PX = 10  # of 50: a small image has few patches of 200 um, and the model is shown 32
+FEW_PATCHES = 192  # of fewer, 32 are no selection: training's slides have 130 to 1,149 patches
 OVARY_MPP = 0.5  # assumed: the images say none
 
 
@@ -50,6 +52,15 @@ def tissue_scene(slides: list[DemoSlide]) -> Scene:
 def fits_tissue(slide: DemoSlide) -> bool:
     """Whether features are of the tissue checkpoint's encoder."""
     return (recorded_encoder(slide.metadata) or "").startswith(f"{LITE}@")
+
+
+def on_a_closer_grid(slide: DemoSlide, work: Path) -> DemoSlide:
+    """A slide image of the user's with few patches, encoded once more in patches that overlap; any other as it is."""
+    if slide.image is None or slide.num_patches >= FEW_PATCHES:
+        return slide
+    print(f"{slide.image.name}: {slide.num_patches} patches of 200 um are few; they overlap now", file=sys.stderr)
+    slide.features.unlink()
+    return encoded(slide.image, LITE, work, step_px=STEP_PX)
 
 
 def skin(work: Path) -> DemoSlide:

@@ -50,7 +50,7 @@ def select(
     geojson_origin: Annotated[Literal["bounds", "slide"], option("--geojson-origin", help=ORIGIN_HELP)] = "bounds",
 ) -> None:
     from vllm_wsi.slides import open_features
-    from vllm_wsi.slides.places import Said
+    from vllm_wsi.slides.places import Said, overruled_mpp
 
     with open_features(file, encoder) as opened:
         # After the file's own errors: these import torch.
@@ -76,5 +76,5 @@ def select(
             if montage is not None:
                 overlay.write_montage(montage)
     print(json.dumps({"file": str(file), "checkpoint": checkpoint, **record}))
-    for warning in trust.warnings:  # on stderr too: a line of JSON hides them
+    for warning in filter(None, (overruled_mpp(selection.metadata, said), *trust.warnings)):  # JSON hides them
         logger.warning("%s: %s", file, warning)

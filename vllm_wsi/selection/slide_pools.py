@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STEP = 2.0**-16
-BLOCK_ROWS = 256  # that stay in a core's cache
+BLOCK_ROWS = 256  # that stay in a core's cache; a GPU takes a whole chunk
 
 
 class SlidePools:
@@ -53,15 +53,26 @@ class SlidePools:
         """
         for start in range(0, len(features), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
-            rows = (normalised(features[part]) / STEP).round() * STEP
-            finite = torch.isfinite(rows).all(dim=1)
-            members = F.one_hot(indices[part] % len(self.counts), len(self.counts)) * finite[:, None]
-            self.sums += members.double().T @ rows.masked_fill(~finite[:, None], 0).double()
-            self.counts += members.sum(dim=0)
+            rows, finite = on_grid(features[part])
+            pools = indices[part] % len(self.counts)
+            self.sums.index_add_(0, pools, rows.double() * STEP)
+            self.counts.index_add_(0, pools, finite.long())
 
     def add_chunk(self, first_row: int, chunk: Tensor) -> None:
-        """Adds the patches of a chunk [n, d], which lies on the pools' device."""
-        self.add(first_row + torch.arange(len(chunk), device=chunk.device), chunk)
+        """Adds the patches of a chunk [n, d], rows first_row to first_row + n, which lies on the pools' device."""
+        count = len(self.counts)
+        block_rows = count * max(1, (len(chunk) if chunk.is_cuda else BLOCK_ROWS) // count)
+        for start in range(0, len(chunk), block_rows):
+            rows, finite = on_grid(chunk[start : start + block_rows])
+            whole = len(rows) // count
+            rest = len(rows) - whole * count
+            sums = rows[: whole * count].view(whole, count, rows.shape[1]).sum(dim=0, dtype=torch.float64)
+            counts = finite[: whole * count].view(whole, count).sum(dim=0)
+            sums[:rest] += rows[whole * count :]
+            counts[:rest] += finite[whole * count :]
+            shift = (first_row + start) % count  # the pool of the block's first row
+            self.sums += sums.roll(shift, dims=0) * STEP
+            self.counts += counts.roll(shift)
 
     def without(self, indices: Tensor, features: Tensor) -> SlidePools:
         """These pools without some of their patches, on the CPU; arguments as for `add`.
@@ -78,6 +89,19 @@ class SlidePools:
         """fp32 [s, d]: the mean of each pool that holds a patch, in the pools' order, s <= S."""
         filled = self.counts > 0
         return (self.sums[filled] / self.counts[filled, None]).float()
+
+
+def on_grid(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised patches in units of `STEP`.
+
+    Returns:
+        fp32 [n, d], whole numbers, 0 in a patch that is not finite; bool [n], which patches are finite.
+    """
+    rows = (normalised(features) / STEP).round_()
+    finite = torch.isfinite(rows.sum(dim=1))  # no row overflows: a normalised feature is at most sqrt(d)
+    if not finite.all():
+        rows[~finite] = 0
+    return rows, finite
 
 
 def normalised(features: Tensor) -> Tensor:

@@ -208,6 +208,14 @@ def settle(
     return chosen, size
 
 
+def overruled_mpp(metadata: Mapping[str, str], said: Said) -> str | None:
+    """In words, where the user's microns per pixel are others than the file's; None: they agree, or one is silent."""
+    in_file = positive_number(metadata.get("mpp"))
+    if said.mpp is None or in_file is None or abs(in_file - said.mpp) <= AGREE * in_file:
+        return None
+    return f"mpp: found {in_file:g} in the file, but {said.mpp:g} was given, which is taken"
+
+
 def guesses(unit: Unit | None, size: PatchSize | None) -> list[str]:
     """What of a slide's places is only guessed, in words."""
     found = []
@@ -222,8 +230,8 @@ def refuse_guesses(name: str, guessed: Sequence[str]) -> None:
     """Raises SlideError where a drawing upon a slide's image would rest on a guess."""
     if guessed:
         raise SlideError(
-            f"{name}: found no word about {' and '.join(guessed)}, wanted it given, or the guess accepted, "
-            "to draw upon the slide's image"
+            f"{name}: found no word about {' and '.join(guessed)}, wanted it given (coord_unit, "
+            "patch_size_level0), or the guess accepted (accept_guess), to draw upon the slide's image"
         )
 
 

@@ -45,7 +45,9 @@ def level0_rects(
             place is not finite.
     """
     if coords is None or unit is None:
-        found, wanted = ("none", "the place of each patch") if coords is None else ("no unit", "it given, px or um,")
+        found, wanted = (
+            ("none", "the place of each patch") if coords is None else ("no unit", "coord_unit given, px or um,")
+        )
         raise SlideError(f"{name}: coords: found {found}, wanted {wanted} to show it on the slide")
     if size is None:
         raise SlideError(f"{name}: patch_size_level0: found none, wanted the size of a patch in level-0 pixels")

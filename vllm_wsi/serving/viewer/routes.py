@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SettingsError, SlideError
 from vllm_wsi.slides.feature_file import CoordUnit
 from vllm_wsi.slides.places import Said
 
@@ -29,6 +29,12 @@ def slide_view(request: Request) -> SlideView:
     if found is None:
         raise SlideError("no slide model is served here, so no slide can be selected")
     return found
+
+
+def wants_json(request: Request) -> None:
+    said = request.headers.get("content-type", "none")
+    if said.partition(";")[0].strip().lower() != "application/json":
+        raise SettingsError(f"content-type: found {said}, wanted application/json")
 
 
 Shown = Annotated[SlideView, Depends(slide_view)]
@@ -51,7 +57,7 @@ class SelectRequest(BaseModel):
     coord_unit: CoordUnit | None = Field(None, description=COORD_UNIT)
 
 
-@router.post("/select")
+@router.post("/select", dependencies=[Depends(wants_json)])
 async def select(
     body: SelectRequest,
     shown: Shown,
