@@ -401,7 +401,8 @@ def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(server):
     assert "http" not in page.text
     for name, kind in (("main.js", "text/javascript"), ("viewer.css", "text/css"), ("icon.svg", "image/svg+xml")):
         assert httpx.get(f"{server.root}/wsi/{name}").headers["content-type"].startswith(kind)
-    for name in ("%2e%2e/endpoint.py", "vendor/../../endpoint.py", "nosuch.js", "vendor", "%2e%2e/viewer_page.py"):
+    outside = ("%2e%2e/endpoint.py", "vendor/../../endpoint.py", "%2e%2e/viewer_page.py")
+    for name in (*outside, "nosuch.js", "vendor", "vendor.js/", "%00.html", f"{'a' * 300}.html"):
         assert httpx.get(f"{server.root}/wsi/{name}").status_code in (401, 404)  # 401 where the client left /wsi/ first
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -11,7 +12,7 @@ from vllm_wsi.model.checkpoint import load_selector
 from vllm_wsi.model.init_checkpoint import init_checkpoint
 from vllm_wsi.model.modeling import SparseWSIForConditionalGeneration
 from vllm_wsi.model.tiny_settings import TinySettings
-from vllm_wsi.slides import open_features
+from vllm_wsi.slides import open_features, write_features
 
 from .conftest import D, make_slide, slide_message
 
@@ -222,6 +223,29 @@ def test_a_follow_up_question_finds_the_slide_in_the_prefix_cache_and_answers_al
         found, wanted = (engine.chat(message, greedy, use_tqdm=False)[0] for engine in (llm, plain))
         assert list(found.outputs[0].token_ids) == list(wanted.outputs[0].token_ids)
     assert found.num_cached_tokens >= 32
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["with caches", "without"])
+def test_slides_of_several_dtypes_in_one_batch_and_in_one_prompt_are_answered_as_by_transformers(
+    cached, checkpoint, tmp_path
+):
+    """A patch above the largest fp16 number is no infinity because another request's slide is fp16."""
+    from vllm import SamplingParams
+
+    low = make_slide(tmp_path / "low.safetensors", 100, 0, dtype="float16")
+    x = np.random.default_rng(1).standard_normal((100, D))
+    loud, exact = tmp_path / "loud.safetensors", tmp_path / "exact.safetensors"
+    write_features(loud, (x * 1e5).astype(np.float32), None, {"encoder": "test@1"})
+    write_features(exact, x, None, {"encoder": "test@1"})
+    options = {} if cached else {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
+    llm, question = start_engine(checkpoint, tmp_path, **options), "Which tissue?"
+    model, tokenizer = reference(checkpoint)
+    prompts = [[low], [loud], [exact], [low, loud], [exact, low, loud]]
+    wanted = [ask_transformers(model, tokenizer, paths, question)[0] for paths in prompts]
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS)
+    messages = [slide_message(*(path.as_uri() for path in paths), question=question) for paths in prompts]
+    assert [list(one.outputs[0].token_ids) for one in llm.chat(messages, params, use_tqdm=False)] == wanted
+    assert [ask_vllm(llm, paths, question)[0] for paths in prompts] == wanted
 
 
 def test_prompts_in_pieces_and_preempted_requests_answer_as_each_alone(checkpoint, slides):

@@ -1,6 +1,8 @@
 """The selection service: one flight for each slide, a bounded cache, and nobody waits for another's slide."""
 
 import asyncio
+import base64
+import io
 import logging
 import os
 import threading
@@ -18,7 +20,8 @@ from vllm_wsi.selection import scoring_device
 from vllm_wsi.selection.scorer import seeded_scorer
 from vllm_wsi.selection.scoring_device import Gpu
 from vllm_wsi.selection.selector import SlideSelector
-from vllm_wsi.serving import metrics
+from vllm_wsi.serving import connector, metrics
+from vllm_wsi.serving.connector import SlideConnector
 from vllm_wsi.serving.service import SelectionService
 from vllm_wsi.serving.slide_request import SlideRequest
 from vllm_wsi.slides import SlideIdentity, features_in_memory, open_features
@@ -46,6 +49,17 @@ class CountingSelector(SlideSelector):
 def selector():
     weights = seeded_scorer("patch", D, 16, seed=0).requires_grad_(False).weights()
     return CountingSelector(weights, 8)
+
+
+def test_features_by_value_are_checked_before_all_of_them_are_in_memory(selector, monkeypatch):
+    service = SelectionService(selector, "scorer", max_slide_tokens=16)
+    monkeypatch.setattr(connector, "current_service", lambda: service)
+    sent, read = io.BytesIO(), []
+    monkeypatch.setattr(connector, "read_tensor_rows", read.append)
+    torch.save(torch.ones(5, D + 1), sent)
+    with pytest.raises(SlideError, match=f"found d = {D + 1}, wanted {D}, as the checkpoint has it"):
+        SlideConnector().fetch_image_embedding(base64.b64encode(sent.getvalue()).decode())
+    assert read == []
 
 
 @pytest.fixture

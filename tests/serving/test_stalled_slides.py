@@ -5,6 +5,7 @@ import csv
 import subprocess
 import sys
 import threading
+import time
 from http import HTTPStatus
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from vllm_wsi.serving import connector, stalling_pool
 from vllm_wsi.serving.connector import SlideConnector
 from vllm_wsi.serving.service import LOOK_UP_THREADS, SelectionService
 from vllm_wsi.serving.slide_request import SlideRequest
-from vllm_wsi.serving.stalling_pool import SlidesStalled
+from vllm_wsi.serving.stalling_pool import SlidesStalled, StallingPool
 from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.formats.rows import RawRows
 
@@ -93,6 +94,46 @@ def test_once_all_threads_stood_still_too_long_new_slides_alone_are_refused(serv
     assert joined.result(WAIT) is held[0].result(WAIT)
     held[1].result(WAIT)
     assert service.select(SlideRequest(new)).selection.num_patches == 50
+
+
+def test_clients_that_give_up_do_not_keep_further_ones_waiting(monkeypatch):
+    monkeypatch.setattr(stalling_pool, "STALL_SECONDS", 0.5)
+    pool, disk = StallingPool("test", THREADS), threading.Event()
+    held = [pool.submit(disk.wait, WAIT) for _ in range(THREADS)]
+    while not all(future.running() for future in held):
+        pass
+    ends, num_refused = time.monotonic() + 1.5, 0
+    while time.monotonic() < ends:
+        try:
+            assert pool.submit(print).cancel()
+        except SlidesStalled:
+            num_refused += 1
+        time.sleep(0.1)
+    assert num_refused >= 5
+    disk.set()
+    assert all(future.result(WAIT) for future in held)
+    assert pool.submit(int, "3").result(WAIT) == 3
+
+
+def test_a_thread_that_cannot_be_started_costs_its_own_work_alone(monkeypatch):
+    start, pool = threading.Thread.start, StallingPool("test", THREADS)
+
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    for _ in range(3):
+        with pytest.raises(SlidesStalled, match=r"no reader can be started \(can't start new thread\)"):
+            pool.submit(int, "3")
+    monkeypatch.setattr(threading.Thread, "start", start)
+    disk = threading.Event()
+    held = pool.submit(disk.wait, WAIT)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    queued = pool.submit(int, "4")  # one thread is enough
+    disk.set()
+    assert (held.result(WAIT), queued.result(WAIT)) == (True, 4)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert pool._unfinished == 0
 
 
 def test_a_slide_by_value_that_is_refused_is_closed(service, tmp_path, disk, monkeypatch, open_files_below):

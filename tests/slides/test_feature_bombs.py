@@ -57,6 +57,27 @@ def test_an_h5_whose_data_were_never_written_is_refused(tmp_path, key, chunks):
         open_features(h5(tmp_path / "a.h5", **datasets))
 
 
+@pytest.mark.parametrize("columns", [2, 5])
+def test_coordinates_that_unpack_to_more_than_a_slide_has_are_refused(tmp_path, columns):
+    n = (64 << 20) // 8 // columns + 1
+    packed = {"chunks": True, "compression": "gzip"}
+    path = tmp_path / "a.h5"
+    datasets = {"features": np.ones((n, 1), np.float16), "coords": np.ones((n, columns))}
+    h5(path, **{key: {"data": data, **packed} for key, data in datasets.items()})
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(SlideError, match=rf"coords: found shape \({n}, {columns}\), wanted at most 67108864 bytes"):
+        open_features(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("shape", [(1 << 16, 1 << 10), (1 << 40, 1 << 20)])
+def test_a_tensor_that_repeats_a_few_numbers_is_refused(tmp_path, shape, legacy):
+    path = tmp_path / "a.pt"
+    torch.save(torch.ones(1).expand(shape), path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(SlideError, match=f"found 4 bytes of {4 * shape[0] * shape[1]}, wanted every number stored"):
+        open_features(path)
+
+
 def test_an_h5_in_one_large_chunk_is_refused_with_the_way_to_repack_it(tmp_path):
     shape = (1_100_000, 16)
     data = {"data": np.zeros(shape, "f4"), "chunks": shape, "compression": "gzip"}

@@ -39,6 +39,12 @@ def test_an_image_is_found_from_its_features_and_the_features_from_the_image(fea
     assert FeatureFinder(tmp_path)(image).path == tmp_path / features
 
 
+def test_a_name_that_no_url_can_hold_is_left_out_of_the_list_and_the_others_are_in_it(tmp_path: Path):
+    (tmp_path / "a.h5").touch()
+    Path(os.fsdecode(bytes(tmp_path) + b"/\xdcbersicht.h5")).touch()  # Latin-1, from an old share
+    assert [slide["name"] for slide in list_slides(tmp_path)["slides"]] == ["a.h5"]
+
+
 @pytest.mark.parametrize("image", ["b.svs", "a.ome.svs", "a.b.tif", "a", "ome.tif", "a.tif.gz", "aome.tif"])
 def test_an_image_of_another_name_is_not_taken(image: str, tmp_path: Path):
     (tmp_path / "a.h5").touch()

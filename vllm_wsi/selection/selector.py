@@ -100,7 +100,7 @@ class SlideSelector:
             SlideError: the slide's d, N or encoder does not fit, no patch has a finite score, or k is not above S.
         """
         k = self.num_slide_tokens if k is None else k
-        encoder_match = self._check(slide)
+        encoder_match = self.check(slide)
         if isinstance(self.scorer, QuestionScorer):
             found = self.select_of_vectors(slide, self.read_vectors(slide), k, query)
         else:
@@ -153,7 +153,7 @@ class SlideSelector:
     def read_vectors(self, slide: FeatureFile) -> SlideVectors:
         """What a `QuestionScorer` needs of a slide for any question: the slide is read once."""
         assert isinstance(self.scorer, QuestionScorer)
-        self._check(slide)
+        self.check(slide)
 
         def read(place: Place) -> SlideVectors:
             scorer, reader = self._scorer_on(place), self._reader(slide, place)
@@ -188,7 +188,7 @@ class SlideSelector:
         Raises:
             SlideError: as `select`, or there is not one score for each patch.
         """
-        encoder_match, num_kept = self._check(slide), self._num_kept(k)
+        encoder_match, num_kept = self.check(slide), self._num_kept(k)
         scores = known.scores
         if len(scores) != slide.num_patches:
             raise SlideError(f"{slide.name}: scores: found {len(scores)}, wanted one for each of {slide.num_patches}")
@@ -226,7 +226,8 @@ class SlideSelector:
             raise SlideError("Selection: features: found a patch without a finite score, wanted none")
         return replace(chosen, scores=scores)
 
-    def _check(self, slide: FeatureFile) -> EncoderMatch:
+    def check(self, slide: FeatureFile) -> EncoderMatch:
+        """Raises SlideError for features of another width, more patches than `max_patches`, or another encoder's."""
         where = f"{slide.name}: {slide.key or 'features'}: found"
         if slide.feature_dim != self.feature_dim:
             raise SlideError(f"{where} d = {slide.feature_dim}, wanted {self.feature_dim}, as the checkpoint has it")

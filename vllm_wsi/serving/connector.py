@@ -187,6 +187,7 @@ class SlideConnector(MediaConnector):
         request = SlideMediaIO(k=None, encoder=None).load_bytes(decode_base64(data, "image_embeds"))
         assert request.slide is not None
         with request.slide as slide:
+            served().selector.check(slide)  # before all of it is in memory
             return read_tensor_rows(slide)
 
     async def fetch_image_embedding_async(self, data: str) -> Tensor:
@@ -205,9 +206,7 @@ class SlideConnector(MediaConnector):
             raise SlideError(f"{name}: found a loop of links, wanted a feature file") from error
 
     def _prepare(self, url: str, keep_all_scores: bool = False) -> tuple[SelectionService, str, SlideMediaIO]:
-        service = current_service()
-        if service is None:
-            raise SlideError("no slide model is served here, so no slide can be selected")
+        service = served()
         if not isinstance(url, str):
             raise SlideError(f"image_url: found a {type(url).__name__}, wanted a URL")
         url, _, fragment = url.strip().partition("#")
@@ -218,6 +217,14 @@ class SlideConnector(MediaConnector):
         if url[:5].lower() == "data:" and not url.partition(",")[0].endswith(";base64"):
             raise SlideError(f"data URL: found {url[:32]!r}, wanted data:[media type];base64,...")
         return service, url, SlideMediaIO(**parse_fragment(fragment), keep_all_scores=keep_all_scores)
+
+
+def served() -> SelectionService:
+    """Raises SlideError where this process serves no slide model."""
+    service = current_service()
+    if service is None:
+        raise SlideError("no slide model is served here, so no slide can be selected")
+    return service
 
 
 def slide_connector(model: ModelConfig) -> SlideConnector:

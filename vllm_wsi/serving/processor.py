@@ -164,7 +164,8 @@ class SparseWSIMultiModalProcessor(BaseMultiModalProcessor[SparseWSIProcessingIn
         slides: list[SelectedSlide] = hf_data["images"]  # type: ignore[assignment]
         return BatchFeature(
             {
-                "rows": [slide.selection.rows for slide in slides],
+                # Of one dtype: vLLM stacks the slides of several requests in the dtype of the first.
+                "rows": [slide.selection.rows.float() for slide in slides],
                 "scores": [slide.selection.scores for slide in slides],
                 "kept": [slide.selection.indices for slide in slides],
                 "num_candidates": torch.tensor([slide.selection.num_candidates for slide in slides]),

@@ -53,13 +53,23 @@ class StallingPool:
                 raise SlidesStalled(
                     f"its {self._most} readers have waited {seconds:.0f} s for other slides; ask again later"
                 )
+            if self._threads < min(self._most, self._unfinished + 1):
+                self._add_thread()
             self._unfinished += 1
-            if self._threads < min(self._most, self._unfinished):
-                self._threads += 1
-                threading.Thread(target=self._serve, name=f"{self._name}-{self._threads}", daemon=True).start()
         future.add_done_callback(self._done)  # also where a client that went away cancelled it
         self._work.put((future, function, args))
         return future
+
+    def _add_thread(self) -> None:
+        """Raises SlidesStalled where no thread can be started, and none is there yet."""
+        thread = threading.Thread(target=self._serve, name=f"{self._name}-{self._threads + 1}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the machine's limit of threads
+            if not self._threads:
+                raise SlidesStalled(f"no reader can be started ({error}); ask again later") from error
+        else:
+            self._threads += 1
 
     def close(self) -> None:
         """Refuses further work, and drops what was not begun; the threads go with the process."""
@@ -87,7 +97,8 @@ class StallingPool:
                 outcome()
             del future, function, args, outcome  # while it waits for the next, it holds no slide
 
-    def _done(self, _: Future) -> None:
+    def _done(self, future: Future) -> None:
         with self._lock:
             self._unfinished -= 1
-            self._moved = time.monotonic()
+            if not future.cancelled():  # a client that goes away moves nothing
+                self._moved = time.monotonic()

@@ -16,6 +16,7 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
     ".txt": "text/plain",  # the licences of what the page is made of
 }
+FILES = frozenset(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*"))
 HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
@@ -47,6 +48,6 @@ async def file(name: str) -> Response:
 def _file(name: str) -> Response:
     path = FOLDER / name
     media_type = MEDIA_TYPES.get(path.suffix)
-    if media_type is None or FOLDER not in path.resolve().parents or not path.is_file():
+    if media_type is None or name not in FILES:
         raise HTTPException(404, f"{name!r} is no part of the viewer")
     return FileResponse(path, media_type=media_type, headers=HEADERS)

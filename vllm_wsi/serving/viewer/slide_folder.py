@@ -7,7 +7,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from vllm_wsi.errors import SlideError
+from vllm_wsi.errors import SlideError, encodable
 from vllm_wsi.files import IMAGE_SUFFIXES, QC_SUFFIX
 from vllm_wsi.slides.slide_names import image_names, is_feature_file, is_feature_store, slide_name
 
@@ -70,6 +70,8 @@ def list_slides(root: Path) -> dict[str, Any]:
             pass
         for path in features:
             name = path.relative_to(root).as_posix()
+            if encodable(name) != name:  # no URL names it
+                continue
             found = pictures.intersection(image_names(slide_name(path.name), images))
             slides.append({"name": name, "url": path.as_uri(), "has_image": len(found) == 1})
     slides.sort(key=lambda slide: slide["name"])

@@ -25,7 +25,7 @@ from vllm_wsi.slides.units import (
 
 from .anndata_features import is_table, matrix_key, table_attributes, table_coords, table_shape
 from .hdf5_access import Hdf5Access
-from .hdf5_file import Hdf5Source, check_stored, damaged, dataset_rows, has, is_local, local_dataset
+from .hdf5_file import Hdf5Source, check_small, check_stored, damaged, dataset_rows, has, is_local, local_dataset
 from .named_arrays import NO_COORDS
 
 # Attribute names of the producers -> ours. TRIDENT's own names are ours already.
@@ -158,5 +158,6 @@ def _coords_loader(access: Hdf5Access, dataset: h5py.Dataset, num_patches: int) 
             f"{access.name}: coords: found {dataset.dtype} of shape {dataset.shape}, wanted one x, y for each of "
             f"{num_patches} patches"
         )
+    check_small(access.name, "coords", shape)
     check_stored(access.name, "coords", dataset)
     return lambda: access.array("coords").reshape(shape)[:, :2]

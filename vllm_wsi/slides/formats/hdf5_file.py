@@ -94,6 +94,12 @@ def check_stored(name: str, key: str, dataset: h5py.Dataset) -> None:
         raise SlideError(f"{name}: {key}: found {found} of {wanted} chunks, wanted all; the file was not written whole")
 
 
+def check_small(name: str, key: str, shape: tuple[int, ...]) -> None:
+    """A dataset that is read whole may be large where its file is small: it is compressed."""
+    if math.prod(shape) * 8 > MAX_UNPACKED:
+        raise SlideError(f"{name}: {key}: found shape {shape}, wanted at most {MAX_UNPACKED} bytes")
+
+
 def has(file: h5py.File, key: str) -> bool:
     """Whether the root has that name, without following a link (`in` and `get` follow it)."""
     return file.id.links.exists(key.encode())
@@ -154,9 +160,5 @@ class Hdf5Array:
         self._access, self._key, self.shape, self.dtype = access, key, shape, dtype
 
     def read(self) -> NDArray:
-        size = math.prod(self.shape) * 8
-        if size > MAX_UNPACKED:
-            raise SlideError(
-                f"{self._access.name}: {self._key}: found shape {self.shape}, wanted at most {MAX_UNPACKED} bytes"
-            )
+        check_small(self._access.name, self._key, self.shape)
         return self._access.array(self._key)

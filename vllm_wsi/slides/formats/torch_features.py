@@ -138,9 +138,12 @@ def _content(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, 
     if not tensors:
         raise SlideError(f"{path}: found a dict with the keys {listed(content) or 'of none'}, wanted {WANTED}")
     for key, tensor in tensors.items():
+        where = f"{path}: {key}: " if key else f"{path}: "
         if tensor.layout is not torch.strided:
-            where = f"{path}: {key}: " if key else f"{path}: "
             raise SlideError(f"{where}found a {tensor.layout} tensor, wanted a dense one (N, d)")
+        held, claimed = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.itemsize
+        if claimed > held:  # an expanded tensor: a few bytes that stand for many rows
+            raise SlideError(f"{where}found {held} bytes of {claimed}, wanted every number stored")
     values: dict[str, object] = {
         str(key): value for key, value in content.items() if isinstance(value, (str, int, float, bool))
     }
