@@ -109,6 +109,42 @@ def test_wsi_bench_inline_options_and_a_gold_with_a_quote(tmp_path):
     assert free.gold == "A solid tumour of nests."
 
 
+def wsi_bench(folder, human, gold):
+    turns = [{"from": "human", "value": f"<image>\n{human}"}, {"from": "gpt", "value": gold}]
+    return read_task("wsi-bench", write_json(folder / "q.json", {"id": "q", "image": "a.pt", "conversations": turns}))
+
+
+@pytest.mark.parametrize(
+    ("human", "options"),
+    [
+        ("Is H. pylori there? A) Yes B) No C) Not told", ["Yes", "No", "Not told"]),
+        ("Is H. pylori there?\nA. Yes\nB. No", ["Yes", "No"]),
+        ("A patient with hepatitis B. Which finding? A) Fat B) Glass C) None", ["Fat", "Glass", "None"]),
+        ("Blood group A. Which organ? A. Lung B. Liver", ["Lung", "Liver"]),
+        ("Two arms, A) old B) new. Which won? A) Neither B) New C) Old", ["Neither", "New", "Old"]),
+        ("Which? A) E. coli B) H. pylori C) C. difficile", ["E. coli", "H. pylori", "C. difficile"]),
+        ("Which? A. yeast B. virus C. worm D. E. coli", ["yeast", "virus", "worm", "E. coli"]),
+        ("Which? A. Hepatitis A. B. Hepatitis B. C. Neither", ["Hepatitis A.", "Hepatitis B.", "Neither"]),
+        ("Which? (A) acinar, (B) solid; (C) lepidic", ["acinar", "solid", "lepidic"]),
+    ],
+)
+def test_wsi_bench_options_are_the_last_letters_in_order(tmp_path, human, options):
+    (question,) = wsi_bench(tmp_path, human, "A")
+    assert list(question.options.items()) == list(zip("ABCDE", options, strict=False))
+    assert (question.text, question.gold, question.categories["Part"]) == (human, "A", "closed")
+    assert score(question, f"A) {options[0]}").correct
+    assert not score(question, f"B) {options[1]}").correct
+
+
+def test_wsi_bench_a_letter_that_is_no_option_is_refused_and_no_open_answer(tmp_path):
+    with pytest.raises(QuestionError, match=r"answer: found 'C', wanted one of the question's options \(A, B\)"):
+        wsi_bench(tmp_path, "Is H. pylori there? A) Yes B) No", "C")
+    with pytest.raises(QuestionError, match=r"answer: found 'A', wanted one of the question's options \(none\)"):
+        wsi_bench(tmp_path, "Is H. pylori there?", "A")
+    (free,) = wsi_bench(tmp_path, "Is H. pylori there, and E. coli? A. B. answered.", "A few rods of H. pylori.")
+    assert (free.options, free.categories["Part"]) == ({}, "open")
+
+
 @pytest.mark.parametrize("suffix", ["", ".h5", ".B34C267B", *sorted(IMAGE_SUFFIXES)])
 def test_a_slide_is_named_without_the_suffix_of_its_image(tmp_path, suffix):
     names = [f"S.1{suffix}", f"S.1{suffix.upper()}"]
