@@ -8,6 +8,7 @@ those of their places in the slide.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
@@ -27,6 +28,9 @@ NUM_KEPT = 32
 POLICIES = ("random-32", "uniform-32")
 """The selection policies that are asked about as baselines; each keeps `NUM_KEPT` patches."""
 
+DIGEST_ROWS = 16
+"""Features made anew differ in every row, so that a few, evenly spread, tell them apart without reading the slide."""
+
 WORK = ".vllm-wsi-eval"
 """The folder of thinned slides, below the features, where no other is given."""
 
@@ -38,6 +42,7 @@ class SlideFile:
     path: Path
     num_patches: int
     encoder: str | None  # as the file says
+    digest: str  # of up to `DIGEST_ROWS` rows of its features: other features have another one, wherever they lie
 
 
 class SlideFiles:
@@ -105,7 +110,7 @@ class SlideFiles:
     def _open_once(self, name: str) -> SlideFile:
         path = self._find_path(name)
         with open_features(path) as slide:
-            return SlideFile(path, slide.num_patches, slide.metadata.get("encoder"))
+            return SlideFile(path, slide.num_patches, slide.metadata.get("encoder"), _digest(slide))
 
     def _find_path(self, name: str) -> Path:
         try:
@@ -146,6 +151,12 @@ class SlideFiles:
             folder.mkdir(parents=True, exist_ok=True)
             write_features(out, features, _pixel_coords(file, rows), {**file.metadata, **note})
         return out
+
+
+def _digest(file: FeatureFile) -> str:
+    rows = np.unique(np.linspace(0, file.num_patches - 1, DIGEST_ROWS).astype(np.int64))
+    shape = f"{file.num_patches} x {file.feature_dim} {file.dtype}"
+    return hashlib.sha256(shape.encode() + file.read_at(rows).tobytes()).hexdigest()[:16]
 
 
 def _pixel_coords(file: FeatureFile, rows: NDArray[np.int64]) -> NDArray | None:
