@@ -226,3 +226,21 @@ def test_slides_are_found_by_barcode(tmp_path):
     for asked in ("1", "TCGA-A1-A0SX"):
         with pytest.raises(NoFeaturesError):
             files.find(asked)
+
+
+@pytest.mark.parametrize("work", ["work", "deep/er", "."])
+def test_patches_thinned_by_an_earlier_run_are_no_slides_of_their_case(tmp_path, work):
+    features = np.arange(400, dtype=np.float32).reshape(100, 4)
+    write_features(tmp_path / f"{TCGA}.safetensors", features)
+    for folder in (work, work, "other"):
+        files = SlideFiles(tmp_path, "https://host/f", tmp_path / folder)
+        slide = files.find("TCGA-A1-A0SB")
+        assert (slide.path.name, slide.num_patches) == (f"{TCGA}.safetensors", 100)
+        for policy in ("random-32", "uniform-32"):
+            assert files.url(slide, policy).startswith("https://host/f/")
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 5
+
+
+def test_a_slide_that_is_only_named_as_a_thinned_one_is_found(tmp_path):
+    write_features(tmp_path / f"{TCGA}.uniform-32.safetensors", np.ones((3, 4), np.float32))
+    assert SlideFiles(tmp_path).find("TCGA-A1-A0SB").num_patches == 3

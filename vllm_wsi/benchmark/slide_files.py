@@ -31,6 +31,9 @@ POLICIES = ("random-32", "uniform-32")
 DIGEST_ROWS = 16
 """Features made anew differ in every row, so that a few, evenly spread, tell them apart without reading the slide."""
 
+THINNED_FROM = "thinned_from"  # key in a thinned file's metadata
+THINNED_NAME = re.compile(r"\.(?:random-32-seed-?\d+|uniform-32)\.safetensors$")
+
 WORK = ".vllm-wsi-eval"
 """The folder of thinned slides, below the features, where no other is given."""
 
@@ -70,7 +73,7 @@ class SlideFiles:
             )
         self._url = url.rstrip("/") if url else None
         self._seed = seed
-        self._finder = FeatureFinder(self.features)
+        self._finder = FeatureFinder(self.features, is_slide=lambda path: not _is_thinned(path))
         self._lock = threading.Lock()
         self._open = cache(self._open_once)
 
@@ -139,7 +142,7 @@ class SlideFiles:
         out = folder / f"{slide.path.stem}.{suffix}.safetensors"
         if out.is_file():
             with open_features(out) as kept:
-                if kept.metadata.get("thinned_from") == source:
+                if kept.metadata.get(THINNED_FROM) == source:
                     return out
         policy = RandomPolicy(NUM_KEPT, self._seed) if is_random else UniformPolicy(NUM_KEPT)
         with open_features(slide.path) as file:
@@ -147,10 +150,21 @@ class SlideFiles:
             rows = selection.indices.numpy()
             features = selection.features
             features = features.numpy() if features.dtype.itemsize != 2 else features.float().numpy()
-            note = {"thinned_from": source, "thinned_by": suffix}
+            note = {THINNED_FROM: source, "thinned_by": suffix}
             folder.mkdir(parents=True, exist_ok=True)
             write_features(out, features, _pixel_coords(file, rows), {**file.metadata, **note})
         return out
+
+
+def _is_thinned(path: Path) -> bool:
+    """Whether an earlier run, with whatever `work`, wrote that file: it is no slide of its own."""
+    if not THINNED_NAME.search(path.name):
+        return False
+    try:
+        with open_features(path) as file:
+            return THINNED_FROM in file.metadata
+    except SlideError:
+        return False  # says what is wrong with it where it is asked for
 
 
 def _digest(file: FeatureFile) -> str:

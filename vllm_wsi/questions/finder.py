@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,18 @@ class FeaturePath:
 
 
 class FeatureFinder:
-    """Feature files below a directory, by relative path or by name; hidden folders are not searched by name."""
+    """Feature files below a directory, by relative path or by name; hidden folders are not searched by name.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: the directory.
+        is_slide: whether a file is searched by name; None: all feature files are.
+    """
+
+    def __init__(self, root: Path, is_slide: Callable[[Path], bool] | None = None) -> None:
         self._root = root
         self._by_name: dict[str, list[Path]] = {}
         self._by_image: dict[str, list[Path]] = {}  # where the features' name is that of an image: a.ome.h5, a.svs.h5
-        for path in walk_features(root):
+        for path in filter(is_slide, walk_features(root)):
             name, *shorter = names_of_slide(slide_name(path.name))
             self._by_name.setdefault(name, []).append(path)
             for one in shorter:
