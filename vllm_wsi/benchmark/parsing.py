@@ -46,6 +46,7 @@ NEGATED = re.compile(
 DENIED = re.compile(
     r"[)\]]?\s+(?:(?:is|was)\s+(?:not|wrong|false|incorrect|excluded|unlikely|ruled out)|(?:isn|wasn)['’ ]t)\b"
 )
+CLAUSE = 200  # characters before a label that are searched for a negation; models repeat themselves without end
 OPEN, CLOSE = r"[\(\[\{<\"'“‘«]", r"[\)\]\}>\"'”’»]"
 JOINED = r"(?:[,;&]\s*(?:or|and)?|/(?!\s*\d)|\b(?:and/or|or|and)\b)"  # "3/5" is a grade of five, and no list
 WHOLE = r"(?![\w-]|[.,]\d)"  # what follows a label: not the rest of a word, a term or a number
@@ -116,24 +117,27 @@ def _as_markdown(found: re.Match[str]) -> str:
 
 def _without_emphasis(text: str, label: str) -> str:
     """A label alone in bold as one in brackets; else no marks of emphasis, code, mathematics or headings."""
-    text = re.sub(rf"(?:\*{{2,}}|(?<!\w)__){label}[.:)]*(?:\*{{2,}}|__(?!\w))", r"(\1)", text)
+    text = re.sub(rf"(?:(?<!\*)\*{{2,}}|(?<!\w)__){label}[.:)]*(?:\*{{2,}}|__(?!\w))", r"(\1)", text)
     return re.sub(r"[*`$]+|(?<!\w)_+|_+(?!\w)|(?m:^\s*#+)", "", text).strip()
 
 
 def _named(plain: str, pattern: str, joined: str, options: Mapping[str, str]) -> Iterator[str]:
     """The labels that a rule finds, and those that are joined to them."""
     labels = "|".join(map(re.escape, options))
+    reached = 0  # by the labels that are joined to an earlier one
     for match in re.finditer(pattern, plain):
-        before = plain[: match.start()]
+        if match.start() < reached:
+            continue
+        before = plain[max(0, match.start() - CLAUSE) : match.start()]
         if NEGATED.search(re.sub(rf"(?:{OPEN}*\b(?:{labels})\b{CLOSE}*\s*{JOINED}\s*)+$", "", before)):
             continue  # "not (A)", and the B of "not (A) or (B)"
         more: re.Match[str] | None = match
         while more:
-            label, end = more[more.lastindex or 0].upper(), more.end(more.lastindex or 0)
-            if not DENIED.match(plain, end):
+            label, reached = more[more.lastindex or 0].upper(), more.end(more.lastindex or 0)
+            if not DENIED.match(plain, reached):
                 yield label
             own_text = rf"(?:{CLOSE}|[.:])*(?:[\s–—-]*(?i:{re.escape(options[label])}))?{CLOSE}*"
-            more = re.compile(own_text + joined).match(plain, end)
+            more = re.compile(own_text + joined).match(plain, reached)
 
 
 def _by_text(text: str, options: Mapping[str, str]) -> Parsed:
