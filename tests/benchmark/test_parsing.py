@@ -1,5 +1,7 @@
 """Which option an answer names: answers as models write them."""
 
+import time
+
 import pytest
 
 from vllm_wsi.benchmark.parsing import parse_label
@@ -86,6 +88,83 @@ def test_what_an_answer_names(output, label, rule):
     assert parse_label(output, OPTIONS) == (label, rule)
 
 
+@pytest.mark.parametrize(
+    ("output", "label", "rule"),
+    [
+        # Marks around statement and label
+        ("**Answer:** B", "B", "statement"),
+        ("**Answer**: B", "B", "statement"),
+        ("**Final Answer:** **B**", "B", "statement"),
+        ("**The answer is:** B", "B", "statement"),
+        ("__Answer:__ B", "B", "statement"),
+        ("*Answer:* (B)", "B", "statement"),
+        ("### Answer:\nB", "B", "statement"),
+        ("Nests of cells.\n\n**Answer: B. Lobular carcinoma**", "B", "statement"),
+        ("The correct answer is\n\n**B**", "B", "statement"),
+        ("The correct answer is option B.", "B", "statement"),
+        ("**The correct answer is option B.**", "B", "statement"),
+        ("The answer is `B`.", "B", "statement"),
+        ("the answer is **b** because", "B", "statement"),
+        ("<answer>B</answer>", "B", "statement"),
+        ("<think>A or C</think><answer> b </answer>", "B", "statement"),
+        ("Answer: \\boxed{B}", "B", "statement"),
+        ("The answer is $\\boxed{B}$", "B", "statement"),
+        ("**Answer: \\boxed{\\text{B}}**", "B", "statement"),
+        ("The answer is \\(B\\).", "B", "statement"),
+        ("\\[ \\boxed{B} \\]", "B", "label"),
+        ("$$\\boxed{\\textbf{B}}$$", "B", "label"),
+        ("The cells lie in single files, so \\boxed{B}.", "B", "bracket"),
+        ("\\boxed{\\text{B. Lobular carcinoma}}", "B", "lead"),
+        ("\\boxed{\\text{Lobular carcinoma}}", "B", "text"),
+        ("## B. Lobular carcinoma", "B", "lead"),
+        # Two labels
+        ("The answer is A or B", None, "ambiguous"),
+        ("The answer is B and C.", None, "ambiguous"),
+        ("The answer is either B or C", None, "ambiguous"),
+        ("Answer: B, C", None, "ambiguous"),
+        ("Answer: A/B", None, "ambiguous"),
+        ("Answer: (B) or (C)", None, "ambiguous"),
+        ("Answer: **B** or **C**", None, "ambiguous"),
+        ("Answer: option A or option B", None, "ambiguous"),
+        ("Answer: \\boxed{A \\text{ or } B}", None, "ambiguous"),
+        ("the answer is (a) or (b)", None, "ambiguous"),
+        ("The answer is B. Lobular carcinoma or C. Lung adenocarcinoma", None, "ambiguous"),
+        ("B. Lobular carcinoma, or C", None, "ambiguous"),
+        # One label, and words about another
+        ("The correct answer is B, not A.", "B", "statement"),
+        ("The answer is B rather than A", "B", "statement"),
+        ("The answer is B, A is less likely", "B", "statement"),
+        ("The answer is B; C lacks glands", "B", "statement"),
+        ("The answer is B and C is wrong", "B", "statement"),
+        ("The answer is B (Lobular carcinoma), not A", "B", "statement"),
+        ("(A) is wrong. (B) fits", "B", "bracket"),
+        ("I would exclude (A) and (C), so (B)", "B", "bracket"),
+        ("No, the answer is B.", "B", "statement"),
+        ("No. Answer: B", "B", "statement"),
+        # The article
+        ("Answer: A biopsy is needed", None, "none"),
+        ("**Answer:** A biopsy is needed", None, "none"),
+        ("Answer: A typical lobular carcinoma", "B", "text"),
+        ("The answer is A because of the glands", "A", "statement"),
+        ("Answer: A is correct", "A", "statement"),
+        ("Answer: A\nthe glands are round", "A", "statement"),
+        # Negated
+        ("I cannot select A or B", None, "none"),
+        ("I do not think the answer is A", None, "none"),
+        ("I wouldn't choose option A", None, "none"),
+        ("Answer: not B", None, "none"),
+        ("I would exclude (A). The tumour is lobular carcinoma.", "B", "text"),
+        ("Neither (A) nor (C) fits lobular carcinoma", "B", "text"),
+        ("(A) is not seen. The tumour is lobular carcinoma.", "B", "text"),
+        ("This rules out (A)", None, "none"),
+        ("This isn't lobular carcinoma", None, "none"),
+        ("A squamous cell carcinoma is not seen; this is lobular carcinoma", "B", "text"),
+    ],
+)
+def test_marks_second_labels_articles_and_negations(output, label, rule):
+    assert parse_label(output, OPTIONS) == (label, rule)
+
+
 def test_two_letters_with_a_comma_name_none():
     assert parse_label("A, B", OPTIONS).label is None
     assert parse_label("A and B", OPTIONS).label is None
@@ -110,6 +189,9 @@ def test_options_that_are_numbers(output, label):
         ("Lung", "2"),
         ("12", None),
         ("2.5", None),
+        ("Answer: 2.5", None),
+        ("Answer: 2, 3", None),
+        ("Answer: 2/3", "2"),  # two of three
     ],
 )
 def test_labels_that_are_numbers(output, label):
@@ -121,3 +203,13 @@ def test_a_label_that_is_part_of_a_larger_one_is_not_found():
     assert parse_label("30", options).label == "30"
     assert parse_label("12. organ 12", options).label == "12"
     assert parse_label("The answer is 12", options).label == "12"
+
+
+@pytest.mark.parametrize(
+    ("output", "label"),
+    [("(A) or (B), " * 2000, None), ("The answer is B, " * 1000, "B"), ("not the " * 3000 + "(A)", None)],
+)
+def test_an_answer_that_repeats_itself_is_read_in_no_time(output, label):
+    start = time.monotonic()
+    assert parse_label(output, OPTIONS).label == label
+    assert time.monotonic() - start < 2  # it was 11 s where each label went through all that are joined to it

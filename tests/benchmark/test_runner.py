@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import h5py
 import numpy as np
 import pytest
 
@@ -279,6 +280,60 @@ def test_a_run_of_other_settings_is_not_mixed_in(bench, capsys):
         assert main(command(bench, "--endpoint", server.url, *args, out="again")) == 0
     (gap,) = json.loads((bench / "again/summary.json").read_text())["comparisons"]
     assert (gap["only_first"], gap["only_second"], gap["p"]) == (0, 0, 1)
+
+
+def overwrite(bench, number, num_patches, encoder, seed):
+    features = np.random.default_rng(seed).standard_normal((num_patches, 4)).astype(np.float16)
+    coords = np.stack([np.arange(num_patches), np.zeros(num_patches)], axis=1)
+    write_features(bench / f"features/{number}.safetensors", features, coords, {"encoder": encoder})
+
+
+@pytest.mark.parametrize(
+    ("num_patches", "encoder", "seed", "message"),
+    [
+        (320, "other@1", 3, "encoder: found an answer about 'test@1', wanted 'other@1' of "),
+        (80, "test@1", 3, "num_patches: found an answer about 320, wanted 80 of "),
+        (320, "test@1", 99, "slide_digest: found an answer about '"),
+    ],
+)
+def test_a_run_whose_slides_changed_is_not_continued(bench, capsys, num_patches, encoder, seed, message):
+    args = command(bench, "--baselines", "none")
+    with FakeServer() as server:
+        assert main([*args, "--endpoint", server.url, "--limit", "5"]) == 0
+        overwrite(bench, 3, num_patches, encoder, seed)
+        before = (bench / "out/generate.slide.jsonl").read_bytes()
+        assert main([*args, "--endpoint", server.url]) == 1
+        assert sum(server.asked.values()) == 5
+        said = capsys.readouterr().err
+        assert f"out/generate.slide.jsonl: slide '3': {message}" in said
+        assert "take another --out, or delete the file" in said
+        assert (bench / "out/generate.slide.jsonl").read_bytes() == before
+        overwrite(bench, 3, 320, "test@1", 3)  # the same features, written again
+        assert main([*args, "--endpoint", server.url]) == 0
+        assert sum(server.asked.values()) == 18
+
+
+def test_a_run_whose_slide_is_gone_is_not_continued(bench, capsys):
+    args = command(bench, "--baselines", "none")
+    with FakeServer() as server:
+        assert main([*args, "--endpoint", server.url]) == 0
+        (bench / "features/3.safetensors").unlink()
+        assert main([*args, "--endpoint", server.url]) == 1
+    assert "slide '3': found an answer about its 320 patches, wanted none" in capsys.readouterr().err
+
+
+def test_features_may_move_and_change_their_format(bench):
+    with FakeServer() as server:
+        assert main(command(bench, "--endpoint", server.url, "--baselines", "none", "--limit", "5")) == 0
+        (bench / "features").rename(bench / "moved")
+        (bench / "features").mkdir()
+        for path in (bench / "moved").glob("*.safetensors"):
+            with open_features(path) as slide, h5py.File(bench / f"features/{path.stem}.h5", "w") as file:
+                file["features"] = slide.read_rows(0, slide.num_patches)
+                file["coords"] = slide.read_coords()
+                file["features"].attrs["encoder"] = "test@1"
+        assert main(command(bench, "--endpoint", server.url, "--baselines", "none")) == 0
+        assert sum(server.asked.values()) == 18
 
 
 @pytest.mark.parametrize(

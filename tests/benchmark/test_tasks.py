@@ -109,6 +109,42 @@ def test_wsi_bench_inline_options_and_a_gold_with_a_quote(tmp_path):
     assert free.gold == "A solid tumour of nests."
 
 
+def wsi_bench(folder, human, gold):
+    turns = [{"from": "human", "value": f"<image>\n{human}"}, {"from": "gpt", "value": gold}]
+    return read_task("wsi-bench", write_json(folder / "q.json", {"id": "q", "image": "a.pt", "conversations": turns}))
+
+
+@pytest.mark.parametrize(
+    ("human", "options"),
+    [
+        ("Is H. pylori there? A) Yes B) No C) Not told", ["Yes", "No", "Not told"]),
+        ("Is H. pylori there?\nA. Yes\nB. No", ["Yes", "No"]),
+        ("A patient with hepatitis B. Which finding? A) Fat B) Glass C) None", ["Fat", "Glass", "None"]),
+        ("Blood group A. Which organ? A. Lung B. Liver", ["Lung", "Liver"]),
+        ("Two arms, A) old B) new. Which won? A) Neither B) New C) Old", ["Neither", "New", "Old"]),
+        ("Which? A) E. coli B) H. pylori C) C. difficile", ["E. coli", "H. pylori", "C. difficile"]),
+        ("Which? A. yeast B. virus C. worm D. E. coli", ["yeast", "virus", "worm", "E. coli"]),
+        ("Which? A. Hepatitis A. B. Hepatitis B. C. Neither", ["Hepatitis A.", "Hepatitis B.", "Neither"]),
+        ("Which? (A) acinar, (B) solid; (C) lepidic", ["acinar", "solid", "lepidic"]),
+    ],
+)
+def test_wsi_bench_options_are_the_last_letters_in_order(tmp_path, human, options):
+    (question,) = wsi_bench(tmp_path, human, "A")
+    assert list(question.options.items()) == list(zip("ABCDE", options, strict=False))
+    assert (question.text, question.gold, question.categories["Part"]) == (human, "A", "closed")
+    assert score(question, f"A) {options[0]}").correct
+    assert not score(question, f"B) {options[1]}").correct
+
+
+def test_wsi_bench_a_letter_that_is_no_option_is_refused_and_no_open_answer(tmp_path):
+    with pytest.raises(QuestionError, match=r"answer: found 'C', wanted one of the question's options \(A, B\)"):
+        wsi_bench(tmp_path, "Is H. pylori there? A) Yes B) No", "C")
+    with pytest.raises(QuestionError, match=r"answer: found 'A', wanted one of the question's options \(none\)"):
+        wsi_bench(tmp_path, "Is H. pylori there?", "A")
+    (free,) = wsi_bench(tmp_path, "Is H. pylori there, and E. coli? A. B. answered.", "A few rods of H. pylori.")
+    assert (free.options, free.categories["Part"]) == ({}, "open")
+
+
 @pytest.mark.parametrize("suffix", ["", ".h5", ".B34C267B", *sorted(IMAGE_SUFFIXES)])
 def test_a_slide_is_named_without_the_suffix_of_its_image(tmp_path, suffix):
     names = [f"S.1{suffix}", f"S.1{suffix.upper()}"]
@@ -190,3 +226,21 @@ def test_slides_are_found_by_barcode(tmp_path):
     for asked in ("1", "TCGA-A1-A0SX"):
         with pytest.raises(NoFeaturesError):
             files.find(asked)
+
+
+@pytest.mark.parametrize("work", ["work", "deep/er", "."])
+def test_patches_thinned_by_an_earlier_run_are_no_slides_of_their_case(tmp_path, work):
+    features = np.arange(400, dtype=np.float32).reshape(100, 4)
+    write_features(tmp_path / f"{TCGA}.safetensors", features)
+    for folder in (work, work, "other"):
+        files = SlideFiles(tmp_path, "https://host/f", tmp_path / folder)
+        slide = files.find("TCGA-A1-A0SB")
+        assert (slide.path.name, slide.num_patches) == (f"{TCGA}.safetensors", 100)
+        for policy in ("random-32", "uniform-32"):
+            assert files.url(slide, policy).startswith("https://host/f/")
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 5
+
+
+def test_a_slide_that_is_only_named_as_a_thinned_one_is_found(tmp_path):
+    write_features(tmp_path / f"{TCGA}.uniform-32.safetensors", np.ones((3, 4), np.float32))
+    assert SlideFiles(tmp_path).find("TCGA-A1-A0SB").num_patches == 3

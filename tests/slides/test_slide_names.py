@@ -90,6 +90,28 @@ def test_two_features_of_one_name_are_named(tmp_path: Path):
         FeatureFinder(tmp_path)("a")
 
 
+def test_a_folder_that_is_there_is_the_only_one_that_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("centreA/1.h5", "centreA/3.h5", "centreB/2.h5", "centreB/3.h5", "4.h5"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    finder = FeatureFinder(tmp_path)
+    for name in ("centreB/1", "centreB/1.svs", "centreB/1.h5", "./centreB/1", "centreA/../centreB/1", "centreB/4"):
+        with pytest.raises(NoFeaturesError, match=f"found no features of slide '{name}' in that folder of "):
+            finder(name)
+    found = {name: str(finder(name).path.relative_to(tmp_path)) for name in ("centreA/1.svs", "centreB/3", "1", "4")}
+    assert found == {"centreA/1.svs": "centreA/1.h5", "centreB/3": "centreB/3.h5", "1": "centreA/1.h5", "4": "4.h5"}
+    for foreign in ("SlideChat/train/1.csv", "/somewhere/else/1.svs", "../features/1", str(tmp_path.parent / "1")):
+        assert finder(foreign).path == tmp_path / "centreA/1.h5"
+    for name in ("centreA/5.ome.h5", "centreB/5.h5"):
+        (tmp_path / name).touch()
+    assert FeatureFinder(tmp_path)("centreB/5.ome.tif").path == tmp_path / "centreB/5.h5"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NoFeaturesError, match="in that folder"):
+        FeatureFinder(Path("."))("centreB/1")
+    roundabout = tmp_path / "centreA/.."
+    assert FeatureFinder(roundabout)("centreB/2.svs").path == roundabout / "centreB/2.h5"
+
+
 def test_tables_and_indices_beside_features_are_no_slides(tmp_path: Path):
     written = {
         "encode_summary.csv": "slide,status,patches\n", "labels.csv": "0,1\n1,2\n", "empty.csv": "",

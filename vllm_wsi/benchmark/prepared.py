@@ -81,7 +81,8 @@ class PreparedQuestion:
 
     def _row(self, status: Status, **values: Any) -> Row:
         slide = self.slide
-        return _row(self.question, status, num_patches=slide.num_patches, encoder=slide.encoder, **values)
+        said = {"num_patches": slide.num_patches, "encoder": slide.encoder, "slide_digest": slide.digest}
+        return _row(self.question, status, **said, **values)
 
 
 def missing_row(question: Question, reason: str) -> Row:

@@ -40,6 +40,7 @@ class Row:
     options: int = 0  # their number; 0: an open question
     num_patches: int | None = None
     encoder: str | None = None
+    slide_digest: str | None = None  # of the features that it was asked about, as in `slide_files.SlideFile`
     finish_reason: str | None = None
     error: str | None = None  # why it is missing or has no answer
     seconds: float | None = None  # with retries

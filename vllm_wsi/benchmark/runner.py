@@ -119,7 +119,8 @@ class Evaluation:
             versions: of what answers, beside those that are recorded anyway.
 
         Raises:
-            SettingsError: the file belongs to other settings, or another process writes it.
+            SettingsError: the file belongs to other settings, or answers in it are about other features than there are
+                now, or another process writes it.
         """
         settings = self.settings
         run = {
@@ -139,7 +140,40 @@ class Evaluation:
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         results = ResultsFile(settings.out / arm.file_name, run)
-        return Recorder(results, self.questions_in(arm.mode), f"{arm.mode} {arm.arm}")
+        questions = self.questions_in(arm.mode)
+        try:
+            for question in questions:
+                if results.done(question.key):
+                    self._compare_slide(results, results.rows[question.key])
+        except BaseException:
+            results.close()
+            raise
+        return Recorder(results, questions, f"{arm.mode} {arm.arm}")
+
+    def _compare_slide(self, results: ResultsFile, row: Row) -> None:
+        """Refuses to go on where an answered question's slide has other features by now.
+
+        Raises:
+            SettingsError: names the slide, what was asked about, and what there is.
+        """
+        advice = "take another --out, or delete the file"
+        try:
+            slide = self.files.find(row.slide)
+        except (SlideError, OSError) as error:
+            raise SettingsError(
+                f"{results.path}: slide {row.slide!r}: found an answer about its {row.num_patches} patches, "
+                f"wanted none, as there are no usable features now ({error}); {advice}"
+            ) from None
+        for name, before, now in (
+            ("encoder", row.encoder, slide.encoder),
+            ("num_patches", row.num_patches, slide.num_patches),
+            ("slide_digest", row.slide_digest, slide.digest),
+        ):
+            if before != now:
+                raise SettingsError(
+                    f"{results.path}: slide {row.slide!r}: {name}: found an answer about {before!r}, "
+                    f"wanted {now!r} of {slide.path}; {advice}"
+                )
 
     def prepare(self, question: Question, arm: Arm, is_to_be_asked: bool = True) -> PreparedQuestion | Row:
         """Finds the slide of a question, and writes the 32 patches of a baseline where the arm is one.

@@ -8,6 +8,7 @@ those of their places in the slide.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
@@ -27,6 +28,12 @@ NUM_KEPT = 32
 POLICIES = ("random-32", "uniform-32")
 """The selection policies that are asked about as baselines; each keeps `NUM_KEPT` patches."""
 
+DIGEST_ROWS = 16
+"""Features made anew differ in every row, so that a few, evenly spread, tell them apart without reading the slide."""
+
+THINNED_FROM = "thinned_from"  # key in a thinned file's metadata
+THINNED_NAME = re.compile(r"\.(?:random-32-seed-?\d+|uniform-32)\.safetensors$")
+
 WORK = ".vllm-wsi-eval"
 """The folder of thinned slides, below the features, where no other is given."""
 
@@ -38,6 +45,7 @@ class SlideFile:
     path: Path
     num_patches: int
     encoder: str | None  # as the file says
+    digest: str  # of up to `DIGEST_ROWS` rows of its features: other features have another one, wherever they lie
 
 
 class SlideFiles:
@@ -65,7 +73,7 @@ class SlideFiles:
             )
         self._url = url.rstrip("/") if url else None
         self._seed = seed
-        self._finder = FeatureFinder(self.features)
+        self._finder = FeatureFinder(self.features, is_slide=lambda path: not _is_thinned(path))
         self._lock = threading.Lock()
         self._open = cache(self._open_once)
 
@@ -105,7 +113,7 @@ class SlideFiles:
     def _open_once(self, name: str) -> SlideFile:
         path = self._find_path(name)
         with open_features(path) as slide:
-            return SlideFile(path, slide.num_patches, slide.metadata.get("encoder"))
+            return SlideFile(path, slide.num_patches, slide.metadata.get("encoder"), _digest(slide))
 
     def _find_path(self, name: str) -> Path:
         try:
@@ -134,7 +142,7 @@ class SlideFiles:
         out = folder / f"{slide.path.stem}.{suffix}.safetensors"
         if out.is_file():
             with open_features(out) as kept:
-                if kept.metadata.get("thinned_from") == source:
+                if kept.metadata.get(THINNED_FROM) == source:
                     return out
         policy = RandomPolicy(NUM_KEPT, self._seed) if is_random else UniformPolicy(NUM_KEPT)
         with open_features(slide.path) as file:
@@ -142,10 +150,27 @@ class SlideFiles:
             rows = selection.indices.numpy()
             features = selection.features
             features = features.numpy() if features.dtype.itemsize != 2 else features.float().numpy()
-            note = {"thinned_from": source, "thinned_by": suffix}
+            note = {THINNED_FROM: source, "thinned_by": suffix}
             folder.mkdir(parents=True, exist_ok=True)
             write_features(out, features, _pixel_coords(file, rows), {**file.metadata, **note})
         return out
+
+
+def _is_thinned(path: Path) -> bool:
+    """Whether an earlier run, with whatever `work`, wrote that file: it is no slide of its own."""
+    if not THINNED_NAME.search(path.name):
+        return False
+    try:
+        with open_features(path) as file:
+            return THINNED_FROM in file.metadata
+    except SlideError:
+        return False  # says what is wrong with it where it is asked for
+
+
+def _digest(file: FeatureFile) -> str:
+    rows = np.unique(np.linspace(0, file.num_patches - 1, DIGEST_ROWS).astype(np.int64))
+    shape = f"{file.num_patches} x {file.feature_dim} {file.dtype}"
+    return hashlib.sha256(shape.encode() + file.read_at(rows).tobytes()).hexdigest()[:16]
 
 
 def _pixel_coords(file: FeatureFile, rows: NDArray[np.int64]) -> NDArray | None:

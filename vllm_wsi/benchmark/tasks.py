@@ -158,12 +158,35 @@ def _wsi_bench(row: dict, number: int, columns: Mapping[str, str]) -> Question:
     text, gold = said["human"].replace("<image>", "").strip(), said["gpt"].strip()
     slide = _slide_name(image.removesuffix(".pt"))
     categories = {name: str(row[name]) for name in ("task", "category", "question_type") if row.get(name)}
-    parts = re.split(r"(?:(?<=\s)|^)([A-H])[).]\s*", text)
-    options = {label: option.strip(" \n,;") for label, option in zip(parts[1::2], parts[2::2], strict=True)}
+    options = _inline_options(text)
     letter = re.match(r"\W*([A-H])(?![\w-])", gold)
-    if len(options) >= 2 and list(options) == list(LETTERS[: len(options)]) and letter and letter[1] in options:
+    if letter and letter[1] in options:
         return Question(str(row.get("id", number)), slide, text, options, letter[1], {"Part": "closed", **categories})
+    if re.fullmatch(r"\W*[A-H]\W*", gold):
+        known = ", ".join(options) or "none"
+        raise ValueError(f"answer: found {gold!r}, wanted one of the question's options ({known})")
     return Question(str(row.get("id", number)), slide, text, {}, gold, {"Part": "open", **categories})
+
+
+def _inline_options(text: str) -> dict[str, str]:
+    """label -> text of the options that end a question: the longest run of A, B, .. with one delimiter; {} without one.
+
+    Of runs of one length it is the last. A letter out of order is part of a text, as the H of "H. pylori", and so is
+    one with no text between it and the label before, as the E of "D. E. coli".
+    """
+    marks = list(re.finditer(r"(?<!\S)\(?([A-H])([).])\s*", text))
+    longest: dict[str, str] = {}
+    for first in [mark for mark in marks if mark[1] == "A"]:
+        run = [first]
+        for mark in marks:
+            before = text[run[-1].end() : mark.start()].strip(" \n,;")
+            if before and (mark[1], mark[2]) == (LETTERS[len(run)], first[2]):
+                run.append(mark)
+        ends = [*(mark.start() for mark in run[1:]), len(text)]
+        options = {mark[1]: text[mark.end() : end].strip(" \n,;") for mark, end in zip(run, ends, strict=True)}
+        if len(options) >= max(2, len(longest)) and all(options.values()):
+            longest = options
+    return longest
 
 
 def _multipathqa(row: dict, number: int, columns: Mapping[str, str]) -> Question:
