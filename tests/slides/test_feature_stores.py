@@ -19,6 +19,7 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.haystack.recipe import DEMO_CHECKPOINT
 from vllm_wsi.model.checkpoint import load_selector
 from vllm_wsi.slides import SlideIdentity, open_features
+from vllm_wsi.slides.formats.zarr_store import ZarrStore
 
 from . import feature_stores as stores
 
@@ -161,7 +162,50 @@ def test_a_chunk_that_was_never_written_is_no_zeros(tmp_path: Path):
     assert "features: found 5 of 6 chunks, wanted all; the store was not written whole" in refusal(path)
 
 
-@pytest.mark.parametrize("how", [{}, {"compressors": None}, {"chunks": (2, 4), "shards": (6, 8)}])
+SHARDS = {"chunks": (2, 4), "shards": (6, 8)}
+
+
+@pytest.mark.parametrize("fill", [0.0, float("nan")])
+def test_a_chunk_that_was_never_written_into_its_shard_is_no_zeros_either(fill: float, tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    group = zarr.open_group(path, mode="w")
+    array = group.create_array("features", shape=(N, D), dtype="f4", fill_value=fill, **SHARDS)
+    array[:12] = FEATURES[:12]
+    array[12:14, :4] = FEATURES[12:14, :4]
+    wanted = "features: found 13 of 22 chunks, wanted all; the store was not written whole"
+    assert wanted in refusal(path)
+    array[14:] = FEATURES[14:]
+    assert "features: found 21 of 22 chunks" in refusal(path)
+    array[12:14] = FEATURES[12:14]
+    with open_features(path) as slide:  # the last shard has room for chunks beyond the last row
+        assert np.array_equal(slide.read_rows(0, N), FEATURES)
+
+
+@pytest.mark.parametrize("fill", [0.0, 2.5, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("how", [{"zarr_format": 2}, {}, {"shards": (4, 4)}])
+def test_a_chunk_beside_the_features_that_was_never_written_has_the_fill_value(how, fill: float, tmp_path: Path):
+    how = {"zarr_format": 3, **how}
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=how.pop("zarr_format"))
+    array = group.create_array("x", shape=(6, 4), chunks=(2, 4), dtype="f4", fill_value=fill, **how)
+    array[:2] = FEATURES[:2, :4]
+    read = ZarrStore(tmp_path / "a.zarr").array("x").read()
+    assert np.array_equal(read, array[...], equal_nan=True)
+    assert np.array_equal(read[2:], np.full((4, 4), fill, np.float32), equal_nan=True)
+
+
+@pytest.mark.parametrize(("fill", "dtype"), [("0x7fc00000", "float32"), ([1], "float32"), ("NaN", "int64")])
+def test_a_fill_value_that_is_no_number_of_the_array_is_refused_where_it_is_needed(fill, dtype: str, tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    array = zarr.open_group(path, mode="w").create_array("x", shape=(6,), chunks=(2,), dtype=dtype)
+    array[:2] = 1
+    edit(path / "x/zarr.json", says(fill_value=fill))
+    said = "nan" if fill == "NaN" else str(fill)
+    with pytest.raises(SlideError) as caught:
+        ZarrStore(path).array("x").read()
+    assert str(caught.value) == f"{path}: x: found no chunk and the fill_value {said} at [1], wanted whole chunks"
+
+
+@pytest.mark.parametrize("how", [{}, {"compressors": None}, SHARDS])
 @pytest.mark.parametrize("length", [0, 1, 30])
 def test_a_chunk_that_was_cut_is_refused_when_it_is_read(how, length: int, tmp_path: Path):
     path = plain(tmp_path / "a.zarr", **how)

@@ -139,17 +139,21 @@ def tiny_recipe(feature_dim=16, **sparselearn):
 
 
 def question_files(path, lengths, world, break_slide=lambda x: x):
-    """`--questions FILE --features DIR` of virtual slides of these lengths; `break_slide` may change their features."""
-    (path / "features").mkdir()
+    """`--questions FILE --features DIR` of virtual slides of these lengths, two of each name in two folders.
+
+    `break_slide` may change their features.
+    """
+    for centre in ("centre0", "centre1"):
+        (path / "features" / centre).mkdir(parents=True)
     lines = ["Slide,Question,A,B,C,D,Answer"]
     for number, n in enumerate(lengths):
         slide = world.slide("test", number, n)
-        save_file(
-            {"features": break_slide(torch.from_numpy(slide.features()))}, path / "features" / f"s{number}.safetensors"
-        )
+        name = f"centre{number % 2}/s{number // 2}"
+        features = break_slide(torch.from_numpy(slide.features()))
+        save_file({"features": features}, path / "features" / f"{name}.safetensors")
         item = slide.item()
         stem = item.question.removeprefix(f"{SLIDE_MARK}\n").splitlines()[0]
-        lines.append(f"s{number},{stem},{','.join(item.options.values())},{item.answer}")
+        lines.append(f"{name},{stem},{','.join(item.options.values())},{item.answer}")
     (path / "questions.csv").write_text("\n".join(lines) + "\n")
     return ["--questions", str(path / "questions.csv"), "--features", str(path / "features")]
 
@@ -263,12 +267,15 @@ def test_ablations_beside_questions_are_judged_on_them_broken_patches_and_all(of
     rows = rows_of(out / "ablations.csv")
     assert {(row["length"], row["questions"]) for row in rows} == {("<64", "33"), ("128-256", "1")}
     assert {row["leakage_slides"] for row in rows} == {"16", "1"}  # K is 4
-    assert len(rows_of(out / "ablation_questions.csv")) == 34 * len(ARMS)
+    questions = rows_of(out / "ablation_questions.csv")
+    names = [f"centre{number % 2}/s{number // 2}.safetensors" for number in range(34)]
+    assert [row["slide"] for row in questions] == names * len(ARMS)
     tests = rows_of(out / "ablation_tests.csv")  # key patches are not known here
     assert [(row["arm"], row["measure"]) for row in tests[::2]] == [
         (arm, "accuracy") for arm in ARMS if arm != REFERENCE
     ]
     assert {(row["seeds"], row["seeds_p"]) for row in tests} == {("1", "1.0")}
+    assert {(row["length"], row["slides"]) for row in tests} == {("<64", "33"), ("128-256", "1")}
     assert (out / "umap.png").read_bytes().startswith(PNG)
     # All 32 finite patches of the short slides are kept: nothing is dropped to inform of.
     assert not (out / "information.csv").exists()

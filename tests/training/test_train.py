@@ -32,7 +32,7 @@ from vllm_wsi.training.model import SparseLearnModel
 from vllm_wsi.training.settings import TrainSettings, load_settings
 from vllm_wsi.training.sparselearn import SparseLearn
 from vllm_wsi.training.train import train
-from vllm_wsi.training.trainer import LOG_COLUMNS, WEIGHTS
+from vllm_wsi.training.trainer import LOG_COLUMNS, WEIGHTS, last_whole_checkpoint
 
 from .stopping import stopped_at
 
@@ -107,6 +107,38 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path):
     assert not (out / "checkpoint").exists()
     found, wanted = weights(train(settings(stage), out, GENERATORS)), weights(whole_run)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kept", [None, 0, 40])
+def test_a_run_killed_while_it_saves_goes_on_from_the_whole_checkpoint_to_the_same_bits(whole_run, tmp_path, kept):
+    """Of the file that is written last, `kept` bytes are there; None: it is not there."""
+    stage, out = haystack_stage(save_steps=2), tmp_path / "run"
+    with stopped_at(5):
+        train(settings(stage), out, GENERATORS)
+    directory = out / "stages/0-scorer"
+    state = directory / "checkpoint-4/trainer_state.json"
+    if kept is None:
+        state.unlink()
+    else:
+        state.write_bytes(state.read_bytes()[:kept])
+    assert last_whole_checkpoint(directory, is_main=False) == directory / "checkpoint-2"
+    assert (directory / "checkpoint-4").is_dir()  # another process than the main one leaves it
+    with stopped_at(3):  # step 4, whose checkpoint was not whole, is not there yet
+        train(settings(stage), out, GENERATORS)
+    assert [path.name for path in directory.iterdir()] == ["checkpoint-2"]
+    found, wanted = weights(train(settings(stage), out, GENERATORS)), weights(whole_run)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_run_killed_in_its_first_checkpoint_begins_anew_to_the_same_bits(whole_run, tmp_path, caplog):
+    stage, out = haystack_stage(save_steps=4), tmp_path / "run"
+    with stopped_at(5):
+        train(settings(stage), out, GENERATORS)
+    checkpoint = out / "stages/0-scorer/checkpoint-4"
+    (checkpoint / "trainer_state.json").unlink()
+    found, wanted = weights(train(settings(stage), out, GENERATORS)), weights(whole_run)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert f"{checkpoint}: found a checkpoint that was not written to its end; it is removed" in caplog.text
 
 
 def two_stages(**changes) -> TrainSettings:

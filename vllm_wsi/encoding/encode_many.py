@@ -12,10 +12,11 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.executors import Executor, LocalExecutor, Work
 from vllm_wsi.files import IMAGE_SUFFIXES, QC_SUFFIX
 from vllm_wsi.slides.formats.dispatch import open_features
+from vllm_wsi.slides.identity import SlideIdentity, read_record
 from vllm_wsi.slides.many_slides import Outcome, crashed, place_slides, why_failed
 from vllm_wsi.slides.units import positive_number
 
-from .encode_slide import EncodeResult, EncodeSettings, encode_slide
+from .encode_slide import MPP_SOURCE, SOURCE, EncodeResult, EncodeSettings, encode_slide
 from .encoders import BUILT_IN, PatchEncoder, load_encoder
 from .same_slide import Sameness, find_same, slide_key
 
@@ -68,24 +69,36 @@ def nothing(path: Path) -> None:
     """What is done with a new feature file where nothing is asked for."""
 
 
-def finished(job: Job, encoder_id: str, settings: EncodeSettings) -> Encoded | None:
-    """What the feature file tells that is there already, made the same way; None where there is none.
+def finished(job: Job, encoder_id: str, settings: EncodeSettings) -> Encoded | str:
+    """What the feature file tells that is there already, made of the same slide in its present state, the same way.
 
     Args:
         settings: resolved for the encoder.
 
+    Returns:
+        A str: why the slide is encoded although a file is there; empty where none is.
+
     Raises:
-        SlideError: something else is there.
+        SlideError: something else is there, or the slide is not.
     """
     if not job.out.exists():
-        return None
+        return ""
     with open_features(job.out) as found:
         wanted = settings.record() | {"encoder": encoder_id, "slide_file": job.slide.name}
+        if settings.mpp is not None:
+            wanted["mpp"] = f"{settings.mpp:g}"
         for key, value in wanted.items():
             if (there := found.metadata.get(key)) != value:
                 raise SlideError(f"{job.out}: {key}: found {there!r}, wanted {value!r}; choose another --out")
         if found.dtype != settings.dtype:
             raise SlideError(f"{job.out}: dtype: found {found.dtype}, wanted {settings.dtype}; choose another --out")
+        if settings.mpp is None and found.metadata.get(MPP_SOURCE) == "given":
+            there = f"found {found.metadata.get('mpp')!r}, given by --mpp, wanted the slide's own"
+            raise SlideError(f"{job.out}: mpp: {there}; choose another --out")
+        if not (source := read_record(found.metadata.get(SOURCE))):
+            return "encoded anew: the file there did not say in which state its slide was"
+        if source != SlideIdentity.of_file(job.slide).record():
+            return "encoded anew: the slide has changed since"
         share = positive_number(found.metadata.get("tissue_share"))
         return Encoded(str(job.slide), "skipped", found.num_patches, reason="is there already", tissue_share=share)
 
@@ -121,8 +134,10 @@ def encode_many(
     outcomes: dict[Job, Encoded] = {}
     waiting: list[Job] = []
     notes: dict[Job, str] = {}
+    why_anew: dict[Job, str] = {}
 
     def end(job: Job, outcome: Encoded) -> None:
+        outcome = replace(outcome, reason=outcome.reason or why_anew.get(job, ""))
         if note := notes.get(job):
             outcome = replace(outcome, warning="; ".join(filter(None, (note, outcome.warning))))
         outcomes[job] = outcome
@@ -137,8 +152,9 @@ def encode_many(
             there = finished(job, encoder.id, settings)
         except SlideError as error:
             there = Encoded(str(job.slide), "failed", reason=str(error))
-        if there is None:
+        if isinstance(there, str):
             waiting.append(job)
+            why_anew[job] = there
         else:
             end(job, there)
     work = Work(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pydantic import Field, model_validator
 from vllm_wsi.errors import SlideError
 from vllm_wsi.settings import Settings
 from vllm_wsi.slides.feature_file import write_features
+from vllm_wsi.slides.identity import SlideIdentity
 from vllm_wsi.slides.places import bounds_metadata
 
 from .encoders import USUAL_PATCH, PatchEncoder, PatchScale
@@ -25,6 +27,8 @@ from .patches import Tiling, TissueMethod, find_patches
 from .qc import write_qc
 from .tissue import MASK_VERSION
 
+SOURCE = "encoded_from"  # metadata key: which slide image, and which state of it
+MPP_SOURCE = "mpp_source"  # metadata key: who said the mpp, "slide" or "given"
 MAX_UPSAMPLING = 1.1  # slides of 0.55 mpp serve as 0.5 mpp; coarser ones are overviews
 
 
@@ -106,9 +110,10 @@ def encode_slide(
         qc: PNG file of what was taken for tissue, and of the patches.
 
     Raises:
-        SlideError: the image cannot be read, says no mpp, is too coarse, holds no tissue, or is no stained tissue on
-            bright glass and no channels were named.
+        SlideError: the image cannot be read, changes meanwhile, says no mpp, is too coarse, holds no tissue, or is no
+            stained tissue on bright glass and no channels were named.
     """
+    source = SlideIdentity.of_file(path)
     name, seconds = str(path), dict.fromkeys(("reading", "tissue", "encoding", "writing"), 0.0)
     settings = settings.resolved(encoder)
     with open_image(path, settings.channels) as image:
@@ -128,10 +133,12 @@ def encode_slide(
             seconds["encoding"] += time.perf_counter() - began
             on_progress(start + len(batch), len(features))
         about_image = _about_image(path, image)
+    source.refuse_change(path)
     _check_finite(name, features)
     share = None if tiling.tissue is None else tiling.tissue.share
     metadata = settings.record() | about_image
     metadata |= {"encoder": encoder.id, "mpp": f"{mpp:g}", "patch_size_level0": str(size_px)}
+    metadata |= {MPP_SOURCE: "slide" if settings.mpp is None else "given", SOURCE: json.dumps(source.record())}
     warnings = (*tiling.warnings, *_unusual_patches(encoder, settings.patch))
     metadata |= {} if share is None else {"tissue_share": f"{share:.4f}"}
     began = time.perf_counter()

@@ -19,7 +19,7 @@ from vllm_wsi.files import replacing
 
 from .feature_file import FLOAT_DTYPES, FeatureFile, metadata_strings
 from .formats.dispatch import open_features
-from .identity import SlideIdentity, is_store
+from .identity import SlideIdentity, is_store, read_record
 from .many_slides import Outcome, crashed, place_slides, why_failed
 from .slide_names import walk_features
 from .units import KEPT_UNIT, KEPT_UNIT_SOURCE
@@ -41,21 +41,6 @@ class Conversion(NamedTuple):
 
     slide: Path
     out: Path
-
-
-class Source(NamedTuple):
-    """What a converted file says it was made of."""
-
-    name: str
-    encoder: str | None  # the choice among several sets of features
-    dtype: Dtype
-    size: int  # bytes
-    mtime_ns: int
-    content: str  # of a zarr store: digest of its files
-
-    @classmethod
-    def of_identity(cls, identity: SlideIdentity, encoder: str | None, dtype: Dtype) -> Source:
-        return cls(Path(identity.path).name, encoder, dtype, identity.size, identity.mtime_ns, identity.content)
 
 
 def find_conversions(paths: Sequence[Path], out: Path) -> list[Conversion]:
@@ -88,21 +73,24 @@ def finished(job: Conversion, encoder: str | None, dtype: Dtype) -> Outcome | No
     Raises:
         SlideError: something else is there, or the source is not.
     """
-    wanted = Source.of_identity(SlideIdentity.of_file(job.slide), encoder, dtype)
+    wanted = _record(SlideIdentity.of_file(job.slide), encoder, dtype)
     if not job.out.exists():
         return None
     with open_features(job.out) as there:
-        try:
-            found = Source(*json.loads(there.metadata[SOURCE]))
-        except (KeyError, ValueError, TypeError):
-            raise SlideError(f"{job.out}: found other features there, wanted none; choose another --out") from None
+        if not (found := read_record(there.metadata.get(SOURCE))):
+            raise SlideError(f"{job.out}: found other features there, wanted none; choose another --out")
         for key in ("name", "encoder", "dtype"):
-            if (said := getattr(found, key)) != getattr(wanted, key):
-                found_there = f"found one made of {key} {said!r}, wanted {getattr(wanted, key)!r}"
+            if (said := found.get(key)) != wanted[key]:
+                found_there = f"found one made of {key} {said!r}, wanted {wanted[key]!r}"
                 raise SlideError(f"{job.out}: {found_there}; choose another --out")
         if found != wanted:
             return None  # the source has changed since
         return Outcome(str(job.slide), "skipped", there.num_patches, reason="is there already")
+
+
+def _record(identity: SlideIdentity, encoder: str | None, dtype: Dtype) -> dict[str, str | int | None]:
+    """What a converted file says it was made of, and how; `encoder` is the choice among several sets of features."""
+    return identity.record() | {"encoder": encoder, "dtype": dtype}
 
 
 def convert(job: Conversion, encoder: str | None = None, dtype: Dtype = "same") -> int:
@@ -122,7 +110,7 @@ def convert(job: Conversion, encoder: str | None = None, dtype: Dtype = "same") 
         metadata = dict(slide.metadata)
         metadata.pop(KEPT_UNIT, None)
         metadata.pop(KEPT_UNIT_SOURCE, None)
-        metadata[SOURCE] = json.dumps(Source.of_identity(slide.identity, encoder, dtype))
+        metadata[SOURCE] = json.dumps(_record(slide.identity, encoder, dtype))
         if coords is not None:
             metadata[KEPT_UNIT] = slide.coord_unit or "unknown"
             if slide.unit_source is not None:
@@ -132,8 +120,7 @@ def convert(job: Conversion, encoder: str | None = None, dtype: Dtype = "same") 
         job.out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(job.out) as file:
             _write(file, slide, name, None if coords is None else _storable(coords), metadata)
-            if SlideIdentity.of_file(job.slide) != slide.identity:
-                raise SlideError(f"{job.slide}: found a file that changed while it was read, wanted a finished one")
+            slide.identity.refuse_change(job.slide)
         return slide.num_patches
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -47,6 +48,27 @@ class SlideIdentity(NamedTuple):
         if not S_ISREG(stat.st_mode):
             raise SlideError(f"{path}: found a pipe, socket or device, wanted a feature file")
         return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns)
+
+    def record(self) -> dict[str, str | int | None]:
+        """What a feature file's metadata say, as a JSON object, of the source that it was made of.
+
+        A copy of the source that keeps its name and mtime is the same source, also on another disk.
+        """
+        return {"name": Path(self.path).name, "size": self.size, "mtime_ns": self.mtime_ns, "content": self.content}
+
+    def refuse_change(self, path: Path) -> None:
+        """Raises SlideError where the file at `path`, which had this identity, has another one now."""
+        if SlideIdentity.of_file(path) != self:
+            raise SlideError(f"{path}: found a file that changed while it was read, wanted a finished one")
+
+
+def read_record(text: str | None) -> dict[str, object]:
+    """A record of a source (`SlideIdentity.record`) out of metadata; empty where there is none."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_store(path: Path) -> bool:

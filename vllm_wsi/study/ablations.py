@@ -29,7 +29,7 @@ from vllm_wsi.training.sparselearn import SparseLearn
 from vllm_wsi.training.stages import run_stage
 from vllm_wsi.training.train import Generators, make_dataset, train
 
-from .groups import Groups, longest_slide
+from .groups import Groups, longest_slide, slide_names
 from .judge import Judged, judge, select_all
 from .leakage import measure_leakage
 from .soft import judge_soft, served_gate
@@ -179,6 +179,7 @@ def _judge_arm(
     encoder_mismatch: Mismatch,
 ) -> Iterator[ArmResult]:
     k = model.config.num_slide_tokens
+    slides = slide_names(groups)
     for length, items in groups.items():
         chosen = select_all(items, {LEARNED: model.selector(encoder_mismatch)}, k)
         found = {name: judge(model, renderer, items, selections, k) for name, selections in chosen.items()}
@@ -192,7 +193,7 @@ def _judge_arm(
         soft = dict.fromkeys(SOFT_COLUMNS, "")
         if max(longest_slide(item) for item in items) <= SOFT_LENGTH:
             soft = _soft_columns(model, renderer, items, gate, found[LEARNED])
-        yield ArmResult(row | soft, _question_rows(length, items, found[LEARNED]))
+        yield ArmResult(row | soft, _question_rows(length, slides[length], found[LEARNED]))
 
 
 def _soft_columns(
@@ -215,15 +216,15 @@ def _soft_columns(
     } | leakage.columns()
 
 
-def _question_rows(length: str, items: Sequence[SlideItem], learned: Judged) -> list[dict[str, Any]]:
-    recalls = [""] * len(items) if learned.key_patch_recall is None else learned.key_patch_recall.tolist()
+def _question_rows(length: str, slides: Sequence[str], learned: Judged) -> list[dict[str, Any]]:
+    recalls = [""] * len(slides) if learned.key_patch_recall is None else learned.key_patch_recall.tolist()
     return [
         {
             "length": length,
-            "slide": item.slides[0].name,
+            "slide": slide,
             "question": number,
             "correct": int(correct),
             "key_patch_recall": recall if recall == "" or math.isnan(recall) else rounded(recall),
         }
-        for number, (item, correct, recall) in enumerate(zip(items, learned.correct, recalls, strict=True))
+        for number, (slide, correct, recall) in enumerate(zip(slides, learned.correct, recalls, strict=True))
     ]

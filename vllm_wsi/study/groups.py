@@ -1,10 +1,13 @@
-"""Questions grouped by the length of their slides: a study's tables have a row for each group."""
+"""The questions of a study: in groups by the length of their slides, a row of a table each, and which share a slide."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from vllm_wsi.questions.items import SlideItem
+from vllm_wsi.questions.finder import FeaturePath
+from vllm_wsi.questions.items import SlideItem, SlideSource
 from vllm_wsi.questions.length_bins import LENGTH_BINS, length_bin
 
 Groups = Mapping[str, Sequence[SlideItem]]
@@ -29,3 +32,31 @@ def longest_slide(item: SlideItem) -> int:
                 known = slide.num_patches
         lengths.append(known)
     return max(lengths)
+
+
+def slide_names(groups: Groups) -> dict[str, list[str]]:
+    """For each question of each group its first slide, by a name that no other slide of these groups has.
+
+    Files are one slide if they are one file, links followed. A file has its own name, with as many of the folders
+    around it as other slides of that name make needful; a slide in memory has its name.
+    """
+    called: dict[Path, Path] = {}
+    keys = {name: [_place(item.slides[0], called) for item in items] for name, items in groups.items()}
+    namesakes: dict[str, list[Path]] = defaultdict(list)
+    for place, path in called.items():
+        namesakes[path.name].append(place)
+    names: dict[Path, str] = {}
+    for places in namesakes.values():
+        depth = 1
+        while len({called[place].parts[-depth:] for place in places}) < len(places):
+            depth += 1
+        names |= {place: Path(*called[place].parts[-depth:]).as_posix() for place in places}
+    return {name: [names[place] for place in places] for name, places in keys.items()}
+
+
+def _place(source: SlideSource, called: dict[Path, Path]) -> Path:
+    """What tells a slide from others; notes in `called` the path by which it was asked for first."""
+    path = source.path.absolute() if isinstance(source, FeaturePath) else Path(source.name)
+    place = path.resolve() if isinstance(source, FeaturePath) else path
+    called.setdefault(place, path)
+    return place

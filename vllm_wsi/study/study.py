@@ -23,7 +23,7 @@ from vllm_wsi.slides.encoder_names import Mismatch
 from vllm_wsi.stats import Interval, holm, mean_interval, paired_interval, paired_p
 from vllm_wsi.training.sparselearn import SparseLearn, SparseLearnSettings
 
-from .groups import Groups, longest_slide
+from .groups import Groups, longest_slide, slide_names
 from .judge import Judged, best_constant, judge, judge_blind, kept_and_dropped_means, select_all, with_positions
 from .mutual_information import gaussian_mutual_information
 from .soft import judge_soft
@@ -90,6 +90,7 @@ class Study:
             self.renderer = ChatRenderer(AutoTokenizer.from_pretrained(checkpoint))
         self.model = model.to(device).eval()
         self.groups, self.out, self.seed, self.encoder_mismatch = groups, Path(out), seed, encoder_mismatch
+        self.slides = slide_names(groups)  # of each question: what intervals and tests resample
         self.k = self.model.config.num_slide_tokens
         self.judged: dict[tuple[str, str], Judged] = {}  # by (group, policy)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ class Study:
         rows = []
         for length, items in self.groups.items():
             chosen = select_all(items, self.policies(), self.k)
-            slides = [item.slides[0].name for item in items]
+            slides = self.slides[length]
             for mode in ("original", "packed"):
                 model = with_positions(self.model, mode)
                 found = {name: judge(model, self.renderer, items, chosen[name], self.k) for name in chosen}
@@ -144,7 +145,7 @@ class Study:
         """Accuracy of the learned policy at several K, without retraining."""
         rows = []
         for length, items in self.groups.items():
-            slides = [item.slides[0].name for item in items]
+            slides = self.slides[length]
             policies = {str(k): FixedK(self.model.selector(self.encoder_mismatch), k) for k in sizes}
             chosen = select_all(items, policies, self.k)
             for k in sizes:
@@ -163,7 +164,7 @@ class Study:
             longest = max(longest_slide(item) for item in items)
             if longest > SOFT_PATCHES:
                 continue
-            slides = [item.slides[0].name for item in items]
+            slides = self.slides[length]
             settings = SparseLearnSettings(num_slide_tokens=self.k, denoiser="none")
             gate = SparseLearn(self.model.config.feature_dim, settings)
             learned = self._learned(length, items)

@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.files import new_folder
@@ -35,6 +34,7 @@ from .trainer import (
     NoiseSeedCallback,
     ScheduleCallback,
     SparseLearnTrainer,
+    last_whole_checkpoint,
     load_trainable,
 )
 
@@ -83,9 +83,9 @@ def run_stage(
     else:
         log = output / "log.csv"
         trainer = make_trainer(wrapped, stage, dataset, tokenizer, directory, log, settings, number)
-        last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
-        trainer.train(resume_from_checkpoint=last)
         is_main = trainer.is_world_process_zero()
+        last = last_whole_checkpoint(directory, is_main)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         with new_folder(final, is_main) as folder:
             trainer.save_model(str(folder))  # gathers in all processes, writes in the main one
             if is_main and not (folder / WEIGHTS).exists():

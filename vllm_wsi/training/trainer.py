@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.files import write_csv
 
 from .model import SparseLearnModel, trainable_state
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "trainable.safetensors"
 LOG_COLUMNS = (
@@ -94,6 +101,34 @@ def load_trainable(model: nn.Module, directory: Path) -> None:
     if state.keys() != wanted.keys():
         raise SettingsError(f"{directory}: found the parameters of another stage, wanted those of this one")
     model.load_state_dict(state, strict=False)
+
+
+def last_whole_checkpoint(directory: Path, is_main: bool = True) -> Path | None:
+    """The newest checkpoint that the Trainer wrote to its end; None where there is none.
+
+    The Trainer fills a checkpoint under its final name, so a run that is killed meanwhile leaves a part of one.
+
+    Args:
+        directory: of a stage; need not exist.
+        is_main: of several processes, the one that removes newer checkpoints, which are not whole.
+    """
+    found = ((path.name.rpartition("-")[2], path) for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    for _, path in sorted(((int(step), path) for step, path in found if step.isdecimal()), reverse=True):
+        if _is_whole(path):
+            return path
+        if is_main:
+            logger.warning("%s: found a checkpoint that was not written to its end; it is removed", path)
+            shutil.rmtree(path)
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether its last file is there and whole."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def part_of(name: str) -> str:

@@ -11,12 +11,14 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
+from vllm_wsi.slides.feature_file import shown
 from vllm_wsi.slides.identity import MAX_STORE_FILES
 
 from .zarr_codecs import EXTRA, BadChunk, unpack
@@ -24,6 +26,8 @@ from .zarr_layout import Layout, layout2, layout3
 
 MAX_METADATA_FILE = 8 << 20  # bytes; the root's may hold a copy of all others
 MAX_UNPACKED = 64 << 20  # bytes of an array that is read whole
+NEVER_WRITTEN = 2**64 - 1  # offset and length of a chunk that is not in its shard
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as JSON names these fill values
 PACKED_SLACK = 1 << 16  # what packing may add to a chunk that does not shrink
 
 
@@ -108,16 +112,33 @@ class ZarrArray:
         self.near_rows = layout.chunks[-2] if len(layout.chunks) > 1 else 1  # a chunk is unpacked whole
 
     def check_whole(self) -> None:
-        """Raises SlideError where a chunk has no file, which zarr reads as fill values."""
+        """Raises SlideError where a chunk was never written, which zarr reads as fill values, or a shard is cut."""
         counts = [-(-size // one) for size, one in zip(self.shape, self._layout.files, strict=True)]
         wanted, found = math.prod(counts), 0
         if wanted <= MAX_STORE_FILES:  # there are no more files in a store
-            found = sum(self._file(place).is_file() for place in itertools.product(*map(range, counts)))
+            places = itertools.product(*map(range, counts))
+            if self._layout.shards is None:
+                found = sum(self._file(place).is_file() for place in places)
+            else:
+                found, wanted = map(sum, zip(*map(self._written, places), strict=True))
         if found < wanted:
             raise SlideError(
                 f"{self._store.path}: {self._key}: found {found} of {wanted} chunks, wanted all; "
                 "the store was not written whole"
             )
+
+    def _written(self, place: tuple[int, ...]) -> tuple[int, int]:
+        """(chunks of a shard that were written, all of them), of those that lie within the array."""
+        shards, chunks = self._layout.files, self._layout.chunks
+        ends = [min(one, size - at * one) for at, one, size in zip(place, shards, self.shape, strict=True)]
+        counts = [-(-end // one) for end, one in zip(ends, chunks, strict=True)]
+        try:
+            table = self._shard_table(self._file(place))
+        except BadChunk as error:
+            raise self._refusal(error, place) from error
+        if table is None:
+            return 0, math.prod(counts)
+        return int((table[tuple(map(slice, counts))] != NEVER_WRITTEN).any(axis=-1).sum()), math.prod(counts)
 
     def read(self) -> NDArray:
         """The whole array, if it is small."""
@@ -156,17 +177,18 @@ class ZarrArray:
         try:
             packed = self._packed(place)
             if packed is None:
-                return np.full(layout.chunks, self._fill_value(), layout.storage)
+                return self._filled()
             numbers = unpack(layout.codec, packed, layout.chunk_bytes).view(layout.storage)
         except BadChunk as error:
-            raise SlideError(
-                f"{self._store.path}: {self._key}: found {error} at {list(place)}, wanted whole chunks"
-            ) from error
+            raise self._refusal(error, place) from error
         except ImportError as error:
             raise SlideError(
                 f"{self._store.path}: {self._key}: found {layout.codec} chunks but no {error.name}; {EXTRA}"
             ) from error
         return numbers.reshape(layout.chunks, order="F" if layout.order == "F" else "C")
+
+    def _refusal(self, error: BadChunk, place: tuple[int, ...]) -> SlideError:
+        return SlideError(f"{self._store.path}: {self._key}: found {error} at {list(place)}, wanted whole chunks")
 
     def _packed(self, place: tuple[int, ...]) -> bytes | None:
         """A chunk's bytes as they lie on disk; None: it was never written."""
@@ -176,22 +198,29 @@ class ZarrArray:
             return self._bytes(self._file(place), 0, most)
         inside = [size // one for size, one in zip(layout.shards, layout.chunks, strict=True)]
         file = self._file(tuple(number // count for number, count in zip(place, inside, strict=True)))
+        if (table := self._shard_table(file)) is None:
+            return None
+        offset, length = map(int, table[tuple(number % count for number, count in zip(place, inside, strict=True))])
+        if offset == length == NEVER_WRITTEN:
+            return None
+        size = file.stat().st_size
+        if length > most or offset + length > size:
+            raise BadChunk(f"a chunk of {length} bytes in a shard of {size}")
+        return self._bytes(file, offset, length, exact=True)
+
+    def _shard_table(self, file: Path) -> NDArray[np.uint64] | None:
+        """(offset, length) of each chunk in a shard, as an array [.., 2] of the shard's extent in chunks."""
+        layout = self._layout
         try:
             size = file.stat().st_size
         except FileNotFoundError:
             return None
         if size < layout.index_bytes:
             raise BadChunk("a shard without its index")
-        table = self._bytes(
-            file, 0 if layout.index_first else size - layout.index_bytes, layout.index_bytes, exact=True
-        )
-        entries = np.frombuffer(table or b"", "<u8", math.prod(inside) * 2).reshape(*inside, 2)
-        offset, length = map(int, entries[tuple(number % count for number, count in zip(place, inside, strict=True))])
-        if offset == length == 2**64 - 1:
-            return None
-        if length > most or offset + length > size:
-            raise BadChunk(f"a chunk of {length} bytes in a shard of {size}")
-        return self._bytes(file, offset, length, exact=True)
+        start = 0 if layout.index_first else size - layout.index_bytes
+        inside = [size // one for size, one in zip(layout.files, layout.chunks, strict=True)]
+        table = self._bytes(file, start, layout.index_bytes, exact=True)
+        return None if table is None else np.frombuffer(table, "<u8", math.prod(inside) * 2).reshape(*inside, 2)
 
     def _bytes(self, file: Path, offset: int, most: int, exact: bool = False) -> bytes | None:
         try:
@@ -216,6 +245,14 @@ class ZarrArray:
         parts += map(str, place)
         return self._store.path / self._key / (layout.separator.join(parts) or "0")
 
-    def _fill_value(self) -> Any:
+    def _filled(self) -> NDArray:
+        """A chunk that was never written, as the array's metadata say that it is read."""
         fill = self._layout.fill
-        return fill if isinstance(fill, (int, float)) else 0
+        if fill in NOT_FINITE:
+            fill = float(str(fill))
+        try:
+            if not isinstance(fill, (int, float, NoneType)):
+                raise TypeError
+            return np.full(self._layout.chunks, np.array(fill or 0, self._layout.storage))
+        except (TypeError, ValueError, OverflowError) as error:  # no number, or none of this dtype
+            raise BadChunk(f"no chunk and the fill_value {shown(fill)}") from error
