@@ -206,6 +206,42 @@ def test_what_the_user_says_fills_what_the_file_does_not_and_is_never_set_agains
     assert sorted(ring[0] for ring in rings) == [[0, 0], [0, 512], [512, 0], [512, 512]]
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_unit_that_corrects_a_guess_places_the_files_own_numbers(converted, checkpoints, tmp_path, capsys):
+    """Patches of 224 level-0 pixels look like STAMP's first format, whose numbers are 256 / 224 microns each."""
+    grid = np.stack(np.meshgrid(np.arange(10), np.arange(10)), axis=-1).reshape(-1, 2) * 224
+    path = tmp_path / "m.h5"
+    with h5py.File(path, "w") as file:
+        file["feats"] = np.random.default_rng(0).standard_normal((100, 48)).astype(np.float32)
+        file["coords"] = grid
+    if converted:
+        assert main(["convert", str(path), "--out", str(tmp_path / "out")]) == 0
+        capsys.readouterr()
+        path = tmp_path / "out" / "m.safetensors"
+    image = write_tiff(tmp_path / "m.tiff", np.full((2240, 2240, 3), 250, np.uint8))
+    arguments = (path, "--checkpoint", checkpoints / "48", "-k", 100, "--geojson", tmp_path / "m.geojson", "--mpp", 0.5)
+    upon = ("--slide", image, "--montage", tmp_path / "m.png", "--heatmap", tmp_path / "h.png")
+
+    def edges() -> list[tuple[list[float], list[float]]]:
+        rings = [f["geometry"]["coordinates"][0] for f in json.loads((tmp_path / "m.geojson").read_text())["features"]]
+        return [(ring[0], ring[2]) for ring in rings]
+
+    guessed = select(capsys, *arguments)
+    assert (guessed["coord_unit"], guessed["coord_unit_source"]) == ("um", "guess")
+    assert guessed["patch_size"] == {"value": 256.0, "unit": "um", "source": "guess"}
+    assert np.allclose(edges()[99], ([4608, 4608], [5120, 5120]))
+    record = select(capsys, *arguments, *upon, "--coord-unit", "px", "--patch-size-level0", 224)
+    assert record["coords"] == grid.tolist()
+    assert edges() == [([x, y], [x + 224, y + 224]) for x, y in grid.tolist()]
+    record = select(capsys, *arguments, "--coord-unit", "px")
+    assert record["patch_size"] == {"value": 224.0, "unit": "px", "source": "guess"}
+    assert edges()[99] == ([2016, 2016], [2240, 2240])
+    assert "about the size of a patch (224 px" in error_of(capsys, *arguments, *upon, "--coord-unit", "px")
+    record = select(capsys, *arguments, "--coord-unit", "um")
+    assert record["coords"] == grid.tolist()
+    assert edges()[99] == ([4032, 4032], [4480, 4480])
+
+
 def test_a_slide_with_bounds_is_drawn_whole_and_exported_as_qupath_crops_it(checkpoints, tmp_path, capsys):
     x = np.random.default_rng(0).standard_normal((2, 48)).astype(np.float32)
     said = {

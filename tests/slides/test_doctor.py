@@ -111,6 +111,15 @@ def test_microns_are_noted_where_mpp_is_missing(attrs: dict, noted: bool, tmp_pa
     assert ("coords: microns without mpp cannot be placed on the slide's pixels" in report.findings) == noted
 
 
+def test_the_size_that_a_guessed_format_implies_is_a_guess(tmp_path: Path):
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["feats"], file["coords"] = ONES, COORDS // 512 * 224
+    report = examine(tmp_path / "m.h5")
+    assert report.facts["coord unit"] == {"value": "um", "source": "guess"}
+    assert report.facts["patch size"] == {"value": 256.0, "unit": "um", "source": "guess"}
+    assert "metadata" not in report.facts
+
+
 def test_patches_that_share_a_place_are_noted(tmp_path: Path):
     assert examine(written(tmp_path, ONES, COORDS // 4096)).findings == ["coords: some patches share one place"]
 

@@ -7,9 +7,10 @@ import pytest
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.rendering.geojson import geojson
+from vllm_wsi.slides.feature_file import Unit
 from vllm_wsi.slides.places import Origin, PatchSize, patch_size
 from vllm_wsi.slides.regions import extent, level0_rects, said_size
-from vllm_wsi.slides.units import Unit, positive_number
+from vllm_wsi.slides.units import positive_number
 
 GRID = np.array([[x, y] for y in (0, 512, 1024) for x in (0, 512, 1536)])
 NO_NUMBERS = ["", "x", "nan", "inf", "-inf", "1e999", "0", "-0.0", "-1", "True", "0.5 um"]  # as a file may hold them
@@ -38,17 +39,17 @@ def test_numbers_are_read_from_a_files_text_and_from_what_is_given():
     ],
 )
 def test_a_patchs_size_is_the_files_word_or_else_the_grids_spacing(metadata, unit, wanted):
-    assert patch_size(metadata, GRID, unit) == wanted
+    assert patch_size(metadata, GRID, Unit(unit, "file")) == wanted
 
 
 @pytest.mark.parametrize("coords", [GRID[:1], GRID[[0, 3, 6]], np.zeros((4, 2))])
 def test_a_size_is_not_guessed_where_no_two_patches_are_neighbours(coords):
-    assert patch_size({}, coords, "px") is None
+    assert patch_size({}, coords, Unit("px", "file")) is None
 
 
 def test_the_grid_is_found_in_any_order_of_the_patches():
     shuffled = np.random.default_rng(0).permutation(GRID)
-    assert patch_size({}, shuffled, "px") == PatchSize(512, "px", "guess")
+    assert patch_size({}, shuffled, Unit("px", "file")) == PatchSize(512, "px", "guess")
 
 
 def test_pixels_stay_pixels_whatever_mpp_says():

@@ -58,8 +58,8 @@ def place_patches(slide: FeatureFile, name: str, image: ImageFacts | None, remar
     try:
         coords, size = slide.read_coords(), None
         if coords is not None:
-            size = patch_size(slide.metadata, coords, slide.coord_unit, name)
-            guessed = guesses(*settle(name, slide.coord_unit, slide.unit_source, size, NOTHING_SAID))
+            size = patch_size(slide.metadata, coords, slide.unit, name)
+            guessed = guesses(*settle(name, slide.unit, size, NOTHING_SAID))
         if image is None:
             rects = level0_rects(name, coords, slide.coord_unit, size, slide.metadata)
             size_px = finite_size(name, extent(rects, slide.metadata))

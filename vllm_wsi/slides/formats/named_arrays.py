@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.slides.feature_file import listed, metadata_strings
-from vllm_wsi.slides.units import GRID_SAMPLE, Unit, coord_unit, unit_fields, unit_remarks
+from vllm_wsi.slides.feature_file import Unit, listed, metadata_strings
+from vllm_wsi.slides.units import GRID_SAMPLE, coord_unit, unit_remarks
 
 FEATURE_KEYS = (
     "features", "feats", "embeddings", "feature", "feat", "embedding", "patch_features", "patch_embeddings",
@@ -37,7 +37,7 @@ class Coords(NamedTuple):
 
     def fields(self) -> dict[str, Any]:
         """For `FeatureFile`."""
-        return {**unit_fields(self.unit), "load_coords": self.load}
+        return {"unit": self.unit, "load_coords": self.load}
 
 
 class Array(NamedTuple):
