@@ -24,7 +24,7 @@ NAMED_ROWS = (139, 375, 462)  # whose tiles lie beside the real features, under 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    for d in (48, 512):
+    for d in (48, 64, 512):
         init_checkpoint(folder / str(d), TinySettings(feature_dim=d, hidden_size=64, scorer_hidden_size=32))
     return folder
 
@@ -163,8 +163,55 @@ def test_another_slides_image_is_refused(checkpoints, real, shared_data, tmp_pat
     image = shared_data / "slides/CMU-1-Small-Region.svs"
     arguments = (real, "--checkpoint", checkpoints / "512", "--slide", image, "--montage", tmp_path / "m.png")
     arguments += ("--coord-unit", "px", "--patch-size-level0", 512)
-    assert "found 2220 x 2967 pixels, wanted the image that" in error_of(capsys, *arguments)
+    assert "found 2220 x 2967 px, wanted more, as" in error_of(capsys, *arguments)
     assert not (tmp_path / "m.png").exists()
+
+
+def test_an_image_of_another_size_than_the_file_says_is_refused(checkpoints, shared_data, tmp_path, capsys):
+    """Its patches would all fit on a larger image: a copy at twice the magnification, say."""
+    x = np.random.default_rng(0).standard_normal((4, 48)).astype(np.float32)
+    corners = np.array([[0, 0], [256, 0], [0, 256], [256, 256]])
+    said = {"patch_size_level0": "256", "width": "1000", "height": "1000"}
+    write_features(tmp_path / "a.safetensors", x, corners, said)
+    image = shared_data / "slides/CMU-1-Small-Region.svs"
+    arguments = (tmp_path / "a.safetensors", "--checkpoint", checkpoints / "48", "--slide", image)
+    for option, name in (("--heatmap", "h.png"), ("--montage", "m.png"), ("--geojson", "g.geojson")):
+        refused = error_of(capsys, *arguments, option, tmp_path / name)
+        assert "CMU-1-Small-Region.svs: found 2220 x 2967 px, wanted 1000 x 1000, as" in refused
+        assert not (tmp_path / name).exists()
+    with h5py.File(tmp_path / "trident.h5", "w") as file:
+        file["features"], file["coords"] = x, corners
+        file["coords"].attrs.update({"patch_size_level0": 256, "level0_width": 2220, "level0_height": 2967})
+    arguments = (tmp_path / "trident.h5", *arguments[1:])
+    assert select(capsys, *arguments, "--montage", tmp_path / "m.png")["num_selected"] == 4
+
+
+def test_what_encode_made_is_drawn_upon_its_own_image_and_upon_no_other(checkpoints, shared_data, tmp_path, capsys):
+    image, other = (shared_data / "slides" / name for name in ("CMU-1-Small-Region.svs", "boxes.tiff"))
+    assert main(["encode", str(image), "--encoder", "colour-texture", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    features, heat = tmp_path / f"{image.stem}.safetensors", tmp_path / "h.png"
+    arguments = (features, "--checkpoint", checkpoints / "64", "--heatmap", heat, "--slide")
+    assert "boxes.tiff: found 300 x 250 px, wanted 2220 x 2967, as" in error_of(capsys, *arguments, other)
+    assert not heat.exists()
+    select(capsys, *arguments, image)
+    assert picture(heat).shape == (2048, 1532, 3)
+
+
+def test_an_image_on_which_a_patch_that_was_not_kept_does_not_lie_is_refused(checkpoints, tmp_path, capsys):
+    x = np.random.default_rng(0).standard_normal((4, 48)).astype(np.float32)
+    corners = np.array([[0, 0], [512, 0], [0, 512], [512, 512]])
+    write_features(tmp_path / "a.safetensors", x, corners, {"patch_size_level0": "512"})
+    arguments = (tmp_path / "a.safetensors", "--checkpoint", checkpoints / "48", "-k", 1)
+    row = select(capsys, *arguments)["indices"][0]
+    corners[:] = 0
+    corners[(row + 1) % 4] = 1024, 0
+    write_features(tmp_path / "a.safetensors", x, corners, {"patch_size_level0": "512"})
+    image = write_tiff(tmp_path / "a.tiff", np.full((768, 1024, 3), 250, np.uint8))
+    options = ("--slide", image, "--heatmap", tmp_path / "h.png")
+    assert "a.tiff: found 1024 x 768 px, wanted more, as" in error_of(capsys, *arguments, *options)
+    write_features(tmp_path / "a.safetensors", x, corners - [1, 0] * (corners > 0), {"patch_size_level0": "512"})
+    select(capsys, *arguments, *options)  # it begins on the image: CLAM pads the last patches
 
 
 def test_the_heat_map_lies_upon_the_slides_own_thumbnail(checkpoints, tmp_path, capsys):
