@@ -66,7 +66,7 @@ def test_the_file_says_edge_and_step_and_its_patches_have_the_edge(tmp_path, mpp
     with open_features(tmp_path / "a.safetensors") as slide:
         assert {"patch_size": "64", "step_size": "16", "patch_size_level0": str(edge)}.items() <= slide.metadata.items()
         coords = slide.read_coords()
-        size = patch_size(slide.metadata, coords, slide.coord_unit)
+        size = patch_size(slide.metadata, coords, slide.unit)
     assert np.diff(np.unique(coords[:, 0])).min() == step
     assert (size.value, size.source) == (edge, "file")
     assert (level0_rects("a", coords, "px", size, {})[:, 2:] == edge).all()

@@ -24,7 +24,7 @@ NAMED_ROWS = (139, 375, 462)  # whose tiles lie beside the real features, under 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    for d in (48, 512):
+    for d in (48, 64, 512):
         init_checkpoint(folder / str(d), TinySettings(feature_dim=d, hidden_size=64, scorer_hidden_size=32))
     return folder
 
@@ -163,8 +163,55 @@ def test_another_slides_image_is_refused(checkpoints, real, shared_data, tmp_pat
     image = shared_data / "slides/CMU-1-Small-Region.svs"
     arguments = (real, "--checkpoint", checkpoints / "512", "--slide", image, "--montage", tmp_path / "m.png")
     arguments += ("--coord-unit", "px", "--patch-size-level0", 512)
-    assert "found 2220 x 2967 pixels, wanted the image that" in error_of(capsys, *arguments)
+    assert "found 2220 x 2967 px, wanted more, as" in error_of(capsys, *arguments)
     assert not (tmp_path / "m.png").exists()
+
+
+def test_an_image_of_another_size_than_the_file_says_is_refused(checkpoints, shared_data, tmp_path, capsys):
+    """Its patches would all fit on a larger image: a copy at twice the magnification, say."""
+    x = np.random.default_rng(0).standard_normal((4, 48)).astype(np.float32)
+    corners = np.array([[0, 0], [256, 0], [0, 256], [256, 256]])
+    said = {"patch_size_level0": "256", "width": "1000", "height": "1000"}
+    write_features(tmp_path / "a.safetensors", x, corners, said)
+    image = shared_data / "slides/CMU-1-Small-Region.svs"
+    arguments = (tmp_path / "a.safetensors", "--checkpoint", checkpoints / "48", "--slide", image)
+    for option, name in (("--heatmap", "h.png"), ("--montage", "m.png"), ("--geojson", "g.geojson")):
+        refused = error_of(capsys, *arguments, option, tmp_path / name)
+        assert "CMU-1-Small-Region.svs: found 2220 x 2967 px, wanted 1000 x 1000, as" in refused
+        assert not (tmp_path / name).exists()
+    with h5py.File(tmp_path / "trident.h5", "w") as file:
+        file["features"], file["coords"] = x, corners
+        file["coords"].attrs.update({"patch_size_level0": 256, "level0_width": 2220, "level0_height": 2967})
+    arguments = (tmp_path / "trident.h5", *arguments[1:])
+    assert select(capsys, *arguments, "--montage", tmp_path / "m.png")["num_selected"] == 4
+
+
+def test_what_encode_made_is_drawn_upon_its_own_image_and_upon_no_other(checkpoints, shared_data, tmp_path, capsys):
+    image, other = (shared_data / "slides" / name for name in ("CMU-1-Small-Region.svs", "boxes.tiff"))
+    assert main(["encode", str(image), "--encoder", "colour-texture", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    features, heat = tmp_path / f"{image.stem}.safetensors", tmp_path / "h.png"
+    arguments = (features, "--checkpoint", checkpoints / "64", "--heatmap", heat, "--slide")
+    assert "boxes.tiff: found 300 x 250 px, wanted 2220 x 2967, as" in error_of(capsys, *arguments, other)
+    assert not heat.exists()
+    select(capsys, *arguments, image)
+    assert picture(heat).shape == (2048, 1532, 3)
+
+
+def test_an_image_on_which_a_patch_that_was_not_kept_does_not_lie_is_refused(checkpoints, tmp_path, capsys):
+    x = np.random.default_rng(0).standard_normal((4, 48)).astype(np.float32)
+    corners = np.array([[0, 0], [512, 0], [0, 512], [512, 512]])
+    write_features(tmp_path / "a.safetensors", x, corners, {"patch_size_level0": "512"})
+    arguments = (tmp_path / "a.safetensors", "--checkpoint", checkpoints / "48", "-k", 1)
+    row = select(capsys, *arguments)["indices"][0]
+    corners[:] = 0
+    corners[(row + 1) % 4] = 1024, 0
+    write_features(tmp_path / "a.safetensors", x, corners, {"patch_size_level0": "512"})
+    image = write_tiff(tmp_path / "a.tiff", np.full((768, 1024, 3), 250, np.uint8))
+    options = ("--slide", image, "--heatmap", tmp_path / "h.png")
+    assert "a.tiff: found 1024 x 768 px, wanted more, as" in error_of(capsys, *arguments, *options)
+    write_features(tmp_path / "a.safetensors", x, corners - [1, 0] * (corners > 0), {"patch_size_level0": "512"})
+    select(capsys, *arguments, *options)  # it begins on the image: CLAM pads the last patches
 
 
 def test_the_heat_map_lies_upon_the_slides_own_thumbnail(checkpoints, tmp_path, capsys):
@@ -204,6 +251,42 @@ def test_what_the_user_says_fills_what_the_file_does_not_and_is_never_set_agains
     assert record["patch_size"] == {"value": 512.0, "unit": "px", "source": "given"}
     rings = [f["geometry"]["coordinates"][0] for f in json.loads((tmp_path / "a.geojson").read_text())["features"]]
     assert sorted(ring[0] for ring in rings) == [[0, 0], [0, 512], [512, 0], [512, 512]]
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_unit_that_corrects_a_guess_places_the_files_own_numbers(converted, checkpoints, tmp_path, capsys):
+    """Patches of 224 level-0 pixels look like STAMP's first format, whose numbers are 256 / 224 microns each."""
+    grid = np.stack(np.meshgrid(np.arange(10), np.arange(10)), axis=-1).reshape(-1, 2) * 224
+    path = tmp_path / "m.h5"
+    with h5py.File(path, "w") as file:
+        file["feats"] = np.random.default_rng(0).standard_normal((100, 48)).astype(np.float32)
+        file["coords"] = grid
+    if converted:
+        assert main(["convert", str(path), "--out", str(tmp_path / "out")]) == 0
+        capsys.readouterr()
+        path = tmp_path / "out" / "m.safetensors"
+    image = write_tiff(tmp_path / "m.tiff", np.full((2240, 2240, 3), 250, np.uint8))
+    arguments = (path, "--checkpoint", checkpoints / "48", "-k", 100, "--geojson", tmp_path / "m.geojson", "--mpp", 0.5)
+    upon = ("--slide", image, "--montage", tmp_path / "m.png", "--heatmap", tmp_path / "h.png")
+
+    def edges() -> list[tuple[list[float], list[float]]]:
+        rings = [f["geometry"]["coordinates"][0] for f in json.loads((tmp_path / "m.geojson").read_text())["features"]]
+        return [(ring[0], ring[2]) for ring in rings]
+
+    guessed = select(capsys, *arguments)
+    assert (guessed["coord_unit"], guessed["coord_unit_source"]) == ("um", "guess")
+    assert guessed["patch_size"] == {"value": 256.0, "unit": "um", "source": "guess"}
+    assert np.allclose(edges()[99], ([4608, 4608], [5120, 5120]))
+    record = select(capsys, *arguments, *upon, "--coord-unit", "px", "--patch-size-level0", 224)
+    assert record["coords"] == grid.tolist()
+    assert edges() == [([x, y], [x + 224, y + 224]) for x, y in grid.tolist()]
+    record = select(capsys, *arguments, "--coord-unit", "px")
+    assert record["patch_size"] == {"value": 224.0, "unit": "px", "source": "guess"}
+    assert edges()[99] == ([2016, 2016], [2240, 2240])
+    assert "about the size of a patch (224 px" in error_of(capsys, *arguments, *upon, "--coord-unit", "px")
+    record = select(capsys, *arguments, "--coord-unit", "um")
+    assert record["coords"] == grid.tolist()
+    assert edges()[99] == ([4032, 4032], [4480, 4480])
 
 
 def test_a_slide_with_bounds_is_drawn_whole_and_exported_as_qupath_crops_it(checkpoints, tmp_path, capsys):

@@ -84,7 +84,7 @@ def files(case: Case) -> bool:
 
 
 def assert_same_slide(found, wanted):
-    for name in ("num_patches", "feature_dim", "dtype", "coord_unit", "unit_source", "format", "key", "metadata"):
+    for name in ("num_patches", "feature_dim", "dtype", "unit", "format", "key", "metadata"):
         assert getattr(found, name) == getattr(wanted, name), name
     rows = [slide.read_rows(0, slide.num_patches) for slide in (found, wanted)]
     assert np.array_equal(*rows, equal_nan=True)
@@ -115,7 +115,7 @@ def test_places_in_units_of_their_own_are_scaled_once_by_value_too(tmp_path):
         file["feats"], file["coords"] = np.ones((4, D), np.float32), np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * 224
     identity = SlideIdentity("a", 1)
     with open_features(path) as wanted, open_spooled([path.read_bytes()], "a", identity, None) as found:
-        assert wanted.unit_scale != 1
+        assert wanted.unit.scale != 1
         assert_same_slide(found, wanted)
 
 

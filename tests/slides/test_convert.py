@@ -18,7 +18,7 @@ from vllm_wsi.slides import open_features, write_features
 from vllm_wsi.slides.convert_features import SOURCE, Conversion, convert, convert_many, find_conversions
 from vllm_wsi.slides.encoder_names import recorded_encoder
 from vllm_wsi.slides.places import origin, patch_size
-from vllm_wsi.slides.units import KEPT_UNIT, KEPT_UNIT_SOURCE
+from vllm_wsi.slides.units import KEPT_UNIT, KEPT_UNIT_SCALE, KEPT_UNIT_SOURCE
 
 from .test_feature_formats import CASES, F32, STAMP, Case, D, h5, raw
 
@@ -36,17 +36,17 @@ def assert_nothing_is_lost(source: Path, made: Path, encoder: str | None = None)
         shape = one.num_patches, one.feature_dim, one.dtype
         assert (other.num_patches, other.feature_dim, other.dtype) == shape
         assert np.array_equal(one.read_rows(0, shape[0]), other.read_rows(0, shape[0]), equal_nan=one.dtype[0] == "f")
-        places = [slide.read_coords() for slide in (one, other)]
+        places = [slide.read_stored_coords() for slide in (one, other)]
         if places[0] is None:
             assert places[1] is None
         else:
             assert np.array_equal(*places)
-            assert (other.coord_unit, other.unit_source) == (one.coord_unit, one.unit_source)
-            sizes = [patch_size(s.metadata, p, s.coord_unit) for s, p in zip((one, other), places, strict=True)]
+            assert other.unit == one.unit
+            sizes = [patch_size(slide.metadata, slide.read_coords(), slide.unit) for slide in (one, other)]
             assert sizes[0] == sizes[1]
         assert origin("a", one.metadata, None) == origin("a", other.metadata, None)
         assert recorded_encoder(other.metadata) == recorded_encoder(one.metadata)
-        added = {SOURCE, KEPT_UNIT, KEPT_UNIT_SOURCE}
+        added = {SOURCE, KEPT_UNIT, KEPT_UNIT_SOURCE, KEPT_UNIT_SCALE}
         assert {k: v for k, v in other.metadata.items() if k not in added} == one.metadata
 
 
@@ -97,6 +97,7 @@ def test_the_unit_and_who_says_it_are_kept(attrs, unit, by, tmp_path: Path):
         assert (slide.coord_unit, slide.unit_source) == (unit, by)
     convert(Conversion(source, made))
     assert_nothing_is_lost(source, made)
+    assert np.array_equal(safetensors.torch.load_file(made)["coords"], coords)  # the source's own numbers
     again = tmp_path / "again" / "a.safetensors"
     convert(Conversion(made, again))  # of a file that was converted before
     assert_nothing_is_lost(source, again)
@@ -117,6 +118,14 @@ def test_a_converted_file_whose_unit_was_changed_is_refused(unit, source, tmp_pa
     metadata = {KEPT_UNIT: unit, KEPT_UNIT_SOURCE: source}
     write_features(tmp_path / "a.safetensors", F32, np.zeros((21, 2), np.int32), metadata)
     with pytest.raises(SlideError, match=rf"a\.safetensors: converted_unit: found '{unit}' by '{source}', wanted px"):
+        open_features(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(("scale", "found"), [({}, "none"), ({KEPT_UNIT_SCALE: "0"}, "'0'")])
+def test_a_converted_file_that_does_not_say_what_its_numbers_are_is_refused(scale, found, tmp_path: Path):
+    metadata = {KEPT_UNIT: "um", KEPT_UNIT_SOURCE: "guess"} | scale
+    write_features(tmp_path / "a.safetensors", F32, np.zeros((21, 2), np.int32), metadata)
+    with pytest.raises(SlideError, match=rf"a\.safetensors: converted_unit_scale: found {found}, wanted a number"):
         open_features(tmp_path / "a.safetensors")
 
 

@@ -13,6 +13,7 @@ from vllm_wsi.cli.app import main
 from vllm_wsi.model.config import SparseWSIConfig
 from vllm_wsi.slides import write_features
 from vllm_wsi.slides.doctor import CHUNK_ROWS, examine
+from vllm_wsi.slides.formats.named_arrays import NO_COORDS
 
 N, D = 9, 4
 ONES = np.ones((N, D), np.float16)
@@ -93,7 +94,7 @@ def test_bfloat16_rows_are_read_as_numbers(tmp_path: Path):
     safetensors.torch.save_file({"features": features}, tmp_path / "bf16.safetensors")
     report = examine(tmp_path / "bf16.safetensors")
     assert report.facts["mean norm"] == "6"
-    assert report.findings == ["1 patches hold NaN or infinities: they are never kept"]
+    assert report.findings == [NO_COORDS, "1 patches hold NaN or infinities: they are never kept"]
 
 
 def test_a_file_without_one_finite_patch_is_an_error(tmp_path: Path, capsys):
@@ -108,6 +109,15 @@ def test_microns_are_noted_where_mpp_is_missing(attrs: dict, noted: bool, tmp_pa
     report = examine(stamp(tmp_path / "stamp.h5", **attrs))
     assert report.facts["coords"].endswith("(microns)")
     assert ("coords: microns without mpp cannot be placed on the slide's pixels" in report.findings) == noted
+
+
+def test_the_size_that_a_guessed_format_implies_is_a_guess(tmp_path: Path):
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["feats"], file["coords"] = ONES, COORDS // 512 * 224
+    report = examine(tmp_path / "m.h5")
+    assert report.facts["coord unit"] == {"value": "um", "source": "guess"}
+    assert report.facts["patch size"] == {"value": 256.0, "unit": "um", "source": "guess"}
+    assert "metadata" not in report.facts
 
 
 def test_patches_that_share_a_place_are_noted(tmp_path: Path):

@@ -9,12 +9,14 @@ import h5py
 import numcodecs
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 import zarr
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.slides import FeatureFile, open_features
+from vllm_wsi.slides.formats.named_arrays import NO_COORDS
 from vllm_wsi.slides.formats.rows import RawRows
 
 from . import feature_stores as stores
@@ -417,6 +419,35 @@ def test_slideflow_tile_centres_are_not_taken_for_corners(tmp_path: Path):
         assert "a.index.npz beside it holds the centres of slideflow's tiles" in slide.remarks[0]
     with pytest.raises(SlideError, match="found slideflow's index of tile centres, wanted the features beside it"):
         open_features(tmp_path / "a.index.npz")
+
+
+FIELD_NAMES = [
+    {"coordinates": COORDS},
+    {"coord": COORDS[None]},
+    {"xy": COORDS.astype(np.uint16)},
+    {"x": COORDS[:, 0], "y": COORDS[:, 1:]},
+    {"coord_x": COORDS[None, :, 0], "coord_y": COORDS[:, 1].astype(float)},
+]
+
+
+@pytest.mark.parametrize("arrays", FIELD_NAMES, ids=lambda arrays: ",".join(arrays))
+def test_safetensors_and_npz_place_the_same_arrays_the_same_way(arrays, tmp_path: Path):
+    arrays = {key: np.ascontiguousarray(values) for key, values in arrays.items()}
+    np.savez(tmp_path / "a.npz", features=F32, **arrays)
+    safetensors.numpy.save_file({"features": F32, **arrays}, tmp_path / "a.safetensors")
+    for name in ("a.npz", "a.safetensors"):
+        with open_features(tmp_path / name) as slide:
+            assert np.array_equal(slide.read_coords(), COORDS)
+            assert (slide.coord_unit, slide.unit_source) == ("px", "guess")
+            assert "taken as level-0 pixels because they are whole numbers: a guess" in slide.remarks[0]
+
+
+def test_a_safetensors_file_without_places_says_so(tmp_path: Path):
+    other = {"features": F32, "x": COORDS[:, 0].copy(), "labels": np.zeros(3, bool)}
+    safetensors.numpy.save_file(other, tmp_path / "a.safetensors")
+    with open_features(tmp_path / "a.safetensors") as slide:
+        assert slide.read_coords() is None
+        assert slide.remarks == (NO_COORDS,)
 
 
 @pytest.mark.parametrize(

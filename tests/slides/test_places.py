@@ -7,6 +7,7 @@ from safetensors.numpy import save_file
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.slides import open_features
+from vllm_wsi.slides.feature_file import Unit
 from vllm_wsi.slides.places import (
     Origin,
     PatchSize,
@@ -19,7 +20,7 @@ from vllm_wsi.slides.places import (
     refuse_guesses,
     settle,
 )
-from vllm_wsi.slides.units import Unit, parse_unit
+from vllm_wsi.slides.units import parse_unit
 
 FEATURES = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float16)
 MICRON_NAMES = ["um", "UM", " um ", "\u00b5m", "\u03bcm", "\u039cM", "micron", "microns", "MICRONS", "Micrometer",
@@ -44,7 +45,7 @@ def read(path):
     """(unit, its source, coordinates, size of a patch)"""
     with open_features(path) as slide:
         coords = slide.read_coords()
-        size = patch_size(slide.metadata, coords, slide.coord_unit, slide.name)
+        size = patch_size(slide.metadata, coords, slide.unit, slide.name)
         return slide.coord_unit, slide.unit_source, coords, size
 
 
@@ -126,7 +127,6 @@ def chequerboard(step) -> np.ndarray:
         (chequerboard(0.256), {"root": {"unit": "mm", "tile_size": 0.256}}, 256, "um"),
         (chequerboard(256.0), {"root": {"tile_size_um": 256.0}}, 256, "um"),
         (chequerboard(512), {"root": {"unit": "px", "tile_size": 512}}, 512, "px"),
-        (chequerboard(224), {"root": {"tile_size": 224}}, 256, "um"),
         (chequerboard(448), {"on_coords": {"patch_size_lv0": 448}}, 448, "px"),
         (grid(256), {"on_coords": {"patch_size_level0": np.array([512, 512])}}, 512, "px"),
         (grid(256), {"on_coords": {"patch_size_level0": np.array([512])}}, 512, "px"),
@@ -186,23 +186,36 @@ def test_stamps_first_format_is_its_readers_rule_and_a_guess_without_a_word(tmp_
     unit, source, coords, size = read(h5(tmp_path / "a.h5", chequerboard(224)))
     assert (unit, source) == ("um", "guess")
     assert np.allclose(coords, chequerboard(256))
-    assert size == PatchSize(256, "um", "file")
-    assert read(h5(tmp_path / "b.h5", chequerboard(224), {"tile_size": 224}))[:2] == ("um", "format")
+    assert size == PatchSize(256, "um", "guess")
+    unit, source, coords, size = read(h5(tmp_path / "b.h5", chequerboard(224), {"tile_size": 224}))
+    assert (unit, source, size) == ("um", "format", PatchSize(256, "um", "format"))
+    assert np.allclose(coords, chequerboard(256))
     assert read(h5(tmp_path / "c.h5", chequerboard(224), key="features"))[:2] == ("px", "format")  # CLAM's pixels
 
 
 def test_a_user_fills_what_is_guessed_or_unknown_and_contradicts_nothing_that_the_file_says():
     guess = PatchSize(512, "px", "guess")
-    assert settle("a", "px", "guess", guess, Said()) == (Unit("px", "guess"), guess)
-    assert settle("a", None, None, None, Said()) == (None, None)
-    assert settle("a", None, None, PatchSize(5, None, "guess"), Said(coord_unit="um")) == (
+    assert settle("a", Unit("px", "guess"), guess, Said()) == (Unit("px", "guess"), guess)
+    assert settle("a", None, None, Said()) == (None, None)
+    assert settle("a", None, PatchSize(5, None, "guess"), Said(coord_unit="um")) == (
         Unit("um", "given"),
         PatchSize(5, "um", "guess"),
     )
     for source in ("file", "format"):
         with pytest.raises(SlideError, match="found coordinates in px by the file, but um was given"):
-            settle("a", "px", source, guess, Said(coord_unit="um"))
-        assert settle("a", "px", source, guess, Said(coord_unit="px"))[0] == Unit("px", source)
+            settle("a", Unit("px", source), guess, Said(coord_unit="um"))
+        assert settle("a", Unit("px", source), guess, Said(coord_unit="px"))[0] == Unit("px", source)
+
+
+@pytest.mark.parametrize("given", ["px", "um"])
+def test_a_given_unit_is_that_of_the_files_own_numbers_whatever_was_guessed(given):
+    guessed = Unit("um", "guess", 256 / 224)
+    assert settle("a", guessed, PatchSize(256, "um", "guess"), Said(coord_unit=given)) == (
+        Unit(given, "given"),
+        PatchSize(224, given, "guess"),
+    )
+    said = PatchSize(448, "px", "file")
+    assert settle("a", guessed, said, Said(coord_unit=given)) == (Unit(given, "given"), said)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +235,8 @@ def test_microns_per_pixel_that_overrule_the_files_are_told(in_file, given, said
 
 def test_a_guess_is_named_and_refused_until_it_is_accepted():
     unit, size = Unit("px", "guess"), PatchSize(512, "px", "guess")
+    scaled = "the unit of the coordinates (um, 1.14286 in each of the file's numbers)"
+    assert guesses(Unit("um", "guess", 256 / 224), None) == [scaled]
     assert guesses(None, None) == guesses(Unit("px", "format"), PatchSize(1, "px", "given")) == []
     refuse_guesses("a", [])
     with pytest.raises(SlideError, match="a: found no word about the unit of the coord"):

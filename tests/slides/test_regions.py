@@ -7,9 +7,10 @@ import pytest
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.rendering.geojson import geojson
+from vllm_wsi.slides.feature_file import Unit
 from vllm_wsi.slides.places import Origin, PatchSize, patch_size
-from vllm_wsi.slides.regions import extent, level0_rects, said_size
-from vllm_wsi.slides.units import Unit, positive_number
+from vllm_wsi.slides.regions import check_image, extent, level0_rects, said_size
+from vllm_wsi.slides.units import positive_number
 
 GRID = np.array([[x, y] for y in (0, 512, 1024) for x in (0, 512, 1536)])
 NO_NUMBERS = ["", "x", "nan", "inf", "-inf", "1e999", "0", "-0.0", "-1", "True", "0.5 um"]  # as a file may hold them
@@ -38,17 +39,17 @@ def test_numbers_are_read_from_a_files_text_and_from_what_is_given():
     ],
 )
 def test_a_patchs_size_is_the_files_word_or_else_the_grids_spacing(metadata, unit, wanted):
-    assert patch_size(metadata, GRID, unit) == wanted
+    assert patch_size(metadata, GRID, Unit(unit, "file")) == wanted
 
 
 @pytest.mark.parametrize("coords", [GRID[:1], GRID[[0, 3, 6]], np.zeros((4, 2))])
 def test_a_size_is_not_guessed_where_no_two_patches_are_neighbours(coords):
-    assert patch_size({}, coords, "px") is None
+    assert patch_size({}, coords, Unit("px", "file")) is None
 
 
 def test_the_grid_is_found_in_any_order_of_the_patches():
     shuffled = np.random.default_rng(0).permutation(GRID)
-    assert patch_size({}, shuffled, "px") == PatchSize(512, "px", "guess")
+    assert patch_size({}, shuffled, Unit("px", "file")) == PatchSize(512, "px", "guess")
 
 
 def test_pixels_stay_pixels_whatever_mpp_says():
@@ -121,6 +122,30 @@ def test_a_slides_size_is_two_numbers_above_0_or_not_said(key, said):
     assert said_size(half_said) is None
     assert extent(rects, half_said) == (2048, 1536)
     assert said_size(half_said | {"level0_width": "9000", "level0_height": "8000"}) == (9000, 8000)
+
+
+@pytest.mark.parametrize(
+    ("size_px", "metadata", "wanted"),
+    [
+        ((2048, 1536), {}, None),
+        ((1537, 1025), {}, None),  # the last patches reach beyond
+        ((1536, 1025), {}, "a.svs: found 1536 x 1025 px, wanted more, as a has a patch at 1536, 0; "),
+        ((2048, 1024), {}, "a.svs: found 2048 x 1024 px, wanted more, as a has a patch at 0, 1024; "),
+        ((9000, 8000), {"width": "9000.0", "height": "8000"}, None),
+        ((9001, 8000), {"width": "9000", "height": "8000"}, "a.svs: found 9001 x 8000 px, wanted 9000 x 8000, as a "),
+        ((9000, 8001), {"level0_width": "9000", "level0_height": "8000"}, "wanted 9000 x 8000, as a says"),
+        ((1234567, 8000), {"width": "7654321", "height": "8000"}, "found 1234567 x 8000 px, wanted 7654321 x 8000"),
+        ((9000, 8000), {"width": "512", "height": "512"}, None),  # of a patch
+        ((9000, 8000), {"width": "1"}, None),
+    ],
+)
+def test_an_image_is_of_the_size_that_the_file_says_and_every_patch_begins_on_it(size_px, metadata, wanted):
+    rects = level0_rects("a", GRID, "px", PatchSize(512, "px", "file"), {})
+    if wanted is None:
+        check_image("a.svs", size_px, "a", metadata, rects)
+    else:
+        with pytest.raises(SlideError, match=wanted):
+            check_image("a.svs", size_px, "a", metadata, rects)
 
 
 SAID, SIZE, NO_BOUNDS = Unit("px", "format"), PatchSize(512, "px", "file"), Origin(0, 0, "file")

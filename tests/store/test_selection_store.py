@@ -21,6 +21,7 @@ from vllm_wsi.selection.selector import SlideSelector
 from vllm_wsi.selection.slide_pools import SlideScores
 from vllm_wsi.slides import open_features, write_features
 from vllm_wsi.slides.encoder_names import EncoderCheck
+from vllm_wsi.slides.feature_file import Unit
 from vllm_wsi.store import selection_store
 from vllm_wsi.store.selection_key import SelectionKey
 from vllm_wsi.store.selection_store import SelectionStore
@@ -363,6 +364,13 @@ def test_coordinates_of_every_dtype_are_stored(dtype, tmp_path):
     chosen = Selection(torch.arange(3), torch.zeros(3), torch.zeros(3, D), 3, 0, coords=np.ones((3, 2), dtype))
     SelectionStore(tmp_path).save_selection("a" * 40, chosen)
     assert SelectionStore(tmp_path).load_selection("a" * 40).coords.tolist() == chosen.coords.tolist()
+
+
+def test_what_the_numbers_of_the_coordinates_are_is_stored(tmp_path):
+    unit, coords = Unit("um", "guess", 256 / 224), np.arange(6).reshape(3, 2) * 224
+    chosen = Selection(torch.arange(3), torch.zeros(3), torch.zeros(3, D), 3, 0, coords=coords, unit=unit)
+    SelectionStore(tmp_path).save_selection("a" * 40, chosen)
+    assert SelectionStore(tmp_path).load_selection("a" * 40).unit == unit
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from vllm_wsi.slides.feature_file import Unit
 from vllm_wsi.slides.places import Origin, PatchSize, guesses
 from vllm_wsi.slides.regions import Level0Rects
-from vllm_wsi.slides.units import Unit
 
 NAMESPACE = uuid.UUID("6f4f8f0e-4a60-5d0c-9d0b-2d8b8a1f4f57")  # of the ids of our GeoJSON features
 KEPT_COLOUR = (255, 200, 0)

@@ -13,7 +13,7 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.files import write_atomically
 from vllm_wsi.selection.selection import NOTHING_SAID, Selection
 from vllm_wsi.slides.places import Said, origin, refuse_guesses, with_image_mpp
-from vllm_wsi.slides.regions import extent
+from vllm_wsi.slides.regions import check_image, extent
 
 from .geojson import geojson
 
@@ -56,17 +56,11 @@ class SelectionOverlay:
 
     def _extent(self) -> tuple[float, float]:
         metadata = self._selection.metadata
-        spanned = extent(self.rects, metadata)
+        rects = self.rects if self._selection.all_scores is None else self._all_rects()
         if self._image is None:
-            return spanned if self._selection.all_scores is None else extent(self._all_rects(), metadata)
-        width, height = self._image.dimensions
-        if spanned[0] > width or spanned[1] > height:
-            found = f"{spanned[0]:g} x {spanned[1]:g}"
-            raise SlideError(
-                f"{self._image_name}: found {width} x {height} pixels, wanted the image that {self._name} "
-                f"was made of, of at least {found}"
-            )
-        return width, height
+            return extent(rects, metadata)
+        check_image(self._image_name, self._image.dimensions, self._name, metadata, rects)
+        return self._image.dimensions
 
     def _with_mpp(self) -> Said:
         """What the user says, and the image's mpp where coordinates are in microns and nothing else says it."""

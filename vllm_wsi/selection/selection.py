@@ -13,10 +13,9 @@ from torch import Tensor
 from vllm_wsi.errors import SlideError
 from vllm_wsi.slides import FeatureFile
 from vllm_wsi.slides.encoder_names import EncoderMatch
-from vllm_wsi.slides.feature_file import CoordUnit, Source
+from vllm_wsi.slides.feature_file import Unit
 from vllm_wsi.slides.places import PatchSize, Said, guesses, patch_size, settle
 from vllm_wsi.slides.regions import Level0Rects, level0_rects
-from vllm_wsi.slides.units import Unit
 
 from .score_summary import ScoreSummary
 from .slide_pools import SlidePools
@@ -35,9 +34,8 @@ class Selection:
     num_nonfinite: int  # patches whose score was NaN or infinite: never kept
     read_seconds: float = 0.0
     score_seconds: float = 0.0  # upload, scoring and Top-K, less what ran while the next chunk was read
-    coords: NDArray | None = None  # [k, 2] top-left corners in coord_unit
-    coord_unit: CoordUnit | None = None  # None: there are no places, or nothing tells their unit
-    unit_source: Source | None = None
+    coords: NDArray | None = None  # [k, 2] top-left corners, the file's own numbers
+    unit: Unit | None = None  # of them; None: there are no places, or nothing tells their unit
     patch_size: PatchSize | None = None  # edge of a patch; None: not known
     metadata: Mapping[str, str] = field(default_factory=dict)  # the file's own
     all_scores: Tensor | None = None  # fp32 [N] of all patches, the dropped ones too; where it was asked for
@@ -81,16 +79,16 @@ class Selection:
     ) -> Selection:
         """A selection with what the slide's file says of the kept patches; `counts`: num_nonfinite, the seconds,
         encoder_match, scored_on."""
-        coords, unit = slide.read_coords(), slide.coord_unit
+        coords, unit = slide.read_stored_coords(), slide.unit
+        placed = _in_unit(unit, coords)
         return cls(
             indices=indices,
             scores=scores,
             features=features,
             num_patches=slide.num_patches,
             coords=None if coords is None else coords[indices.numpy()],
-            coord_unit=unit,
-            unit_source=slide.unit_source,
-            patch_size=None if coords is None else patch_size(slide.metadata, coords, unit, slide.name),
+            unit=unit,
+            patch_size=None if placed is None else patch_size(slide.metadata, placed, unit, slide.name),
             metadata=slide.metadata,
             all_scores=all_scores,
             all_coords=None if all_scores is None else coords,
@@ -103,7 +101,7 @@ class Selection:
 
     def settle(self, name: str, said: Said = NOTHING_SAID) -> tuple[Unit | None, PatchSize | None]:
         """Unit of the coordinates and size of a patch, by the file and the user together. Raises SlideError."""
-        return settle(name, self.coord_unit, self.unit_source, self.patch_size, said)
+        return settle(name, self.unit, self.patch_size, said)
 
     def guesses(self, name: str, said: Said = NOTHING_SAID) -> list[str]:
         """What of the patches' places is only guessed, in words; [] where nothing is, or the user accepts it."""
@@ -128,6 +126,7 @@ class Selection:
 
     def _rects(self, name: str, coords: NDArray | None, said: Said) -> Level0Rects:
         unit, size = self.settle(name, said)
+        coords = _in_unit(unit, coords)
         return level0_rects(name, coords, None if unit is None else unit.unit, size, self.metadata, said.mpp)
 
     def record(self, name: str = "slide", said: Said = NOTHING_SAID) -> dict[str, Any]:
@@ -137,6 +136,7 @@ class Selection:
             SlideError: the file contradicts the user.
         """
         unit, size = self.settle(name, said)
+        coords = _in_unit(unit, self.coords)
         return {
             "num_patches": self.num_patches,
             "num_selected": len(self.indices),
@@ -144,14 +144,19 @@ class Selection:
             "num_nonfinite": self.num_nonfinite,
             "indices": self.indices.tolist(),
             "scores": self.scores.tolist(),
-            "coords": None if self.coords is None else self.coords.tolist(),
-            "coord_unit": None if unit is None or self.coords is None else unit.unit,
-            "coord_unit_source": None if unit is None or self.coords is None else unit.source,
+            "coords": None if coords is None else coords.tolist(),
+            "coord_unit": None if unit is None or coords is None else unit.unit,
+            "coord_unit_source": None if unit is None or coords is None else unit.source,
             "patch_size": None if size is None else size._asdict(),
             "metadata": dict(self.metadata),
             "encoder_match": None if self.encoder_match is None else self.encoder_match._asdict(),
             "scored_on": self.scored_on,
         }
+
+
+def _in_unit(unit: Unit | None, coords: NDArray | None) -> NDArray | None:
+    """A file's own numbers in the unit; as they are where there is none."""
+    return coords if coords is None or unit is None else unit.of(coords)
 
 
 def check_summary(chosen: Selection, summary_tokens: int) -> None:

@@ -49,9 +49,8 @@ def open_spooled(
 def hold_coords(slide: FeatureFile) -> None:
     """Reads the coordinates now, so that later nothing of them is read; what goes wrong closes the slide."""
     try:
-        coords = slide.read_coords()
+        coords = slide.read_stored_coords()
     except BaseException:
         slide.close()
         raise
     slide.load_coords = None if coords is None else lambda: coords
-    slide.unit_scale = 1.0  # they are in their unit already

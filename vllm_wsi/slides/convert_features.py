@@ -22,7 +22,7 @@ from .formats.dispatch import open_features
 from .identity import SlideIdentity, is_store, read_record
 from .many_slides import Outcome, crashed, place_slides, why_failed
 from .slide_names import walk_features
-from .units import KEPT_UNIT, KEPT_UNIT_SOURCE
+from .units import KEPT_UNIT, KEPT_UNIT_SCALE, KEPT_UNIT_SOURCE, kept_metadata
 
 SUMMARY = "convert_summary.csv"
 SOURCE = "converted_from"  # metadata key: what the file was made of, and how
@@ -96,8 +96,8 @@ def _record(identity: SlideIdentity, encoder: str | None, dtype: Dtype) -> dict[
 def convert(job: Conversion, encoder: str | None = None, dtype: Dtype = "same") -> int:
     """Writes features, coordinates and metadata of one file as safetensors, in chunks; returns the patches.
 
-    The file appears under its name only when it is whole. Coordinates are written in the unit in which they are read,
-    with who says that unit: a guess stays one.
+    The file appears under its name only when it is whole. Coordinates are written as they stand in the source,
+    with their unit, its scale and who says it: a guess stays one, and can be corrected as in the source.
 
     Args:
         dtype: of the features; "same": as in the source, bfloat16 too (8-bit floats as they are read: float16).
@@ -106,15 +106,12 @@ def convert(job: Conversion, encoder: str | None = None, dtype: Dtype = "same") 
         SlideError: the source cannot be read, changes meanwhile, or holds a value that float16 cannot hold.
     """
     with open_features(job.slide, encoder) as slide:
-        coords = slide.read_coords()
-        metadata = dict(slide.metadata)
-        metadata.pop(KEPT_UNIT, None)
-        metadata.pop(KEPT_UNIT_SOURCE, None)
+        coords = slide.read_stored_coords()
+        kept = (KEPT_UNIT, KEPT_UNIT_SOURCE, KEPT_UNIT_SCALE)
+        metadata = {key: value for key, value in slide.metadata.items() if key not in kept}
         metadata[SOURCE] = json.dumps(_record(slide.identity, encoder, dtype))
         if coords is not None:
-            metadata[KEPT_UNIT] = slide.coord_unit or "unknown"
-            if slide.unit_source is not None:
-                metadata[KEPT_UNIT_SOURCE] = slide.unit_source
+            metadata |= kept_metadata(slide.unit)
         metadata = metadata_strings(job.slide, metadata)
         name = slide.dtype if dtype == "same" else dtype
         job.out.parent.mkdir(parents=True, exist_ok=True)

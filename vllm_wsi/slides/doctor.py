@@ -98,7 +98,7 @@ def examine(path: str | Path, encoder: str | None = None, checkpoint: Checkpoint
 def _report_places(slide: FeatureFile, coords: NDArray, report: Report) -> None:
     """Unit, size and origin, each with who says it."""
     report.facts["coord unit"] = {"value": slide.coord_unit, "source": slide.unit_source}
-    size = patch_size(slide.metadata, coords, slide.coord_unit, slide.name)
+    size = patch_size(slide.metadata, coords, slide.unit, slide.name)
     report.facts["patch size"] = None if size is None else size._asdict()
     report.facts["origin"] = origin(slide.name, slide.metadata, None)._asdict()
     if slide.coord_unit == "um" and positive_number(slide.metadata.get("mpp")) is None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,19 @@ FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
 CoordUnit = Literal["px", "um"]
 Source = Literal["file", "format", "given", "guess"]
 """file: written in it; format: by the rule of what wrote it; given: by the user; guess: by the numbers alone."""
+
+
+class Unit(NamedTuple):
+    """Unit of a file's coordinates."""
+
+    unit: CoordUnit
+    source: Source
+    scale: float = 1.0  # of `unit` in one of the file's numbers: 1000 where it writes millimetres
+
+    def of(self, numbers: NDArray) -> NDArray:
+        """The file's own numbers in `unit`."""
+        return numbers if self.scale == 1.0 else numbers * self.scale
+
 
 SPAN_BYTES = 4 << 20  # of rows that are read in one piece to pick some of them
 MAX_METADATA = 1 << 16
@@ -64,16 +77,23 @@ class FeatureFile:
     rows: RowSource = field(repr=False)
     identity: SlideIdentity
     metadata: Mapping[str, str] = field(default_factory=dict)
-    coord_unit: CoordUnit | None = None  # None: the file has no coordinates, or nothing tells their unit
-    unit_source: Source | None = None  # who says the unit
-    unit_scale: float = 1.0  # of `coord_unit` in one of the file's numbers
-    load_coords: Callable[[], NDArray] | None = field(default=None, repr=False)
+    unit: Unit | None = None  # None: the file has no coordinates, or nothing tells their unit
+    load_coords: Callable[[], NDArray] | None = field(default=None, repr=False)  # [N, 2], the file's own numbers
     remarks: tuple[str, ...] = ()  # oddities that do not prevent use, for `doctor`
     choice: str | None = None  # the `encoder` that it was opened with
 
     @property
     def storage_dtype(self) -> np.dtype:
         return FLOAT_DTYPES[self.dtype]
+
+    @property
+    def coord_unit(self) -> CoordUnit | None:
+        return None if self.unit is None else self.unit.unit
+
+    @property
+    def unit_source(self) -> Source | None:
+        """Who says the unit."""
+        return None if self.unit is None else self.unit.source
 
     def read_coords(self) -> NDArray | None:
         """[N, 2] x, y of each patch's top-left corner in `coord_unit` (px: level-0 pixels), or None.
@@ -83,11 +103,20 @@ class FeatureFile:
         Raises:
             SlideError: a patch has no finite place (NaN, infinity).
         """
+        numbers = self.read_stored_coords()
+        return numbers if numbers is None or self.unit is None else self.unit.of(numbers)
+
+    def read_stored_coords(self) -> NDArray | None:
+        """[N, 2] the file's own numbers of the places, whose unit may be a guess that a user corrects; or None.
+
+        Raises:
+            SlideError: a patch has no finite place (NaN, infinity).
+        """
         coords = None if self.load_coords is None else self.load_coords()
         if coords is not None and not (finite := np.isfinite(coords).all(axis=1)).all():
             row = int(np.argmin(finite))
             raise SlideError(f"{self.name}: coords: found {coords[row].tolist()} in row {row}, wanted finite numbers")
-        return coords if coords is None or self.unit_scale == 1.0 else coords * self.unit_scale
+        return coords
 
     def read_rows(self, start: int, stop: int, out: NDArray | None = None) -> NDArray:
         """Rows start .. stop-1.

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
 
-from .feature_file import CoordUnit, Source
-from .units import GRID_SAMPLE, LEVEL0_KEYS, Unit, positive_number, said_unit
+from .feature_file import CoordUnit, Source, Unit
+from .units import GRID_SAMPLE, LEVEL0_KEYS, STAMP_V1_SCALE, STAMP_V1_UM, positive_number, said_unit
 
 MICRON_KEYS = ("tile_size_um", "patch_size_um", "tile_um")
 AGREE = 0.02  # two statements of one size may differ by so much, because sizes are rounded to pixels
@@ -49,21 +49,23 @@ class Origin(NamedTuple):
     source: Literal["file", "image", "unknown"]
 
 
-def patch_size(
-    metadata: Mapping[str, str], coords: NDArray, unit: CoordUnit | None, name: str = "file"
-) -> PatchSize | None:
+def patch_size(metadata: Mapping[str, str], coords: NDArray, unit: Unit | None, name: str = "file") -> PatchSize | None:
     """What the file says of its patches' size under any name of the field, or else the spacing of their grid, a guess.
+
+    STAMP's first format fixes it, and is itself perhaps a guess.
 
     Args:
         metadata: the file's own.
-        coords: [N, 2] of all patches, in `unit`.
+        coords: [N, 2] of all patches, in the unit.
         unit: of the coordinates; None: not known.
         name: of the file, for errors.
 
     Raises:
         SlideError: two keys say different sizes, or one says two different edges.
     """
-    said = _said_sizes(name, metadata, unit)
+    if unit is not None and unit.scale == STAMP_V1_SCALE:
+        return PatchSize(STAMP_V1_UM, "um", unit.source)
+    said = _said_sizes(name, metadata, None if unit is None else unit.unit)
     if said:
         (first, size), *others = said.items()
         for key, other in others:
@@ -78,7 +80,9 @@ def patch_size(
     x, y = coords[order, 0], coords[order, 1]
     steps = np.diff(x)[np.diff(y) == 0]
     found, counts = np.unique(steps[steps > 0], return_counts=True)
-    return PatchSize(float(found[counts.argmax()]), unit, "guess") if len(found) else None
+    if not len(found):
+        return None
+    return PatchSize(float(found[counts.argmax()]), None if unit is None else unit.unit, "guess")
 
 
 def said_patch_um(name: str, metadata: Mapping[str, str]) -> float | None:
@@ -178,26 +182,24 @@ def with_image_mpp(said: Said, metadata: Mapping[str, str], image_mpp: Callable[
     return said._replace(mpp=image_mpp())
 
 
-def settle(
-    name: str, unit: CoordUnit | None, source: Source | None, size: PatchSize | None, said: Said
-) -> tuple[Unit | None, PatchSize | None]:
-    """Unit and size by the file and the user together.
+def settle(name: str, chosen: Unit | None, size: PatchSize | None, said: Said) -> tuple[Unit | None, PatchSize | None]:
+    """Unit and size by the file and the user together. A unit that the user gives is that of the file's own numbers.
 
     Args:
-        unit, source: of the coordinates, by the file.
+        chosen: unit of the coordinates, by the file.
         size: of a patch, by the file or a guess.
 
     Raises:
         SlideError: the file itself says something else than the user.
     """
-    chosen = None if unit is None or source is None else Unit(unit, source)
     if said.coord_unit is not None:
         if chosen is not None and chosen.source != "guess" and chosen.unit != said.coord_unit:
             raise SlideError(f"{name}: found coordinates in {chosen.unit} by the file, but {said.coord_unit} was given")
         if chosen is None or chosen.source == "guess":
-            chosen = Unit(said.coord_unit, "given")
             if size is not None and size.source == "guess":
-                size = size._replace(unit=said.coord_unit)
+                scale = 1.0 if chosen is None else chosen.scale
+                size = PatchSize(size.value / scale, said.coord_unit, "guess")
+            chosen = Unit(said.coord_unit, "given")
     if said.patch_size_px is not None:
         in_file = size.value if size is not None and size.source == "file" and size.unit == "px" else None
         if in_file is not None and abs(in_file - said.patch_size_px) > AGREE * in_file:
@@ -220,7 +222,8 @@ def guesses(unit: Unit | None, size: PatchSize | None) -> list[str]:
     """What of a slide's places is only guessed, in words."""
     found = []
     if unit is not None and unit.source == "guess":
-        found.append(f"the unit of the coordinates ({unit.unit})")
+        each = "" if unit.scale == 1 else f", {unit.scale:g} in each of the file's numbers"
+        found.append(f"the unit of the coordinates ({unit.unit}{each})")
     if size is not None and size.source == "guess":
         found.append(f"the size of a patch ({size.value:g} {size.unit}, the spacing of the grid)")
     return found

@@ -18,7 +18,7 @@ from .feature_file import CoordUnit
 from .places import PatchSize, patch_size
 from .units import positive_number
 
-__all__ = ["Level0Rects", "PatchSize", "extent", "level0_rects", "patch_size", "said_size"]
+__all__ = ["Level0Rects", "PatchSize", "check_image", "extent", "level0_rects", "patch_size", "said_size"]
 
 Level0Rects = NewType("Level0Rects", np.ndarray)
 """float64 [n, 4] of x, y (top-left corner), width, height in level-0 pixels."""
@@ -85,3 +85,36 @@ def extent(rects: Level0Rects, metadata: Mapping[str, str]) -> tuple[float, floa
     width, height = said_size(metadata) or (0.0, 0.0)
     right, bottom = (rects[:, :2] + rects[:, 2:]).max(axis=0)
     return max(width, float(right)), max(height, float(bottom))
+
+
+def check_image(
+    image: str, size_px: tuple[float, float], name: str, metadata: Mapping[str, str], rects: Level0Rects | None
+) -> None:
+    """Refuses another slide's image, or another copy's.
+
+    The last patches may reach beyond the slide: CLAM pads them. So each must only begin on it. And a size beyond which
+    patches begin is none of a slide: some files call a patch's edges `width` and `height`.
+
+    Args:
+        image: its name, for the error.
+        size_px: (width, height) of the image.
+        name, metadata: of the feature file.
+        rects: of its patches, better of all than of some; None: they cannot be placed.
+
+    Raises:
+        SlideError: the file says another size of the slide, or a patch begins beyond the image.
+    """
+    said = said_size(metadata)
+    found = f"{image}: found {size_px[0]:.9g} x {size_px[1]:.9g} px, wanted"
+    if said is not None and said != tuple(size_px) and (rects is None or _first_beyond(rects, said) is None):
+        raise SlideError(f"{found} {said[0]:.9g} x {said[1]:.9g}, as {name} says; the image may be another slide's")
+    if rects is not None and (corner := _first_beyond(rects, size_px)) is not None:
+        raise SlideError(
+            f"{found} more, as {name} has a patch at {corner[0]:.9g}, {corner[1]:.9g}; the image may be another slide's"
+        )
+
+
+def _first_beyond(rects: Level0Rects, size_px: tuple[float, float]) -> tuple[float, float] | None:
+    """Corner of the first patch that begins beyond the size."""
+    beyond = (rects[:, :2] >= size_px).any(axis=1)
+    return tuple(rects[int(beyond.argmax()), :2].tolist()) if beyond.any() else None

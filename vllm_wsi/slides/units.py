@@ -6,14 +6,14 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
 
-from .feature_file import CoordUnit, Source
+from .feature_file import CoordUnit, Source, Unit
 
 MICRONS = {
     "um": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "pm": 1e-6, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6,
@@ -36,19 +36,12 @@ PIXEL_WRITERS = (*LEVEL0_KEYS, "level0_width", "level0_height", "level0_magnific
 
 STAMP_V1_PX, STAMP_V1_UM = 224, 256.0
 """STAMP's first files hold pixels of tiles of 224, which are 256 microns (`get_coords` of its `modeling/data.py`)."""
+STAMP_V1_SCALE = STAMP_V1_UM / STAMP_V1_PX  # microns in one of their numbers, which no other unit has
 
-KEPT_UNIT, KEPT_UNIT_SOURCE = "converted_unit", "converted_unit_source"
-"""Metadata keys of a converted file: the unit in which its source's coordinates were read, and who said it."""
+KEPT_UNIT, KEPT_UNIT_SOURCE, KEPT_UNIT_SCALE = "converted_unit", "converted_unit_source", "converted_unit_scale"
+"""Metadata keys of a converted file: its source's unit, who said it, and how much of it one of the numbers is."""
 
 GRID_SAMPLE = 1 << 14  # coordinates that a unit or a spacing is looked up in, for each slide that is selected
-
-
-class Unit(NamedTuple):
-    """Unit of a file's coordinates."""
-
-    unit: CoordUnit
-    source: Source
-    scale: float = 1.0  # of `unit` in one of the file's numbers: 1000 where it writes millimetres
 
 
 def positive_number(said: str | float | None) -> float | None:
@@ -105,7 +98,22 @@ def kept_unit(name: str, metadata: Mapping[str, str]) -> Unit | None:
         raise SlideError(
             f"{name}: {KEPT_UNIT}: found {unit!r:.40} by {source!r:.40}, wanted px or um by file or format"
         )
-    return Unit(cast(CoordUnit, unit), cast(Source, source))
+    said = metadata.get(KEPT_UNIT_SCALE)
+    scale = positive_number(said)
+    if scale is None:
+        found = "none" if said is None else f"{said!r:.40}"
+        raise SlideError(
+            f"{name}: {KEPT_UNIT_SCALE}: found {found}, wanted a number above 0; remove the file and convert its "
+            "source again"
+        )
+    return Unit(cast(CoordUnit, unit), cast(Source, source), scale)
+
+
+def kept_metadata(unit: Unit | None) -> dict[str, str]:
+    """What a converted file says of its coordinates' unit."""
+    if unit is None:
+        return {KEPT_UNIT: "unknown"}
+    return {KEPT_UNIT: unit.unit, KEPT_UNIT_SOURCE: unit.source, KEPT_UNIT_SCALE: repr(float(unit.scale))}
 
 
 def coord_unit(name: str, metadata: Mapping[str, str], stamp: bool, pixels: bool, sample: NDArray) -> Unit | None:
@@ -131,7 +139,7 @@ def coord_unit(name: str, metadata: Mapping[str, str], stamp: bool, pixels: bool
     if stamp:
         tile = positive_number(metadata.get("tile_size"))
         if round(tile or _least_step(sample)) == STAMP_V1_PX:
-            return Unit("um", "guess" if tile is None else "format", STAMP_V1_UM / STAMP_V1_PX)
+            return Unit("um", "guess" if tile is None else "format", STAMP_V1_SCALE)
     if not np.array_equal(sample, np.floor(sample)):
         return None  # fractions alone say nothing
     return Unit("px", "format" if pixels else "guess")
@@ -149,11 +157,6 @@ def one_unit(name: str, groups: Iterable[Mapping[str, str]]) -> None:
     if len(found) > 1:
         both = " and ".join(sorted(f"{unit.scale:g} {unit.unit}" for unit in found))
         raise SlideError(f"{name}: found coordinates in two units, of {both}, wanted one")
-
-
-def unit_fields(unit: Unit | None) -> dict[str, Any]:
-    """The fields of a `FeatureFile` that say it."""
-    return {} if unit is None else {"coord_unit": unit.unit, "unit_source": unit.source, "unit_scale": unit.scale}
 
 
 def unit_remarks(unit: Unit | None) -> list[str]:

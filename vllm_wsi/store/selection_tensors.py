@@ -13,6 +13,7 @@ from vllm_wsi.selection.score_summary import LEVELS, ScoreSummary
 from vllm_wsi.selection.selection import Selection
 from vllm_wsi.selection.slide_pools import SlidePools, SlideScores
 from vllm_wsi.slides.encoder_names import EncoderMatch
+from vllm_wsi.slides.feature_file import Unit
 from vllm_wsi.slides.places import PatchSize
 
 SCORES = ((1, torch.float32), (2, torch.float32), (2, torch.float16))
@@ -32,8 +33,7 @@ def selection_tensors(chosen: Selection) -> tuple[dict[str, Tensor], dict[str, A
         "best": None if chosen.summary is None else chosen.summary.best,
         "num_patches": chosen.num_patches,
         "num_nonfinite": chosen.num_nonfinite,
-        "coord_unit": chosen.coord_unit,
-        "unit_source": chosen.unit_source,
+        "unit": chosen.unit,
         "patch_size": chosen.patch_size,
         "metadata": dict(chosen.metadata),
         "encoder_match": chosen.encoder_match,
@@ -66,12 +66,13 @@ def scores_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlideScores:
 def selection_of(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Selection:
     """Raises ValueError, KeyError or TypeError where they do not make a selection."""
     _check(tensors, facts["num_patches"])
-    patch_size, encoder_match, best = (facts.pop(name) for name in ("patch_size", "encoder_match", "best"))
+    unit, patch_size, encoder_match, best = (facts.pop(key) for key in ("unit", "patch_size", "encoder_match", "best"))
     return Selection(
         indices=tensors["indices"],
         scores=tensors["scores"],
         features=tensors["features"],
         coords=tensors["coords"].numpy() if "coords" in tensors else None,
+        unit=None if unit is None else Unit(*unit),
         patch_size=None if patch_size is None else PatchSize(*patch_size),
         encoder_match=None if encoder_match is None else EncoderMatch(*encoder_match),
         pooled=tensors.get("pooled"),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vllm_wsi.errors import SettingsError
 from vllm_wsi.slides import FeatureFile, SlideIdentity
+from vllm_wsi.slides.feature_file import Unit
 
 from .tissue_patches import PATCH_MPP, PATCH_PX
 
@@ -136,8 +137,7 @@ class TissueSlide:
                 "width": str(width),
                 "height": str(height),
             },
-            coord_unit="px",
-            unit_source="file",
+            unit=Unit("px", "file"),
             load_coords=lambda: drawn.coords_px,
         )
 

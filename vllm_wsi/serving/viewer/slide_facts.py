@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_wsi.errors import SlideError
 from vllm_wsi.selection.selection import NOTHING_SAID
 from vllm_wsi.slides import FeatureFile
-from vllm_wsi.slides.places import guesses, patch_size, settle
-from vllm_wsi.slides.regions import extent, level0_rects, said_size
+from vllm_wsi.slides.places import guesses, patch_size, settle, with_image_mpp
+from vllm_wsi.slides.regions import Level0Rects, check_image, extent, level0_rects
 
 if TYPE_CHECKING:
     from openslide import AbstractSlide
@@ -45,26 +46,28 @@ class Placed(NamedTuple):
 
 def place_patches(slide: FeatureFile, name: str, image: ImageFacts | None, remarks: list[str]) -> Placed:
     """Adds to `remarks` what does not fit; the slide is shown all the same."""
-    size_px: tuple[float, float] | None = None
-    if image is not None:
-        size_px = image.size_px
-        said = said_size(slide.metadata)
-        if said is not None and said != size_px:
-            remarks.append(
-                f"{image.path.name}: found {size_px[0]} x {size_px[1]} px, wanted {said[0]:g} x {said[1]:g}, "
-                f"as {name} says; the image may be another slide's"
-            )
+    size_px: tuple[float, float] | None = None if image is None else image.size_px
+    rects: Level0Rects | None = None
     guessed: list[str] = []
     try:
         coords, size = slide.read_coords(), None
         if coords is not None:
-            size = patch_size(slide.metadata, coords, slide.coord_unit, name)
-            guessed = guesses(*settle(name, slide.coord_unit, slide.unit_source, size, NOTHING_SAID))
+            size = patch_size(slide.metadata, coords, slide.unit, name)
+            guessed = guesses(*settle(name, slide.unit, size, NOTHING_SAID))
         if image is None:
             rects = level0_rects(name, coords, slide.coord_unit, size, slide.metadata)
             size_px = finite_size(name, extent(rects, slide.metadata))
+        else:
+            said = with_image_mpp(NOTHING_SAID, slide.metadata, lambda: image.mpp)
+            with suppress(SlideError):  # the selection tells why its patches cannot be placed
+                rects = level0_rects(name, coords, slide.coord_unit, size, slide.metadata, said.mpp)
     except SlideError as error:
         remarks.append(str(error))
+    if image is not None:
+        try:
+            check_image(image.path.name, image.size_px, name, slide.metadata, rects)
+        except SlideError as error:
+            remarks.append(str(error))
     return Placed(size_px, guessed)
 
 

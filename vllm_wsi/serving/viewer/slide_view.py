@@ -20,7 +20,7 @@ from vllm_wsi.serving.spooled_slide import BY_VALUE
 from vllm_wsi.serving.vllm_hooks import current_service
 from vllm_wsi.slides import SlideIdentity, open_features
 from vllm_wsi.slides.places import Said, origin, refuse_guesses, with_image_mpp
-from vllm_wsi.slides.regions import extent, said_size
+from vllm_wsi.slides.regions import check_image, extent, said_size
 from vllm_wsi.slides.units import positive_number
 
 from .images import MAX_READ_PX, TILE_PX, ImagePool, Threads, deep_zoom, read_px, region, tile
@@ -222,6 +222,8 @@ class SlideView:
             refuse_guesses(name, chosen.guesses(name, said))
         said = _said_with_image(said, chosen.metadata, image)
         rects, kept = chosen.all_rects(name, said), chosen.rects(name, said)
+        if image is not None:
+            check_image(image.path.name, image.size_px, name, chosen.metadata, rects)
         size_px = image.size_px if image is not None else finite_size(name, extent(rects, chosen.metadata))
         heat = heat_overlay(rects, chosen.all_scores.numpy(), size_px)
         if overlay:

@@ -15,11 +15,10 @@ from vllm_wsi.slides.identity import SlideIdentity
 from vllm_wsi.slides.units import (
     GRID_SAMPLE,
     LEVEL0_KEYS,
-    STAMP_V1_PX,
+    STAMP_V1_SCALE,
     STAMP_V1_UM,
     coord_unit,
     one_unit,
-    unit_fields,
     unit_remarks,
 )
 
@@ -92,12 +91,12 @@ def _open(access: Hdf5Access, file: h5py.File, identity: SlideIdentity, encoder:
         stamp = form in ("STAMP", "Marugoto")
         unit = coord_unit(path, metadata, stamp, not stamp, sample)
         remarks += unit_remarks(unit)
-        if unit is not None and unit.scale == STAMP_V1_UM / STAMP_V1_PX:
+        if unit is not None and unit.scale == STAMP_V1_SCALE and unit.source != "guess":
             metadata.setdefault("tile_size_um", f"{STAMP_V1_UM:g}")  # by the same rule of its reader
     return FeatureFile(
         name=path, format=f"{form} h5", key=key, num_patches=n, feature_dim=d,
         dtype=features.dtype.name, rows=rows, identity=identity, metadata=metadata,
-        **unit_fields(unit), load_coords=load_coords, remarks=tuple(remarks),
+        unit=unit, load_coords=load_coords, remarks=tuple(remarks),
     )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_wsi.errors import SlideError
-from vllm_wsi.slides.feature_file import listed, metadata_strings
-from vllm_wsi.slides.units import GRID_SAMPLE, Unit, coord_unit, unit_fields, unit_remarks
+from vllm_wsi.slides.feature_file import Unit, listed, metadata_strings
+from vllm_wsi.slides.units import GRID_SAMPLE, coord_unit, unit_remarks
 
 FEATURE_KEYS = (
     "features", "feats", "embeddings", "feature", "feat", "embedding", "patch_features", "patch_embeddings",
@@ -37,7 +37,7 @@ class Coords(NamedTuple):
 
     def fields(self) -> dict[str, Any]:
         """For `FeatureFile`."""
-        return {**unit_fields(self.unit), "load_coords": self.load}
+        return {"unit": self.unit, "load_coords": self.load}
 
 
 class Array(NamedTuple):
@@ -46,6 +46,19 @@ class Array(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # as NumPy or torch name it
     load: Load
+    load_first: Callable[[int], NDArray] | None = None  # the first n of its numbers; None: it is read whole or not
+
+    def first(self, count: int) -> NDArray:
+        """[at most count] of its numbers in their order."""
+        return self.load().reshape(-1)[:count] if self.load_first is None else self.load_first(count)
+
+
+class Places(NamedTuple):
+    """The coordinates of a file, before their unit is known."""
+
+    key: str  # of the array, or of that for x
+    load: Load  # [N, 2]
+    sample: Load  # [n, 2], those that the unit is looked up in
 
 
 def features_key(path: Path | str, names: Iterable[str], convert: str = "") -> str:
@@ -61,11 +74,11 @@ def features_key(path: Path | str, names: Iterable[str], convert: str = "") -> s
     raise SlideError(f"{path}: found {what}, wanted features named {wanted}{convert}")
 
 
-def find_coords(path: Path, arrays: Mapping[str, Array], num_patches: int, attributes: Mapping[str, object]) -> Coords:
-    """The coordinates among a file's arrays: one of (N, 2) or (1, N, 2), or one each for x and y.
+def find_places(path: Path | str, arrays: Mapping[str, Array], num_patches: int) -> Places | None:
+    """The coordinates among a file's arrays: one of (N, 2) or (1, N, 2), or one each for x and y; None: none of them.
 
     Raises:
-        SlideError: their shape, or they cannot be read.
+        SlideError: their shape or dtype.
     """
     for key in COORD_KEYS:
         if key in arrays:
@@ -74,31 +87,54 @@ def find_coords(path: Path, arrays: Mapping[str, Array], num_patches: int, attri
                 shape = shape[1:]
             if shape != (num_patches, 2) or arrays[key].dtype not in NUMBERS:
                 raise _not_coords(path, key, arrays[key], num_patches)
-            return placed(path, partial(_pairs, arrays[key]), attributes)
+            return Places(key, partial(_pairs, arrays[key]), partial(_first_pairs, arrays[key]))
     for x, y in AXES:
         if x in arrays and y in arrays:
             for key in (x, y):
                 if math.prod(arrays[key].shape) != num_patches or arrays[key].dtype not in NUMBERS:
                     raise _not_coords(path, key, arrays[key], num_patches)
-            return placed(path, partial(_columns, arrays[x], arrays[y]), attributes)
-    return Coords()
+            columns = arrays[x], arrays[y]
+            return Places(x, partial(_columns, *columns), partial(_first_columns, *columns))
+    return None
 
 
-def placed(path: Path, load: Load, attributes: Mapping[str, object], pixels: bool = False) -> Coords:
-    """Coordinates whose unit the attributes tell, under the producers' own names; `pixels`: or the format's rule."""
-    unit = coord_unit(str(path), metadata_strings(path, attributes), False, pixels, load()[:GRID_SAMPLE])
-    return Coords(unit, load, tuple(unit_remarks(unit)))
+def find_coords(path: Path, arrays: Mapping[str, Array], num_patches: int, attributes: Mapping[str, object]) -> Coords:
+    """The coordinates among a file's arrays, with the unit that the attributes tell.
+
+    Raises:
+        SlideError: their shape, or they cannot be read.
+    """
+    found = find_places(path, arrays, num_patches)
+    return Coords() if found is None else _with_unit(path, found, attributes, False)
+
+
+def placed(path: Path, load: Load, attributes: Mapping[str, object]) -> Coords:
+    """Coordinates in the unit that the attributes tell, under the producers' own names, or else in level-0 pixels."""
+    return _with_unit(path, Places("", load, lambda: load()[:GRID_SAMPLE]), attributes, True)
+
+
+def _with_unit(path: Path, places: Places, attributes: Mapping[str, object], pixels: bool) -> Coords:
+    unit = coord_unit(str(path), metadata_strings(path, attributes), False, pixels, places.sample())
+    return Coords(unit, places.load, tuple(unit_remarks(unit)))
 
 
 def _pairs(array: Array) -> NDArray:
     return array.load().reshape(-1, 2)
 
 
+def _first_pairs(array: Array) -> NDArray:
+    return array.first(2 * GRID_SAMPLE).reshape(-1, 2)
+
+
 def _columns(x: Array, y: Array) -> NDArray:
     return np.stack([x.load().reshape(-1), y.load().reshape(-1)], axis=1)
 
 
-def _not_coords(path: Path, key: str, array: Array, num_patches: int) -> SlideError:
+def _first_columns(x: Array, y: Array) -> NDArray:
+    return np.stack([x.first(GRID_SAMPLE), y.first(GRID_SAMPLE)], axis=1)
+
+
+def _not_coords(path: Path | str, key: str, array: Array, num_patches: int) -> SlideError:
     return SlideError(
         f"{path}: {key}: found {array.dtype} of shape {array.shape}, wanted one x, y for each of {num_patches} patches"
     )

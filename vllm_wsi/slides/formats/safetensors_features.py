@@ -1,10 +1,11 @@
-"""safetensors feature files: `features`, `coords` and a string map of metadata."""
+"""safetensors feature files: features, coordinates and a string map of metadata."""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,9 @@ from vllm_wsi.errors import SlideError
 from vllm_wsi.slides.byte_source import ByteSource, read_bytes
 from vllm_wsi.slides.feature_file import FLOAT_DTYPES, FeatureFile, check_matrix, metadata_strings
 from vllm_wsi.slides.identity import SlideIdentity
-from vllm_wsi.slides.units import GRID_SAMPLE, KEPT_UNIT, coord_unit, kept_unit, unit_fields, unit_remarks
+from vllm_wsi.slides.units import KEPT_UNIT, coord_unit, kept_unit, unit_remarks
 
-from .named_arrays import features_key
+from .named_arrays import AXES, COORD_KEYS, Array, Coords, features_key, find_places
 from .rows import FLOAT8, read_as, stored_array, stored_rows, widened
 
 MAX_SAFETENSORS_HEADER = 1 << 20  # bytes; two tensors and their metadata need a few hundred
@@ -24,9 +25,11 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 
+OWN_COORDS = "coords"  # of our own files, which hold level-0 pixels where they name no unit
+COORD_NAMES = (*COORD_KEYS, *(name for pair in AXES for name in pair))
 COORD_DTYPES = {
-    "I16": "<i2", "I32": "<i4", "I64": "<i8", "U16": "<u2", "U32": "<u4", "U64": "<u8", "F16": "<f2", "F32": "<f4",
-    "F64": "<f8",
+    "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8",
+    "F16": "<f2", "F32": "<f4", "F64": "<f8",
 }  # fmt: skip
 
 
@@ -50,23 +53,16 @@ def open_safetensors(source: ByteSource, identity: SlideIdentity) -> FeatureFile
         data = 8 + size
         if begin < 0 or end - begin != n * d * (1 if dtype in FLOAT8 else FLOAT_DTYPES[dtype].itemsize):
             raise SlideError(f"{path}: {key}: found offsets {begin}:{end}, wanted the size of shape {shape}")
-        load_coords = _safetensors_coords(source, header.get("coords"), data, n)
+        arrays = {name: _array(source, name, header[name], data) for name in COORD_NAMES if name in header}
     except SlideError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SlideError(f"{path}: found a broken safetensors header, wanted JSON with offsets") from error
+    coords = _coords(path, arrays, n, metadata)
     rows = stored_rows(source, data + begin, dtype, n, d)
-    unit = None
-    remarks = [*widened(key, dtype)]
-    if load_coords is not None:
-        if KEPT_UNIT in metadata:
-            unit = kept_unit(path, metadata)
-        else:
-            unit = coord_unit(path, metadata, False, True, load_coords(GRID_SAMPLE))
-        remarks += unit_remarks(unit)
     return FeatureFile(
         path, "safetensors", key, n, d, read_as(dtype), rows, identity, metadata,
-        **unit_fields(unit), load_coords=load_coords, remarks=tuple(remarks),
+        **coords.fields(), remarks=(*coords.remarks, *widened(key, dtype)),
     )  # fmt: skip
 
 
@@ -77,24 +73,27 @@ def whole_numbers(values: object) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _safetensors_coords(
-    source: ByteSource, entry: Mapping | None, data: int, num_patches: int
-) -> Callable[..., NDArray] | None:
-    if entry is None:
-        return None
+def _coords(path: str, arrays: Mapping[str, Array], num_patches: int, metadata: Mapping[str, str]) -> Coords:
+    found = find_places(path, arrays, num_patches)
+    if found is None:
+        return Coords()
+    if KEPT_UNIT in metadata:
+        unit = kept_unit(path, metadata)
+    else:
+        unit = coord_unit(path, metadata, False, found.key == OWN_COORDS, found.sample())
+    return Coords(unit, found.load, tuple(unit_remarks(unit)))
+
+
+def _array(source: ByteSource, name: str, entry: Mapping, data: int) -> Array:
+    """An entry of the header; one that cannot be coordinates keeps safetensors' name of its dtype, for the error."""
     shape, (begin, end) = whole_numbers(entry["shape"]), whole_numbers(entry["data_offsets"])
-    if shape == (1, num_patches, 2):
-        shape = shape[1:]
-    if shape != (num_patches, 2) or entry["dtype"] not in COORD_DTYPES:
-        raise SlideError(
-            f"{source.name}: coords: found {entry['dtype']} of shape {shape}, "
-            f"wanted numbers of shape ({num_patches}, 2)"
-        )
-    dtype, count = np.dtype(COORD_DTYPES[entry["dtype"]]), num_patches * 2
-    if begin < 0 or end - begin != count * dtype.itemsize:
-        raise SlideError(f"{source.name}: coords: found offsets {begin}:{end}, wanted the size of shape {shape}")
+    if entry["dtype"] not in COORD_DTYPES:
+        return Array(shape, str(entry["dtype"]), lambda: np.empty(0))
+    dtype, count = np.dtype(COORD_DTYPES[entry["dtype"]]), math.prod(shape)
+    if begin < 0 or min(shape, default=0) < 0 or end - begin != count * dtype.itemsize:
+        raise SlideError(f"{source.name}: {name}: found offsets {begin}:{end}, wanted the size of shape {shape}")
 
-    def load(rows: int = num_patches) -> NDArray:
-        return stored_array(source, "coords", data + begin, dtype, (min(rows, num_patches), 2))
+    def first(numbers: int) -> NDArray:
+        return stored_array(source, name, data + begin, dtype, (min(numbers, count),))
 
-    return load
+    return Array(shape, dtype.name, lambda: first(count).reshape(shape), first)

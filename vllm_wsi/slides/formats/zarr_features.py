@@ -130,7 +130,7 @@ def _tile_coords(store: ZarrStore, group: str, region: str, num_patches: int, at
         table.close()
     if side is not None:
         attributes["patch_size_level0"] = side
-    return placed(store.path, lambda: corners, attributes, pixels=True)  # lazyslide's tiles lie in level-0 pixels
+    return placed(store.path, lambda: corners, attributes)  # lazyslide's tiles lie in level-0 pixels
 
 
 def _join(store: ZarrStore, region: str, table: ParquetTable, ids: NDArray) -> tuple[NDArray, float | None]:
