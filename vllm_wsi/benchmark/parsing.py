@@ -8,6 +8,7 @@ the answer names none: it counts as wrong and is reported as unparsed.
 2. `statement`: "answer is", "answer:", "option is", "choose", "select", "pick" (or 答案, or an <answer> tag) and then a
    capital label; a lower-case one only in brackets, in bold or at the end of the answer: "the answer is a biopsy" names
    nothing. A bare "A" before a lower-case word is the article, but not before "because", "is", "or" and their like.
+   Also a capital label before "is correct", "is right", "is the best", behind "option" or where a sentence begins.
 3. `lead`: a line that begins with a capital label and a delimiter: `B. lobular`, `(B) lobular`, `B: lobular`,
    `B - lobular`. "A biopsy shows", "Based on", "B-cell lymphoma" have none.
 4. `bracket`: a capital label in brackets, in bold or in a box anywhere: `It looks like (C)`.
@@ -20,8 +21,9 @@ before "is not" or "is wrong", is not named.
 
 Never read as labels: the article "A", words that begin with a label, a label inside a term ("hepatitis B"), letters of
 other scripts that look alike (Cyrillic А, В, С). Full-width letters are their Latin ones. What stands in
-<think>...</think> is not part of the answer. Emphasis and LaTeX around words and labels make no difference, but that a
-label alone in bold or in a box is one in brackets.
+<think>...</think> is not part of the answer, nor what stands before a </think> whose <think> the template wrote.
+Emphasis and LaTeX around words and labels make no difference, but that a label alone in bold or in a box is one in
+brackets.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ STATED = (
     r"(?:\s*(?:is|would be|should be|must be)\b\s*:?|[:=])"
     r"|\b(?:choose|select|pick)\b(?:\s+(?:option|answer|choice))?|答案(?:是|为|：|:|\s)?)"
 )
+VERDICT = r"\s+(?:is|was|would be)\s+(?:the\s+)?(?:most\s+)?(?:correct|right|true|best|accurate|appropriate|likely)\b"
+THOUGHTS = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
 ANNOUNCED = r"(?:(?:either|both)\s+)?(?:(?:the\s+)?(?:options?|choices?)\s+)?"  # between a statement and its label
 APART = r"[^\w.,;:!?\n]+"  # between words of one clause
 NEGATED = re.compile(
@@ -74,7 +78,7 @@ def parse_label(output: str, options: Mapping[str, str]) -> Parsed:
         output: the whole answer.
         options: label -> text; labels are capital letters or whole numbers.
     """
-    text = unicodedata.normalize("NFKC", re.sub(r"<think>.*?(?:</think>|\Z)", "", output, flags=re.DOTALL)).strip()
+    text = unicodedata.normalize("NFKC", THOUGHTS.sub("", output)).strip()
     text = _without_tags(text)
     if not text:
         return Parsed(None, "none")
@@ -87,7 +91,8 @@ def parse_label(output: str, options: Mapping[str, str]) -> Parsed:
         return Parsed(found[1].upper(), "label")
     clear = rf"{OPEN}+{any_case}{CLOSE}|{any_case}\s*(?:[.。!]\s*|[)]\s*)?$"
     rules = {
-        "statement": rf"(?i:{STATED})\s*(?i:{ANNOUNCED})(?:{OPEN}*{label}{WHOLE}{ARTICLE}|{clear})",
+        "statement": rf"(?i:{STATED})\s*(?i:{ANNOUNCED})(?:{OPEN}*{label}{WHOLE}{ARTICLE}|{clear})"
+        rf"|(?:(?m:^)\s*|[.,;:!?]\s+|\b(?i:option|choice|answer)\s+){OPEN}*{label}{CLOSE}*(?i:{VERDICT})",
         "lead": rf"(?m)^\s*(?:{OPEN}*{label}(?:\s*[.:)](?=\D|$)|\s+[-–—]\s)|[(\[]{label}[)\]]|{label}\s*$)",
         "bracket": rf"(?<!\w)[(\[]{label}[)\]]",
     }
