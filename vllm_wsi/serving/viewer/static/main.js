@@ -162,6 +162,7 @@ async function showSelection(url, signal) {
   patches.sort((a, b) => b.score - a.score || a.row - b.row);
   patches.forEach((patch, i) => (patch.rank = i + 1));
   state.patches = patches;
+  listPatches(); // before the note says whose they are
   const nan = chosen.num_nonfinite ? `, ${chosen.num_nonfinite} without a finite score` : "";
   const why = asked() === url ? "" : ` for “${state.question}”`;
   const means = chosen.num_summary_tokens ? `, and ${chosen.num_summary_tokens} means of the others` : "";
@@ -174,7 +175,6 @@ async function showSelection(url, signal) {
   }
   at("geojson").hidden = !chosen.rects;
   if (state.facts.extent_px) overlay.show(patches);
-  listPatches();
 }
 
 // What the checkpoint's calibration says of the slide, in words; nothing where it has none.
