@@ -11,8 +11,8 @@ needs three repairs, all made here:
 3. It is a distribution of another name, but vLLM reads the version of the distribution `vllm` and looks
    for «cpu» in it: a distribution of that name, without modules, is installed beside it.
 
-uv installs, in a sixth of pip's time (36 s and 260 s on two cores), by pip's own configuration: which indexes, folders,
-constraints and certificates. Where uv cannot be had or fails, pip installs, and a line says so.
+uv installs, in about a third of pip's time, by pip's own configuration: which indexes, folders, constraints and
+certificates. Where uv cannot be had or fails, pip installs, and a line says so.
 
 A second run finds the stamp of the first and returns at once; a changed `pyproject.toml` or a changed copy
 of this file sets up again. Needs Python 3.11+ and its standard library.
@@ -81,7 +81,9 @@ def uv_install(*what: str) -> None:
     options, variables = uv_configuration(pip_configuration())
     # As pip does, the best version of all indexes, not that of the first index which has the name: PyTorch's own
     # has old versions of others' packages.
-    command = [uv, "pip", "install", "-q", "--python", str(PYTHON), "--index-strategy", "unsafe-best-match"]
+    # And as pip does it compiles to byte code: else each process does where PYTHONDONTWRITEBYTECODE is set.
+    command = [uv, "pip", "install", "-q", "--compile-bytecode", "--python", str(PYTHON)]
+    command += ["--index-strategy", "unsafe-best-match"]
     subprocess.run([*command, *options, *what], check=True, env={**variables, **os.environ})
 
 
