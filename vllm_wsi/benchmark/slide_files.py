@@ -168,7 +168,9 @@ def _is_thinned(path: Path) -> bool:
 
 
 def _digest(file: FeatureFile) -> str:
-    rows = np.unique(np.linspace(0, file.num_patches - 1, DIGEST_ROWS).astype(np.int64))
+    from vllm_wsi.selection.evenly_spaced import evenly_spaced  # imports torch
+
+    rows = evenly_spaced(DIGEST_ROWS, file.num_patches).numpy()
     shape = f"{file.num_patches} x {file.feature_dim} {file.dtype}"
     return hashlib.sha256(shape.encode() + file.read_at(rows).tobytes()).hexdigest()[:16]
 
